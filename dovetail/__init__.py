@@ -1,0 +1,1 @@
+"""Dovetail: an LLM inference engine that touches only the bytes that matter."""

@@ -1,0 +1,223 @@
+"""Write a checkpoint as a Hugging Face directory that transformers and others load."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dovetail.checkpoint.architectures import ARCHITECTURES
+from dovetail.checkpoint.checkpoint import Checkpoint
+from dovetail.checkpoint.config import ModelConfig, RopeConfig
+from dovetail.checkpoint.layout import expected_shapes
+from dovetail.core.errors import ConfigError, ModelError
+from dovetail.tokenizer import Tokenizer
+
+SHARD_BYTES = 4 << 30
+
+
+def export(
+    checkpoint: Checkpoint,
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `checkpoint` to `directory` as config.json, safetensors in `dtype`, and tokenizer files.
+
+    `dtype` is bfloat16, float16 or float32; weights are split into files of at most `shard_bytes`. config.json is
+    written last, so a directory left by a crash is not taken for a model. ConfigError if the directory exists and is
+    not empty, ModelError if the checkpoint cannot be read or its rope factors have no Hugging Face counterpart.
+    """
+    directory = Path(directory)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"export dtype must be bfloat16, float16 or float32, not {dtype}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists and is not an empty directory")
+    config = hf_config(checkpoint.config, dtype)
+    tokenizer = checkpoint.tokenizer()
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_weights(checkpoint, directory, dtype, shard_bytes)
+    _write_tokenizer(tokenizer, checkpoint.config, directory)
+    generation = checkpoint.generation_config or _generation(checkpoint.config, tokenizer)
+    _write_json(directory / "generation_config.json", generation)
+    _write_json(directory / "config.json", config)
+    _sync_directory(directory)
+    return directory
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, sync it, and only then give it its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")) and None)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _shards(config: ModelConfig, itemsize: int, limit: int) -> Iterator[list[str]]:
+    """Tensor names in groups of at most `limit` bytes (a larger tensor has a group of its own)."""
+    group: list[str] = []
+    size = 0
+    for name, shape in expected_shapes(config):
+        nbytes = math.prod(shape) * itemsize
+        if group and size + nbytes > limit:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += nbytes
+    yield group
+
+
+def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, limit: int) -> None:
+    groups = list(_shards(checkpoint.config, dtype.itemsize, limit))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        # Cloned because values may alias the checkpoint's mapping, and shared storage is not written.
+        tensors = {name: checkpoint.tensor(name).dequantize(dtype).clone() for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map.update(dict.fromkeys(names, file))
+        _write(directory / file, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))  # type: ignore[misc]
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
+    _write_text(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=False))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position_embeddings,
+        **tokenizer.special_tokens,
+    }
+    if "default" in tokenizer.templates:
+        _write_text(directory / "chat_template.jinja", tokenizer.templates["default"])
+        settings["chat_template"] = tokenizer.templates["default"]
+    others = {name: source for name, source in tokenizer.templates.items() if name != "default"}
+    if others:
+        entries = [{"name": name, "template": source} for name, source in tokenizer.templates.items()]
+        settings["chat_template"] = entries
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+    _write_json(directory / "tokenizer_config.json", settings)
+
+
+def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    eos = list(tokenizer.eos_ids or config.eos_token_ids)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": tokenizer.token_id("pad_token"),
+    }
+
+
+def llama3_factors(rope: RopeConfig, head_dim: int) -> list[float]:
+    """What a "llama3" rope divides each inverse frequency by, head_dim / 2 values.
+
+    Wavelengths up to original / high are kept, those from original / low on are divided by `factor`, and between
+    them the inverse frequency is interpolated.
+    """
+    p = rope.parameters
+    low, high, original = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
+    factors = []
+    for index in range(head_dim // 2):
+        turns = original * rope.theta ** (-2 * index / head_dim) / (2 * math.pi)
+        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+        factors.append(1.0 / ((1.0 - kept) / p["factor"] + kept))
+    return factors
+
+
+def _as_llama3(rope: RopeConfig, config: ModelConfig) -> RopeConfig:
+    """The "llama3" parameters behind a list of factors; ModelError if there are none."""
+    for original in (8192.0, float(config.max_position_embeddings)):
+        parameters = {
+            "factor": max(rope.factors),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        candidate = RopeConfig(rope.theta, "llama3", parameters)
+        pairs = zip(llama3_factors(candidate, config.head_dim), rope.factors, strict=True)
+        if all(abs(a - b) <= 1e-3 * b for a, b in pairs):
+            return candidate
+    raise ModelError("the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported")
+
+
+def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json's object for `config`, readable by transformers 4 (rope_theta, rope_scaling) and 5."""
+    rope = _as_llama3(config.rope, config) if config.rope.kind == "factors" else config.rope
+    integers = {"original_max_position_embeddings"}
+    parameters = {k: int(v) if k in integers else v for k, v in rope.parameters.items()}
+    if "truncate" in parameters:
+        parameters["truncate"] = bool(parameters["truncate"])
+    eos = list(config.eos_token_ids)
+    result: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.architecture].hf_class],
+        "model_type": config.architecture,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": {"rope_type": rope.kind, **parameters} if rope.kind != "default" else None,
+        "rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **parameters},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "hidden_act": config.hidden_act,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    result.update(_attention_settings(config))
+    return result
+
+
+def _attention_settings(config: ModelConfig) -> dict[str, Any]:
+    """Biases and sliding windows, under the names that the architecture's configuration class knows."""
+    settings: dict[str, Any] = {}
+    if config.architecture in ("llama", "qwen3"):
+        settings["attention_bias"] = config.o_bias
+    if config.architecture == "llama":
+        settings["mlp_bias"] = config.mlp_bias
+    windows = config.sliding_windows
+    width = next((window for window in windows if window is not None), None)
+    if config.architecture == "mistral":
+        settings["sliding_window"] = width
+    if config.architecture in ("qwen2", "qwen3"):
+        settings["use_sliding_window"] = width is not None
+        settings["sliding_window"] = width
+        kinds = windows or (None,) * config.num_layers
+        settings["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in kinds]
+        settings["max_window_layers"] = next((i for i, w in enumerate(kinds) if w is not None), config.num_layers)
+    return settings

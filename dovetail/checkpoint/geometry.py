@@ -1,0 +1,81 @@
+"""Checks that a ModelConfig makes sense by itself, whatever file it came from."""
+
+from __future__ import annotations
+
+import math
+
+from dovetail.checkpoint.config import ModelConfig
+from dovetail.core.errors import ModelError
+
+LIMIT = 1 << 31  # no size of a model reaches this; kernels index rows with 32 bits
+ROPE_KINDS = {
+    "default": (),
+    "factors": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
+    """Return `config` if its numbers agree with each other; ModelError naming `source` and the field otherwise."""
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_position_embeddings",
+    )
+    for name in sizes:
+        value = getattr(config, name)
+        if not 0 < value < LIMIT:
+            raise ModelError(f"{source}: {name} is {value}, not between 1 and 2^31 - 1")
+    if config.num_layers > 65536:
+        raise ModelError(f"{source}: num_layers is {config.num_layers}, more than any model has")
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(f"{source}: num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}")
+    if config.head_dim % 2:
+        raise ModelError(f"{source}: head_dim {config.head_dim} is odd, rotary embedding needs pairs")
+    if not (math.isfinite(config.rms_norm_eps) and 0 <= config.rms_norm_eps < 1):
+        raise ModelError(f"{source}: rms_norm_eps is {config.rms_norm_eps}, not in [0, 1)")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ModelError(f"{source}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+    if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
+        raise ModelError(f"{source}: {len(config.sliding_windows)} layer types for {config.num_layers} layers")
+    for window in config.sliding_windows:
+        if window is not None and not 0 < window < LIMIT:
+            raise ModelError(f"{source}: sliding_window is {window}, not between 1 and 2^31 - 1")
+    for name, ids in (("bos_token_id", (config.bos_token_id,)), ("eos_token_id", config.eos_token_ids)):
+        for token in ids:
+            if token is not None and not 0 <= token < config.vocab_size:
+                raise ModelError(f"{source}: {name} {token} is outside the vocabulary of {config.vocab_size}")
+    _check_rope(config, source)
+    return config
+
+
+def _check_rope(config: ModelConfig, source: str) -> None:
+    rope = config.rope
+    if not (math.isfinite(rope.theta) and rope.theta > 0):
+        raise ModelError(f"{source}: rope_theta is {rope.theta}, not a positive number")
+    if rope.kind not in ROPE_KINDS:
+        raise ModelError(f"{source}: rope type {rope.kind[:64]!r} is not one of {', '.join(ROPE_KINDS)}")
+    for name in ROPE_KINDS[rope.kind]:
+        if name not in rope.parameters:
+            raise ModelError(f"{source}: rope type {rope.kind} needs {name}")
+    for name, value in rope.parameters.items():
+        signed = name in ("mscale", "mscale_all_dim", "attention_factor", "truncate")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not signed):
+            raise ModelError(f"{source}: rope parameter {name} is {value}, not a positive number")
+    low, high = rope.parameters.get("low_freq_factor"), rope.parameters.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise ModelError(f"{source}: rope low_freq_factor {low} is not below high_freq_factor {high}")
+    if rope.kind == "factors":
+        if len(rope.factors) != config.head_dim // 2:
+            raise ModelError(f"{source}: {len(rope.factors)} rope factors for head_dim {config.head_dim}")
+        if not all(math.isfinite(f) and f > 0 for f in rope.factors):
+            raise ModelError(f"{source}: a rope factor is not a positive number")

@@ -1,0 +1,157 @@
+"""A Hugging Face model directory: config.json, safetensors (one file or shards), tokenizer.
+
+Only data is read: nothing in the directory is imported or executed, and pickle files are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dovetail.checkpoint.hf_config import Fields, parse_hf_config
+from dovetail.json_file import parse_json_object, read_json_object
+from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.core.errors import ModelError
+from dovetail.tokenizer import Tokenizer
+
+_HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
+_INDEX = "model.safetensors.index.json"
+_FORMATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class _Location:
+    """A tensor's file and, as its header says, dtype and shape."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: name -> {dtype, shape, data_offsets}, without `__metadata__`.
+
+    Checks what the safetensors library does not: duplicate names, JSON depth, a tighter size limit.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length == 0 or length > size - 8:
+                raise ModelError(f"{path}: header length {length} does not fit a file of {size} bytes")
+            if length > _HEADER_LIMIT:
+                raise ModelError(f"{path}: header length {length} exceeds {_HEADER_LIMIT} bytes")
+            text = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if text[:1] != b"{":
+        raise ModelError(f"{path}: header does not begin with '{{'")
+    header = parse_json_object(text, f"{path}: header")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files, and the index's tensor -> file map if there is an index."""
+    index = directory / _INDEX
+    if index.exists():
+        weights = read_json_object(index, limit=64 << 20).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ModelError(f"{index}: weight_map must be a non-empty object")
+        for tensor, shard in weights.items():
+            # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of them.)
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+                raise ModelError(f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name")
+        return sorted(set(weights.values())), weights
+    if (directory / "model.safetensors").exists():
+        return ["model.safetensors"], None
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, None
+    if found:
+        raise ModelError(f"{directory}: {len(found)} safetensors files but no {_INDEX}")
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise ModelError(
+            f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; convert it to safetensors"
+        )
+    raise ModelError(f"{directory}: no safetensors file")
+
+
+class HFCheckpoint:
+    """See `Checkpoint`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").exists():
+            raise ModelError(f"{self.path}: no config.json (and no GGUF file)")
+        values = read_json_object(self.path / "config.json")
+        self.generation_config: dict[str, Any] = {}
+        generation = self.path / "generation_config.json"
+        if generation.exists():
+            self.generation_config = read_json_object(generation)
+        eos = Fields(self.generation_config, str(generation)).token_ids("eos_token_id")
+        self.config = parse_hf_config(values, str(self.path / "config.json"), eos)
+        self._locations: dict[str, _Location] = {}
+        self._handles: dict[str, Any] = {}
+        self.bytes = 0
+        shards, index = _shard_names(self.path)
+        for shard in shards:
+            self._read_shard(shard, index)
+        for name in index or ():
+            if name not in self._locations:
+                raise ModelError(f"{self.path / _INDEX}: {name} is not in {(index or {})[name]}")
+
+    def _read_shard(self, shard: str, index: dict[str, str] | None) -> None:
+        path = self.path / shard
+        if not path.is_file():
+            raise ModelError(f"{path}: is listed in {_INDEX} but does not exist")
+        header = read_header(path)
+        self._handles[shard] = _open(path)
+        self.bytes += path.stat().st_size
+        for name, entry in header.items():
+            if name in self._locations:
+                raise ModelError(f"{path}: tensor {name} is also in {self._locations[name].shard}")
+            if index is not None and index.get(name) != shard:
+                raise ModelError(f"{path}: tensor {name} is not listed for this file in {_INDEX}")
+            self._locations[name] = _Location(shard, entry["dtype"], tuple(entry["shape"]))
+
+    def names(self) -> list[str]:
+        return list(self._locations)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name).shape
+
+    def tensor(self, name: str) -> StoredTensor:
+        found = self._find(name)
+        if found.dtype not in _FORMATS:
+            raise ModelError(
+                f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {', '.join(_FORMATS)}"
+            )
+        try:
+            values: torch.Tensor = self._handles[found.shard].get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
+        rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
+        return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+
+    def _find(self, name: str) -> _Location:
+        if name not in self._locations:
+            raise ModelError(f"{self.path}: has no tensor {name!r}")
+        return self._locations[name]

@@ -1,0 +1,57 @@
+"""One tensor as it lies in a checkpoint: raw bytes by row, plus the name of their format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dovetail.core.errors import ModelError
+from dovetail.ops.dequant import BLOCKS
+
+_NATIVE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 1 << 18  # values decoded at a time, so that the float32 intermediate stays in cache
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """`shape` values in `format` (a key of `ops.dequant.BLOCKS`); `data` is uint8 [rows, row_bytes].
+
+    Rows run over all but the last dimension. `data` is usually a view of a mapped file: do not write to it.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    data: torch.Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is needed."""
+        if self.format in _NATIVE and self.data.is_contiguous():
+            native = _NATIVE[self.format]
+            if self.data.data_ptr() % native.itemsize == 0:
+                return self.data.view(-1).view(native).view(self.shape).to(dtype)
+        block = BLOCKS[self.format]
+        blocks = self.data.reshape(-1, block.bytes)
+        out = torch.empty(blocks.shape[0], block.values, dtype=dtype)
+        step = max(1, _CHUNK // block.values)
+        if blocks.shape[0] <= step and dtype is torch.float32:
+            return block.dequantize(blocks).view(self.shape)
+        for start in range(0, blocks.shape[0], step):
+            out[start : start + step] = block.dequantize(blocks[start : start + step])
+        return out.view(self.shape)
+
+    def permute_rows(self, index: torch.Tensor) -> StoredTensor:
+        """The same tensor with row `index[i]` (int64 [rows]) as row i: bytes are moved, values are not touched.
+
+        The rows of a 1-d tensor are its values. ModelError if `index` has another length, or a 1-d tensor is
+        stored in blocks.
+        """
+        rows = self.data
+        if len(self.shape) == 1:
+            if BLOCKS[self.format].values != 1:
+                raise ModelError(f"{self.name}: a {self.format} vector cannot be reordered value by value")
+            rows = self.data.reshape(self.shape[0], -1)
+        if index.shape != (rows.shape[0],):
+            raise ModelError(f"{self.name}: {tuple(index.shape)} row numbers for {rows.shape[0]} rows")
+        return replace(self, data=rows.index_select(0, index).view(self.data.shape))

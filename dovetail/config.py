@@ -1,0 +1,191 @@
+"""One frozen configuration, resolved once from what was asked, what the model is and what the machine has."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dovetail.checkpoint.config import ModelConfig
+from dovetail.core.errors import CapacityError, ConfigError
+from dovetail.core.pages import pages_for
+from dovetail.core.seams import Geometry
+
+GIB = 1 << 30
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_BLOCK_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None and "auto" leave a choice to `resolve`. Names are vLLM's."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    kv_memory: int | None = None  # bytes
+    kv_cache_dtype: str = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """What runs. `num_kv_pages` pages of `block_size` tokens hold KV."""
+
+    model: str
+    architecture: str
+    use: tuple[str, ...]
+    dtype: str
+    device: str
+    threads: int
+    kv_cache_dtype: str
+    kv_memory: int
+    block_size: int
+    num_kv_pages: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    enable_prefix_caching: bool
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{k}: {v}" for k, v in self.to_dict().items())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine offers: threads, free bytes for KV, and whether there is a CUDA device."""
+
+    threads: int
+    free_memory: int
+    cuda: bool
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """Pages, bytes and the longest sequence that they allow."""
+
+    pages: int
+    bytes: int
+    max_model_len: int
+
+
+def resolve_dtype(asked: str, stored: str, device: str) -> str:
+    """The compute type. "auto": what the checkpoint stores, float32 for quantized blocks on a CPU."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise ConfigError(f"dtype '{asked}' is unknown; the known ones are auto, {', '.join(DTYPES)}")
+        return asked
+    known = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    if stored in known:
+        return known[stored]
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def resolve_device(asked: str, cuda: bool) -> str:
+    if asked == "auto":
+        return "cuda" if cuda else "cpu"
+    kind = asked.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{asked}' is unknown; use auto, cpu or cuda")
+    if kind == "cuda" and not cuda:
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use --device cpu")
+    return asked
+
+
+def resolve_kv_dtype(asked: str, dtype: str) -> str:
+    """"auto" keeps KV in the compute type's precision."""
+    if asked == "auto":
+        return {"float64": "float64", "float32": "float32"}.get(dtype, "bf16")
+    return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
+
+
+def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memory: int) -> KVBudget:
+    """How many pages KV gets, and so how long a sequence can be.
+
+    Asked numbers are kept or refused (CapacityError); only defaults are lowered to what fits.
+    """
+    size = options.block_size
+    if not 1 <= size <= MAX_BLOCK_SIZE:
+        raise ConfigError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {size}")
+    trained = model.max_position_embeddings
+    asked = options.max_model_len
+    if asked is not None and not 1 < asked <= trained:
+        raise ConfigError(f"max_model_len must be between 2 and the model's {trained}, got {asked}")
+    length = asked or trained
+    page_bytes = token_bytes * size
+    seqs = options.max_num_seqs or 64
+    memory = options.kv_memory
+    if memory is None:
+        wanted = seqs * pages_for(length, size) * page_bytes
+        memory = min(wanted, max(free_memory // 4, page_bytes), 4 * GIB)
+    pages = memory // page_bytes
+    if pages < 1:
+        raise CapacityError(
+            f"{memory} bytes of KV memory hold no page: one page of {size} tokens takes {page_bytes} bytes; "
+            f"raise --kv-memory or lower --block-size"
+        )
+    if pages_for(length, size) > pages:
+        if asked is not None:
+            raise CapacityError(
+                f"max_model_len {asked} needs {pages_for(asked, size)} pages ({pages_for(asked, size) * page_bytes} "
+                f"bytes) of KV, but {memory} bytes hold {pages}; raise --kv-memory or lower --max-model-len"
+            )
+        length = pages * size
+    if length < 2:
+        raise CapacityError(f"{memory} bytes of KV memory hold {length} token; at least 2 are needed")
+    return KVBudget(pages, pages * page_bytes, length)
+
+
+def positive(name: str, value: int | None, default: int) -> int:
+    """An optional count that must be at least 1."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Found) -> Config:
+    """Settle every choice. ConfigError or CapacityError name the option."""
+    machine = found.machine
+    device = resolve_device(options.device, machine.cuda)
+    dtype = resolve_dtype(options.dtype, found.stored_format, device)
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
+    kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype), machine.free_memory)
+    seqs = positive("max_num_seqs", options.max_num_seqs, 64)
+    return Config(
+        model=found.name,
+        architecture=model.architecture,
+        use=found.use,
+        dtype=dtype,
+        device=device,
+        threads=positive("threads", options.threads, machine.threads),
+        kv_cache_dtype=kv_dtype,
+        kv_memory=kv.bytes,
+        block_size=options.block_size,
+        num_kv_pages=kv.pages,
+        max_model_len=kv.max_model_len,
+        max_num_batched_tokens=positive("max_num_batched_tokens", options.max_num_batched_tokens, 512),
+        max_num_seqs=seqs,
+        enable_prefix_caching=options.enable_prefix_caching,
+        seed=options.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known besides the options: the model's name and weight format, techniques, the machine."""
+
+    name: str
+    stored_format: str
+    use: tuple[str, ...]
+    machine: Machine
+    token_bytes: Any  # (Geometry, kv_cache_dtype) -> bytes of K and V of one token

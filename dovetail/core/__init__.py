@@ -1,0 +1,1 @@
+"""Host-side scheduling: requests, pages, plans. Imports no torch and nothing below itself."""

@@ -1,0 +1,129 @@
+"""Pages of KV: one pool with reference counts, and the page table of a request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // page_size)
+
+
+class PagePool:
+    """`num_pages` pages of `page_size` tokens. A page is free exactly when nobody holds a reference.
+
+    `evict(n)` is asked for pages when the free list runs short; it returns how many it freed.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.refs = [0] * num_pages
+        self.evict: Callable[[int], int] = lambda n: 0
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, n: int) -> list[int] | None:
+        """n pages with one reference each, or None (and nothing changed but evictions) if there are too few."""
+        if len(self._free) < n:
+            self.evict(n - len(self._free))
+        if len(self._free) < n:
+            return None
+        pages = [self._free.pop() for _ in range(n)]
+        for p in pages:
+            self.refs[p] = 1
+        return pages
+
+    def retain(self, pages: Iterable[int]) -> None:
+        for p in pages:
+            if self.refs[p] == 0:
+                raise RuntimeError(f"page {p} is free and cannot be shared")
+            self.refs[p] += 1
+
+    def release(self, pages: Iterable[int]) -> int:
+        """Drop one reference of each page; returns how many became free."""
+        freed = 0
+        for p in pages:
+            if self.refs[p] == 0:
+                raise RuntimeError(f"page {p} is released twice")
+            self.refs[p] -= 1
+            if self.refs[p] == 0:
+                self._free.append(p)
+                freed += 1
+        return freed
+
+    def check(self, owners: Iterable[Sequence[int]]) -> None:
+        """Raise RuntimeError unless references equal owners, and free and held pages make up the pool."""
+        held = Counter(int(p) for pages in owners for p in pages)
+        wrong = [(p, self.refs[p], held[p]) for p in range(self.num_pages) if self.refs[p] != held[p]]
+        if wrong:
+            raise RuntimeError(f"pages with (page, references, owners) that differ: {wrong[:8]}")
+        free = set(self._free)
+        if len(free) != len(self._free) or any(self.refs[p] for p in free):
+            raise RuntimeError("the free list holds a page twice, or one that is in use")
+        if len(free) + len(held) != self.num_pages:
+            raise RuntimeError(f"{len(free)} free and {len(held)} held of {self.num_pages} pages: some leaked")
+
+
+class PageTable:
+    """The pages of one request, in order. Grows in a numpy buffer, so that a batch can copy it at once."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self._data: IntArray = np.zeros(8, dtype=np.int64)
+        self._n = 0
+
+    @property
+    def pages(self) -> IntArray:
+        return self._data[: self._n]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def append(self, pages: Sequence[int]) -> None:
+        """Take over references that the caller holds."""
+        n = self._n + len(pages)
+        if n > len(self._data):
+            self._data = np.concatenate([self._data, np.zeros(max(n, len(self._data)), dtype=np.int64)])
+        self._data[self._n : n] = pages
+        self._n = n
+
+    def grow(self, start: int, stop: int) -> list[tuple[int, int]] | None:
+        """Make tokens [start, stop) writable: new pages at the end, copies of shared ones.
+
+        Returns the copies to do, as (source, target), or None when the pool has too few pages.
+        """
+        size, pool = self.pool.page_size, self.pool
+        first, last = start // size, pages_for(stop, size)
+        shared = [i for i in range(first, min(last, self._n)) if pool.refs[self._data[i]] > 1]
+        fresh = pool.allocate(len(shared) + max(0, last - self._n))
+        if fresh is None:
+            return None
+        copies = []
+        for i, target in zip(shared, fresh, strict=False):
+            source = int(self._data[i])
+            copies.append((source, target))
+            self._data[i] = target
+            pool.release([source])
+        self.append(fresh[len(shared) :])
+        return copies
+
+    def share(self, other: PageTable, tokens: int) -> None:
+        """Start as a reader of the pages that hold the first `tokens` tokens of `other`."""
+        pages = [int(p) for p in other.pages[: pages_for(tokens, self.pool.page_size)]]
+        self.pool.retain(pages)
+        self.append(pages)
+
+    def clear(self) -> None:
+        self.pool.release(int(p) for p in self.pages)
+        self._n = 0

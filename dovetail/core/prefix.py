@@ -1,0 +1,142 @@
+"""Automatic prefix caching: a radix tree over whole pages, the default Reuse."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+
+from dovetail.core.pages import PagePool
+from dovetail.core.types import Request
+
+
+class Node:
+    """An edge of whole pages: `tokens` (a multiple of the page size) and the `pages` that hold their KV."""
+
+    __slots__ = ("children", "pages", "parent", "tokens", "used")
+
+    def __init__(self, tokens: tuple[int, ...], pages: list[int], parent: Node | None) -> None:
+        self.tokens = tokens
+        self.pages = pages
+        self.parent = parent
+        self.children: dict[tuple[int, ...], Node] = {}  # by the tokens of the child's first page
+        self.used = 0
+
+
+class RadixPrefix:
+    """Stored prefixes; holds one reference to each of its pages. Least recently used leaves go first.
+
+    Exact by construction: tokens are compared, never hashes, and each salt has its own tree.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.roots: dict[str, Node] = {}
+        self._clock = itertools.count(1)
+
+    def match(self, request: Request, limit: int) -> list[int]:
+        """Pages of the longest stored prefix of the request's tokens within `limit` tokens.
+
+        The caller gets one reference to each page.
+        """
+        size = self.pool.page_size
+        pages: list[int] = []
+        node = self.roots.get(request.salt)
+        tokens, at = request.tokens, 0
+        while node is not None:
+            node.used = next(self._clock)
+            node = node.children.get(tuple(tokens[at : at + size])) if at + size <= limit else None
+            if node is not None:
+                n = self._common(node, tokens, at, limit)
+                pages += node.pages[:n]
+                at += n * size
+                if n < len(node.pages):
+                    node.used = next(self._clock)
+                    break
+        self.pool.retain(pages)
+        return pages
+
+    def store(self, request: Request, limit: int) -> None:
+        """Keep the whole pages of the request's first `limit` tokens; all of them must be committed."""
+        size = self.pool.page_size
+        count = limit // size
+        if count == 0:
+            return
+        node = self.roots.setdefault(request.salt, Node((), [], None))
+        tokens, at = request.tokens, 0
+        while at < count * size:
+            node.used = next(self._clock)
+            key = tuple(tokens[at : at + size])
+            child = node.children.get(key)
+            if child is None:
+                pages = [int(p) for p in request.table.pages[at // size : count]]
+                self.pool.retain(pages)
+                child = Node(tuple(tokens[at : count * size]), pages, node)
+                node.children[key] = child
+            n = self._common(child, tokens, at, count * size)
+            if n < len(child.pages):
+                child = self._split(child, n)
+            at += n * size
+            node = child
+        node.used = next(self._clock)
+
+    def evict(self, n: int) -> int:
+        """Free up to n pages that only the tree holds, oldest leaves first; returns how many."""
+        heap = [(leaf.used, id(leaf), leaf) for leaf in self._leaves()]
+        heapq.heapify(heap)
+        freed = 0
+        while heap and freed < n:
+            _, _, leaf = heapq.heappop(heap)
+            while leaf.pages and freed < n and self.pool.refs[leaf.pages[-1]] == 1:
+                freed += self.pool.release([leaf.pages.pop()])
+            leaf.tokens = leaf.tokens[: len(leaf.pages) * self.pool.page_size]
+            parent = leaf.parent
+            if leaf.pages or parent is None:
+                continue
+            parent.children = {k: c for k, c in parent.children.items() if c is not leaf}
+            if not parent.children and parent.parent is not None:
+                heapq.heappush(heap, (parent.used, id(parent), parent))
+        self._drop_empty_roots()
+        return freed
+
+    def clear(self) -> None:
+        for node in self._nodes():
+            self.pool.release(node.pages)
+        self.roots.clear()
+
+    @property
+    def held(self) -> Iterator[list[int]]:
+        """The pages that the tree holds, for `PagePool.check`."""
+        return (node.pages for node in self._nodes())
+
+    def _common(self, node: Node, tokens: list[int], at: int, limit: int) -> int:
+        size, n = self.pool.page_size, 0
+        while n < len(node.pages) and at + (n + 1) * size <= limit:
+            if node.tokens[n * size : (n + 1) * size] != tuple(tokens[at + n * size : at + (n + 1) * size]):
+                break
+            n += 1
+        return n
+
+    def _split(self, node: Node, n: int) -> Node:
+        """Cut an edge after n pages; returns the upper part."""
+        size = self.pool.page_size
+        assert node.parent is not None  # only edges below a root have pages
+        upper = Node(node.tokens[: n * size], node.pages[:n], node.parent)
+        upper.used = node.used
+        node.parent.children[upper.tokens[:size]] = upper
+        node.tokens, node.pages, node.parent = node.tokens[n * size :], node.pages[n:], upper
+        upper.children[node.tokens[:size]] = node
+        return upper
+
+    def _nodes(self) -> Iterator[Node]:
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            yield node
+
+    def _leaves(self) -> Iterator[Node]:
+        return (n for n in self._nodes() if not n.children and n.parent is not None)
+
+    def _drop_empty_roots(self) -> None:
+        self.roots = {salt: root for salt, root in self.roots.items() if root.children}

@@ -1,0 +1,261 @@
+"""Who runs in the next step, and on which pages: admission, token budget, preemption."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dovetail.core.errors import CapacityError, RequestError
+from dovetail.core.pages import PagePool, PageTable, pages_for
+from dovetail.core.prefix import RadixPrefix
+from dovetail.core.seams import Reuse, Seams
+from dovetail.core.types import UNLIMITED, Request, Span, StepPlan
+
+MAX_DRAFTS = 32  # per request and step; longer guesses are hardly ever right
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step and a request may use."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    prefix_caching: bool = True
+
+
+@dataclass
+class SchedulerStats:
+    preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    cached_tokens: int = 0
+    queried_tokens: int = 0
+
+
+@dataclass
+class _Step:
+    """The plan under construction."""
+
+    left: int
+    spans: list[Span] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Requests wait, run in rounds of at most `max_num_batched_tokens` tokens, and leave.
+
+    The oldest running request always advances: when pages run out the youngest gives its own back, keeps
+    its tokens, and waits at the head of the queue. Any request fits the pool alone, or is refused at once.
+    """
+
+    def __init__(self, pool: PagePool, seams: Seams, limits: Limits, num_stages: int = 1) -> None:
+        self.pool = pool
+        self.seams = seams
+        self.limits = limits
+        self.num_stages = num_stages
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.stats = SchedulerStats()
+        self.reuse: Reuse = seams.reuse or RadixPrefix(pool)
+        pool.evict = self.reuse.evict
+        self._released: list[str] = []
+        self._sealed: list[int] = []
+
+    # -- entering and leaving ------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises CapacityError or RequestError if it can never run."""
+        n, limit = len(request.prompt), self.limits.max_model_len
+        if n == 0:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if request.max_total > limit or n >= limit:
+            raise RequestError(
+                f"the prompt has {n} tokens and asks for {max(request.max_total - n, 1)} more, "
+                f"but the context holds {limit}; shorten the prompt or lower max_tokens",
+                param="prompt" if n >= limit else "max_tokens",
+            )
+        need = pages_for(request.max_total, self.pool.page_size)
+        if need > self.pool.num_pages:
+            raise CapacityError(
+                f"{request.max_total} tokens need {need} pages of KV, the pool has {self.pool.num_pages} of "
+                f"{self.pool.page_size} tokens; raise --kv-memory or lower max_tokens"
+            )
+        self.waiting.append(request)
+
+    def leave(self, request: Request) -> None:
+        """Take a request out in whatever state it is; its pages are free at once."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting = deque(r for r in self.waiting if r is not request)
+        self._let_go(request)
+
+    def owners(self) -> Iterator[list[int]]:
+        """Every holder of pages, for `PagePool.check`."""
+        for r in (*self.running, *self.waiting):
+            yield [int(p) for p in r.table.pages]
+        yield from (list(p) for p in self.reuse.held)
+
+    # -- planning ------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """The next step. Empty when there is nothing to do."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._draft()
+        i, preemptions = 0, self.stats.preemptions
+        while i < len(self.running) and step.left > 0:
+            i += self._advance(self.running[i], step)
+        if self.stats.preemptions == preemptions:  # else the freed pages would go round in a circle
+            self._admit(step)
+        if not step.spans:  # what is sealed waits for a step that runs
+            return StepPlan(())
+        plan = StepPlan(tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self._released))
+        self._sealed, self._released = [], []
+        return plan
+
+    def _advance(self, request: Request, step: _Step) -> bool:
+        """Plan a span of a running request; False if it was preempted itself."""
+        stop = self._stop(request, step.left)
+        copies = request.table.grow(request.computed, stop)
+        while copies is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+            copies = request.table.grow(request.computed, stop)
+        step.copies += copies
+        self._span(request, stop, step)
+        return True
+
+    def _span(self, request: Request, stop: int, step: _Step) -> None:
+        accepted = len(request.tokens)
+        if request.stage == 0:
+            if stop < accepted + len(request.drafts):
+                request.drafts = request.drafts[: max(0, stop - accepted)]
+            request.flying = stop - request.computed
+        last = request.stage + 1 == self.num_stages
+        sample = stop - accepted + 1 if last and stop >= accepted else 0
+        step.spans.append(Span(request, request.computed, stop, request.stage, sample))
+        step.left -= stop - request.computed
+
+    def _stop(self, request: Request, left: int) -> int:
+        """Where the next span of a request ends."""
+        if request.stage:
+            return request.computed + request.flying
+        start, goal = request.computed, len(request.tokens) + len(request.drafts)
+        stop = min(goal, start + max(1, min(left, self.seams.policy.share(request, left))))
+        if stop > request.dense_until:  # a row's droppable pages must all be sealed before the step
+            stop = min(stop, max(request.dense_until, start + self.seams.selector.window))
+        return stop
+
+    def _draft(self) -> None:
+        """Ask what might come next for every request that has caught up."""
+        ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
+        if not ready:
+            return
+        spare = max(0, self.limits.max_num_batched_tokens - len(self.running))
+        cap = min(MAX_DRAFTS, self.seams.selector.window - 1, spare // len(ready))
+        limits = [max(0, min(cap, r.max_total - len(r.tokens) - 1)) for r in ready]
+        for r, limit, drafts in zip(ready, limits, self.seams.drafter.propose(ready, limits), strict=True):
+            r.drafts = list(drafts[:limit])
+            self.stats.drafted += len(r.drafts)
+
+    # -- admission and preemption --------------------------------------------------------------------
+
+    def _admit(self, step: _Step) -> None:
+        if not self.waiting:
+            return
+        queue = list(self.seams.policy.order(list(self.waiting)))
+        for request in queue:
+            if step.left <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            if self._must_wait_for_fork(request):
+                continue
+            if not self._start(request, step):
+                break
+
+    def _must_wait_for_fork(self, request: Request) -> bool:
+        parent = request.fork_of
+        if parent is None:
+            return False
+        if parent.finish_reason is None and parent.computed < len(parent.prompt) - 1:
+            return True
+        if parent.finish_reason is not None or parent not in self.running:
+            request.fork_of = None
+        return False
+
+    def _start(self, request: Request, step: _Step) -> bool:
+        """Give a waiting request what is stored of it, pages for all its tokens, and a first span.
+
+        False if pages are short; then nothing has changed.
+        """
+        if request.fork_of is not None:
+            request.computed = len(request.prompt) - 1
+            request.table.share(request.fork_of.table, request.computed)
+        else:
+            request.table.append(self._stored(request))
+            request.computed = len(request.table) * self.pool.page_size
+        stop = self._stop(request, step.left)
+        copies = request.table.grow(request.computed, len(request.tokens))
+        if copies is None:
+            request.table.clear()
+            request.computed = 0
+            if not self.running and not step.spans:
+                raise RuntimeError("a request that was admitted as fitting does not fit the empty pool")
+            return False
+        if request.cached_tokens < 0:
+            request.cached_tokens = request.computed
+            self.stats.cached_tokens += request.computed
+            self.stats.queried_tokens += len(request.prompt)
+        request.fork_of = None
+        self.waiting = deque(r for r in self.waiting if r is not request)
+        self.running.append(request)
+        step.copies += copies
+        self._span(request, stop, step)
+        return True
+
+    def _stored(self, request: Request) -> list[int]:
+        if not self.limits.prefix_caching or request.params.prompt_logprobs is not None:
+            return []
+        return self.reuse.match(request, min(len(request.tokens) - 1, self._reusable(request)))
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's pages; it keeps its tokens and waits at the head of the queue."""
+        self.running.remove(request)
+        self.store(request)
+        request.drafts = []
+        request.computed = request.stage = request.flying = 0
+        request.preemptions += 1
+        self.stats.preemptions += 1
+        self._let_go(request)
+        self.waiting.appendleft(request)
+
+    def _let_go(self, request: Request) -> None:
+        request.table.clear()
+        self.seams.drafter.forget(request)
+        self._released.append(request.id)
+
+    # -- committing ----------------------------------------------------------------------------------
+
+    def commit(self, request: Request, computed: int) -> None:
+        """KV of the first `computed` tokens is now final: seal the pages it completes, keep what can be shared."""
+        size = self.pool.page_size
+        first, last = request.computed // size, computed // size
+        request.computed = computed
+        if last > first:
+            self._sealed += [int(p) for p in request.table.pages[first:last]]
+            if computed <= len(request.prompt):
+                self.store(request)
+
+    def store(self, request: Request) -> None:
+        """Offer the committed whole pages of a request for reuse."""
+        if self.limits.prefix_caching:
+            self.reuse.store(request, min(request.computed, self._reusable(request)))
+
+    def _reusable(self, request: Request) -> int:
+        """Tokens whose KV is the same in any request: a row that drops pages has KV of its own kind."""
+        return request.dense_until if self.seams.selector.window < UNLIMITED else len(request.tokens)
+
+

@@ -1,0 +1,203 @@
+"""The questions that techniques answer, each with its contract and a default that does nothing.
+
+A default is a real answer, so nobody asks whether a technique is present. Seams see a whole batch at a
+time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv` is `runtime.kv.KV`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dovetail.core.types import ALL, UNLIMITED, Array, PageSet, Request, StepPlan, StepResult
+
+EVERY_ROW = slice(None)
+
+
+class Policy:
+    """In what order, how much? Default: first come, first served, as much as fits."""
+
+    def order(self, waiting: Sequence[Request]) -> Sequence[Request]:
+        """The waiting requests in the order of admission: a permutation."""
+        return waiting
+
+    def share(self, request: Request, left: int) -> int:
+        """How many of the step's `left` tokens the request may take, at least 1."""
+        return left
+
+
+class Drafter:
+    """What might come next? Default: no guess. Never changes the text, only how many steps it takes."""
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[list[int]]:
+        """For each request, at most its limit of guessed tokens that follow `request.tokens`."""
+        return [[] for _ in requests]
+
+    def observe(self, request: Request, drafts: Sequence[int], accepted: int) -> None:
+        """The first `accepted` of `drafts` were right."""
+
+    def forget(self, request: Request) -> None:
+        """The request has ended or was preempted; drop what is remembered about it."""
+
+
+class Reuse(Protocol):
+    """What is already computed? Default: `core.prefix.RadixPrefix`.
+
+    `match`: pages of what is stored of the request's first `limit` tokens, a reference to each handed over.
+    `store`: keep the committed whole pages of the first `limit` tokens. `evict`: free up to n pages.
+    `held` is what `PagePool.check` is told: the lists of pages that this store holds a reference to.
+    """
+
+    @property
+    def held(self) -> Iterable[Sequence[int]]: ...
+
+    def match(self, request: Request, limit: int) -> list[int]: ...
+    def store(self, request: Request, limit: int) -> None: ...
+    def evict(self, n: int) -> int: ...
+
+
+class RowFilter:
+    """Which rows continue past a cut? Default: all. A dropped row keeps its hidden state of that layer."""
+
+    def keep(self, layer: int, hidden: Array, batch: Any) -> Any:
+        """EVERY_ROW, or the int64 indices of the rows of `hidden` [rows, width] that go on after `layer`."""
+        return EVERY_ROW
+
+
+class Codec:
+    """How is a sealed run of pages stored? Default: as written. The numeric KV type is configuration."""
+
+    def seal(self, pages: Array, kv: Any) -> None:
+        """`pages` [n] (int64) will not be written again; `kv.keys(layer, pages)` reads them."""
+
+    def open(self, layer: int, pages: Array, kv: tuple[Array, Array]) -> tuple[Array, Array]:
+        """K and V [..., page_size, KV heads, head_dim] of `pages` [...] as attention shall see them."""
+        return kv
+
+
+class Selector:
+    """Which pages does a row read? Default: all.
+
+    The core drops nothing that a row's position does not allow: the `window` most recent tokens and every
+    row before `dense_until` are read in full, so the answer never depends on chunking or drafts.
+    """
+
+    window: int = UNLIMITED
+
+    def seal(self, pages: Array, kv: Any) -> None:
+        """Summarise the completed `pages` [n] (int64), by physical page."""
+
+    def select(self, layer: int, q: Array, batch: Any) -> PageSet:
+        """For rows `batch.sparse_rows`, with queries q [rows, heads, head_dim]: the droppable pages to read."""
+        return ALL
+
+    def ahead(self, layer: int, hidden: Array, batch: Any) -> PageSet:
+        """A guess at what `select` will say in `layer`, from the hidden state one layer earlier."""
+        return ALL
+
+
+class Residency:
+    """Where do blobs live, and when are they moved? Default: everything is on the device already."""
+
+    def put(self, pages: Array) -> None:
+        """The completed `pages` [n] may be moved away from the device."""
+
+    def fetch(self, layer: int, pages: PageSet, batch: Any) -> None:
+        """Have `pages` on the device before this returns."""
+
+    def prefetch(self, layer: int, pages: PageSet, batch: Any) -> None:
+        """Start to bring `pages`."""
+
+
+class Format(Protocol):
+    """How is a weight stored and multiplied? Default: `layers.linear.Dense`."""
+
+    def linear(self, weights: Sequence[Any], bias: Sequence[Any]) -> Callable[[Array], Array]:
+        """x [rows, in] -> [rows, out] for stored weights [out_i, in] stacked by rows, with biases or none."""
+        ...
+
+
+class Experts:
+    """Where does each expert run? Default: on the device."""
+
+    def place(self, layer: int, counts: Sequence[int]) -> Sequence[str]:
+        """For the number of rows routed to each expert, the tier that computes it."""
+        return ["device"] * len(counts)
+
+
+class Variant:
+    """Score and mask expression of attention. Default: causal.
+
+    Written with operators only, so that one definition can be evaluated on tensors and printed as a kernel.
+    """
+
+    def score(self, score: Array, q_pos: Array, k_pos: Array) -> Array:
+        """The logit, from the scaled product of query and key."""
+        return score
+
+    def mask(self, q_pos: Array, k_pos: Array) -> Array:
+        """Whether the query at `q_pos` may read the key at `k_pos`."""
+        return k_pos <= q_pos
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Variant):
+    """Causal, and only the last `window` keys, the query's own included (Mistral 7B, section 2)."""
+
+    window: int
+
+    def mask(self, q_pos: Array, k_pos: Array) -> Array:
+        return (k_pos <= q_pos) & (k_pos > q_pos - self.window)
+
+
+class Executor(Protocol):
+    """Who runs a plan? Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length."""
+
+    num_stages: int
+
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a technique may know of the model before it sees a token."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_layers: tuple[int, ...] = ()  # layers with a window of their own
+
+
+@dataclass
+class Site:
+    """Where a technique is built. `model` and `kv` are the device side's; a host-only run has none."""
+
+    geometry: Geometry
+    page_size: int
+    pool: Any
+    model: Any = None
+    kv: Any = None
+    device: Any = "cpu"
+
+
+@dataclass
+class Seams:
+    """Every seam, filled. `format` and `executor` are given by the device side where no technique has them."""
+
+    policy: Policy = field(default_factory=Policy)
+    drafter: Drafter = field(default_factory=Drafter)
+    rows: RowFilter = field(default_factory=RowFilter)
+    codec: Codec = field(default_factory=Codec)
+    selector: Selector = field(default_factory=Selector)
+    residency: Residency = field(default_factory=Residency)
+    experts: Experts = field(default_factory=Experts)
+    variant: Variant = field(default_factory=Variant)
+    reuse: Reuse | None = None
+    format: Format | None = None
+    executor: Executor | None = None
+
+
+SEAMS = tuple(Seams.__dataclass_fields__)

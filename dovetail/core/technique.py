@@ -1,0 +1,84 @@
+"""A technique as a record of the seams it fills, and the composition of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dovetail.core.errors import ConfigError
+from dovetail.core.seams import SEAMS, Seams, Site
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A published system, or any other part, that fills seams.
+
+    `build(site)` makes the seams' objects, one set per engine, so a record can be used many times.
+    `needs` and `provides` are facts, never names. `excludes` are facts it cannot live with.
+    `lossless`: greedy text is the plain engine's at every setting. `exact_at`: options at which a lossy
+    technique must equal the plain engine token for token. `activity(seams)` counts what it did.
+    """
+
+    name: str
+    fills: tuple[str, ...]
+    build: Callable[[Site], Mapping[str, Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+    provides: frozenset[str] = frozenset()
+    excludes: frozenset[str] = frozenset()
+    lossless: bool = False
+    exact_at: Mapping[str, Any] = field(default_factory=dict)
+    activity: Callable[[Seams], int] = lambda seams: 0
+
+    @property
+    def spec(self) -> str:
+        """The text that names this technique with its options."""
+        options = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Techniques that fit together. `build(site)` fills the seams."""
+
+    techniques: tuple[Technique, ...] = ()
+
+    def build(self, site: Site) -> Seams:
+        parts: dict[str, Any] = {}
+        for t in self.techniques:
+            built = t.build(site)
+            if set(built) != set(t.fills):
+                raise ConfigError(f"{t.name} says it fills {sorted(t.fills)} but built {sorted(built)}")
+            parts.update(built)
+        return Seams(**parts)
+
+    @property
+    def specs(self) -> list[str]:
+        return [t.spec for t in self.techniques]
+
+
+def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Composition:
+    """Put techniques together, or refuse with ConfigError naming both parties.
+
+    `facts` is what the engine itself offers (a slow tier, a vocabulary, ...).
+    """
+    owner: dict[str, Technique] = {}
+    for t in techniques:
+        for seam in t.fills:
+            if seam not in SEAMS:
+                raise ConfigError(f"{t.name} fills '{seam}', which is no seam; the seams are {', '.join(SEAMS)}")
+            if seam in owner:
+                raise ConfigError(
+                    f"{owner[seam].name} and {t.name} both fill the '{seam}' seam; use one of them, "
+                    f"or a wrapper that takes the other as an option"
+                )
+            owner[seam] = t
+    offered = facts.union(*(t.provides for t in techniques))
+    for t in techniques:
+        if missing := t.needs - offered:
+            raise ConfigError(f"{t.name} needs {', '.join(sorted(missing))}, which nothing here provides")
+        for other in techniques:
+            if clash := t.excludes & other.provides:
+                raise ConfigError(f"{t.name} cannot be used with {other.name}: {', '.join(sorted(clash))}")
+    return Composition(techniques)

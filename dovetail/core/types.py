@@ -1,0 +1,146 @@
+"""The nouns that cross between host and device: Request, Span, StepPlan, PageSet, StepResult, Cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dovetail.core.pages import PageTable
+from dovetail.core.sampling import SamplingParams
+
+Array = Any  # a tensor or an array; core never looks inside
+UNLIMITED = 2**31
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence. There is no prefill or decode: `computed` catches up with `tokens + drafts`."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    table: PageTable
+    max_total: int  # tokens at which it ends: prompt + max_tokens, within the context
+    seed: int
+    stop_ids: frozenset[int] = frozenset()  # end-of-sequence and stop token ids
+    salt: str = ""  # only requests with the same salt share stored KV
+    index: int = 0  # which of the n answers
+    fork_of: Request | None = None  # whose prompt pages it shares, until it has started
+    tokens: list[int] = field(default_factory=list)  # prompt + accepted output
+    drafts: list[int] = field(default_factory=list)  # unverified tail
+    computed: int = 0  # tokens whose KV is committed
+    dense_until: int = -1  # rows before this position read everything; -1: the end of the prompt
+    stage: int = 0  # the next stage of the program
+    flying: int = 0  # tokens in the span that is between two stages
+    cached_tokens: int = -1  # prompt tokens found stored at first admission; -1: not admitted yet
+    scored: int = 0  # prompt rows whose logprobs were delivered
+    preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        if self.dense_until < 0:
+            self.dense_until = len(self.prompt)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Advance tokens [start, stop) of a request by one stage of the program.
+
+    The last `sample` rows yield a token each: the one after the accepted text and one after each draft.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    stage: int = 0
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything that crosses from host to device in a step.
+
+    `copies`: (source, target) pages to copy before the step. `sealed`: pages that the last commit
+    completed. `released`: ids of requests whose device-side state may be forgotten.
+    """
+
+    spans: tuple[Span, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    sealed: tuple[int, ...] = ()
+    released: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.stop - s.start for s in self.spans)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain data, for logs."""
+        spans = [
+            {"request": s.request.id, "start": s.start, "stop": s.stop, "stage": s.stage, "sample": s.sample}
+            for s in self.spans
+        ]
+        return {"spans": spans, "copies": self.copies, "sealed": self.sealed, "released": self.released}
+
+
+@dataclass(frozen=True, slots=True)
+class PageSet:
+    """Which droppable pages each (row, KV head) reads; the others of a row are always read.
+
+    `pages`: [rows, KV heads, k] page numbers within the row's sequence, -1 where there are fewer than k.
+    `ALL` (pages is None) reads everything and costs nothing.
+    """
+
+    pages: Array | None = None
+
+
+ALL = PageSet()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability and rank (1 = most likely) of the chosen token, and of the most likely ones."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class SpanResult:
+    """What a span produced: a token per sampled row, and what was asked to be known about it."""
+
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of tokens start+1 .. stop of the prompt
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One SpanResult per span of the plan, in its order."""
+
+    spans: Sequence[SpanResult]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an operation needs: floating-point operations, and bytes moved by memory tier."""
+
+    flops: float = 0.0
+    bytes: dict[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Cost) -> Cost:
+        tiers = {t: self.bytes.get(t, 0.0) + other.bytes.get(t, 0.0) for t in {*self.bytes, *other.bytes}}
+        return Cost(self.flops + other.flops, tiers)

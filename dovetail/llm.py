@@ -1,0 +1,158 @@
+"""The Python API: `LLM(model).generate(prompts)`, `.chat(messages)`, `.stream(prompt)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dovetail.config import Config, Found, Machine, Options, resolve
+from dovetail.core.errors import ConfigError, RequestError
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.technique import Technique, compose
+from dovetail.outputs import Answer, RequestOutput
+from dovetail.session import Session
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to answer.
+
+    model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
+    records. The other options are those of `dovetail.config.Options`: dtype, device, threads, kv_memory
+    (bytes), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
+    enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        use: Sequence[str | Technique] = (),
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
+        from dovetail.checkpoint import open_checkpoint
+        from dovetail.hub import resolve as find
+        from dovetail.models import geometry
+        from dovetail.runtime.kv import bytes_per_token
+        from dovetail.runtime.loader import build_engine, stored_format
+        from dovetail.techniques import technique
+
+        asked = _options(options)
+        composition = compose(*(t if isinstance(t, Technique) else technique(t) for t in use))
+        checkpoint = open_checkpoint(find(str(model)))
+        self.config: Config = resolve(
+            asked,
+            checkpoint.config,
+            geometry(checkpoint.config),
+            Found(
+                str(model), stored_format(checkpoint), tuple(composition.specs), _machine(), bytes_per_token
+            ),
+        )
+        self.checkpoint = checkpoint
+        self.techniques = composition.techniques
+        self.tokenizer = tokenizer or checkpoint.tokenizer()
+        self.engine = build_engine(checkpoint, self.config, composition)
+        self.session = Session(self.engine, self.tokenizer, self.config, checkpoint.config.vocab_size)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts: a string, a list of strings, or lists of token ids; outputs are in their order.
+
+        A bad prompt raises RequestError before anything runs. `progress` shows a bar on a terminal's stderr.
+        """
+        many = _prompts(prompts)
+        each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(many):
+            raise RequestError(f"{len(many)} prompts but {len(each)} sets of parameters", param="params")
+        answers = [self.session.prepare(p, s) for p, s in zip(many, each, strict=True)]
+        return self._finish(answers, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template."""
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        ids = [self.chat_tokens(m, **template) for m in many]  # type: ignore[arg-type]
+        return self.generate(ids, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding the growing output after each step. Stopping early frees its pages."""
+        answer = self.session.submit(self.session.prepare(prompt, params or SamplingParams()))
+        try:
+            while not answer.finished:
+                if answer in self.session.step():
+                    yield answer.output()
+        finally:
+            if not answer.finished:
+                self.session.abort(answer)
+
+    def chat_tokens(self, messages: Sequence[Message], **template: Any) -> list[int]:
+        """The tokens of a conversation, ready for the model's answer."""
+        ids: list[int] = self.tokenizer.apply_chat_template(list(messages), **template)
+        return ids
+
+    def activity(self) -> dict[str, int]:
+        """How often each technique in use acted."""
+        return {t.name: t.activity(self.engine.seams) for t in self.techniques}
+
+    def default_params(self, **overrides: Any) -> SamplingParams:
+        """The checkpoint's own sampling defaults (generation_config.json), with overrides."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        stored = self.checkpoint.generation_config
+        found = {n: stored[n] for n in names if stored.get(n) is not None}
+        if stored.get("do_sample") is False:
+            found = {"temperature": 0.0}
+        return SamplingParams(**{**found, **overrides})
+
+    def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
+        from dovetail.progress import counter
+
+        try:
+            with counter("answers", len(answers), enabled=progress) as advance:
+                for answer in answers:
+                    self.session.submit(answer)
+                while self.session.busy:
+                    advance(sum(a.finished for a in self.session.step()))
+        finally:  # an interrupt or a refusal leaves nothing behind
+            for answer in answers:
+                if not answer.finished:
+                    self.session.abort(answer)
+        return [a.output() for a in answers]
+
+
+def _options(options: Mapping[str, Any]) -> Options:
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(Options.__dataclass_fields__)
+        raise ConfigError(f"LLM takes no option {', '.join(sorted(unknown))}; it takes model, use, tokenizer, {known}")
+    return Options(**options)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _machine() -> Machine:
+    import torch
+
+    from dovetail.machine import cpu_budget, memory
+
+    return Machine(cpu_budget(), memory().available, torch.cuda.is_available())

@@ -1,0 +1,172 @@
+"""The Llama family: Llama 1 to 3, SmolLM2, Mistral, Qwen2 and Qwen3.
+
+They differ in facts that a checkpoint states (biases, a norm on queries and keys, sliding windows, rope
+scaling), so one block serves all of them: norm, attention, residual, norm, gated MLP, residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dovetail.checkpoint import Checkpoint
+from dovetail.checkpoint.config import ModelConfig
+from dovetail.core.errors import ModelError
+from dovetail.core.seams import EVERY_ROW, Format, Geometry, RowFilter, SlidingWindow, Variant
+from dovetail.ops.norm import rms_norm
+from dovetail.ops.rope import Rope, rotate
+from dovetail.runtime.batch import Batch
+from dovetail.runtime.kv import KV
+
+Linear = Callable[[Tensor], Tensor]
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+class Stage(Protocol):
+    """A callable of the program: hidden rows [rows, width] to hidden rows, and the rows' batch."""
+
+    def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor: ...
+
+
+class Norm:
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Loader:
+    """Reads one layer's weights through the Format seam."""
+
+    def __init__(self, checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.format = fmt
+        self.dtype = dtype
+        self.device = device
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).dequantize(self.dtype).to(self.device)
+
+    def norm(self, name: str) -> Norm:
+        return Norm(self.tensor(f"{name}.weight"), self.checkpoint.config.rms_norm_eps)
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        read = self.checkpoint.tensor
+        return self.format.linear(
+            [read(f"{n}.weight") for n in names], [read(f"{n}.bias") for n in names] if bias else []
+        )
+
+
+class Attention:
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, load: Loader, prefix: str, rope: Rope, variant: Variant) -> None:
+        c = load.checkpoint.config
+        self.sizes = [c.num_heads * c.head_dim, *[c.num_kv_heads * c.head_dim] * 2]
+        self.head_dim = c.head_dim
+        self.rope = rope
+        self.variant = variant
+        self.qkv = load.linear(*(f"{prefix}.{n}_proj" for n in "qkv"), bias=c.qkv_bias)
+        self.o = load.linear(f"{prefix}.o_proj", bias=c.o_bias)
+        self.q_norm = load.norm(f"{prefix}.q_norm") if c.qk_norm else _same
+        self.k_norm = load.norm(f"{prefix}.k_norm") if c.qk_norm else _same
+
+    def __call__(self, x: Tensor, layer: int, batch: Batch, kv: KV) -> Tensor:
+        q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in self.qkv(x).split(self.sizes, dim=-1))
+        angles = batch.once(self.rope, lambda: self.rope.angles(batch.positions, x.dtype))
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        kv.write(layer, k, v, batch)
+        return self.o(kv.attend(layer, q, batch, self.variant).flatten(1))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class Block:
+    """One layer."""
+
+    def __init__(self, load: Loader, index: int, rope: Rope, variant: Variant) -> None:
+        prefix = f"model.layers.{index}"
+        c = load.checkpoint.config
+        self.attention = Attention(load, f"{prefix}.self_attn", rope, variant)
+        self.attention_norm = load.norm(f"{prefix}.input_layernorm")
+        self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm")
+        self.gate_up = load.linear(f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj", bias=c.mlp_bias)
+        self.down = load.linear(f"{prefix}.mlp.down_proj", bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.hidden_act]
+
+    def __call__(self, x: Tensor, layer: int, batch: Batch, kv: KV) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layer, batch, kv)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(self.activation(gate) * up)
+
+
+class Blocks:
+    """A run of layers: one callable of the program. A row that a filter drops keeps its hidden state."""
+
+    def __init__(self, blocks: list[Block], rows: RowFilter) -> None:
+        self.blocks = blocks
+        self.rows = rows
+
+    def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor:
+        last = len(self.blocks) - 1
+        done: list[tuple[Tensor, Tensor]] = []
+        index = torch.arange(len(hidden), device=hidden.device)
+        for i, block in enumerate(self.blocks):
+            if i < last:
+                kv.ahead(i + 1, hidden, batch)
+            hidden = block(hidden, i, batch, kv)
+            keep = self.rows.keep(i, hidden, batch)
+            if keep is not EVERY_ROW and i < last:
+                done.append((index, hidden))
+                index, hidden, batch = index[keep], hidden[keep], batch.take(keep)
+        for rows, earlier in reversed(done):
+            at = torch.searchsorted(rows, index)
+            hidden = earlier.index_copy(0, at, hidden)
+            index = rows
+        return hidden
+
+
+class Llama:
+    """Embedding, program, head. `program` is a list of callables; tied models repeat one."""
+
+    def __init__(self, load: Loader, rows: RowFilter, variant: Variant, max_position: int) -> None:
+        c = load.checkpoint.config
+        if c.hidden_act not in ACTIVATIONS:
+            raise ModelError(f"activation '{c.hidden_act}' is unknown; known: {', '.join(ACTIVATIONS)}")
+        self.config = c
+        self.geometry = geometry(c)
+        rope = Rope(c.rope, c.head_dim, max_position, load.device)
+        windows = c.sliding_windows or (None,) * c.num_layers
+        variants = [variant if w is None else SlidingWindow(w) for w in windows]
+        self.embedding = load.tensor("model.embed_tokens.weight")
+        blocks = [Block(load, i, rope, variants[i]) for i in range(c.num_layers)]
+        self.program: list[Stage] = [Blocks(blocks, rows)]
+        self.norm = load.norm("model.norm")
+        self.head = load.linear("model.embed_tokens" if c.tie_word_embeddings else "lm_head")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [rows] -> [rows, width]."""
+        return self.embedding.index_select(0, tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [rows, width] -> [rows, vocabulary] in float32, or float64 for a float64 model."""
+        out = self.head(self.norm(hidden))
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def geometry(c: ModelConfig) -> Geometry:
+    """What core and techniques may know of the model."""
+    sliding = tuple(i for i, w in enumerate(c.sliding_windows) if w is not None)
+    return Geometry(c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size, sliding)

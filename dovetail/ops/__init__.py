@@ -1,0 +1,1 @@
+"""One file per operation: formula, torch reference, cost, kernels."""

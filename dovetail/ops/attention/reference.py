@@ -1,0 +1,86 @@
+"""Torch reference of attention: readable, on any device, whole batches at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dovetail.core.seams import Variant
+
+
+class ReadSpans(Protocol):
+    """K and V [n, tokens, KV heads, head_dim] of spans [n], at least `length` tokens from position 0."""
+
+    def __call__(self, spans: Tensor, length: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Keys(NamedTuple):
+    """What each (row, KV head) reads: k, v [rows, KV heads, pages, page_size, head_dim], positions likewise
+    without head_dim."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+class Rows(NamedTuple):
+    """positions [rows], and spans with equally many rows: (spans [n], rows [n, c], longest KV)."""
+
+    positions: Tensor
+    groups: Sequence[tuple[Tensor, Tensor, int]]
+
+
+def attend_dense(q: Tensor, read: ReadSpans, variant: Variant, layout: Rows) -> Tensor:
+    """Rows q [rows, heads, head_dim] over everything before them -> the same shape.
+
+    Rows that are in no group stay undefined.
+    """
+    out = torch.empty_like(q)
+    for spans, rows, length in layout.groups:
+        k, v = read(spans, length)
+        n, c = rows.shape
+        heads = k.shape[2]
+        q_pos = layout.positions[rows]
+        k_pos = torch.arange(k.shape[1], device=q.device)
+        mask = variant.mask(q_pos[:, :, None], k_pos[None, None, :])  # [n, c, t]
+        grouped = q[rows].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # [n, heads, group, c, d]
+        positions = (q_pos[:, None, None, :, None], k_pos[None, None, None, None, :])
+        weights = _softmax(_scores(grouped, k.permute(0, 2, 1, 3)), mask[:, None, None], (variant, positions))
+        v = _clean(v, k_pos[None, :] > q_pos.amax(1)[:, None])
+        mixed = torch.matmul(weights.flatten(2, 3), v.permute(0, 2, 1, 3).to(weights.dtype))
+        mixed = mixed.unflatten(2, (-1, c)).permute(0, 3, 1, 2, 4).reshape(n, c, *q.shape[1:])
+        out[rows] = mixed.to(q.dtype)
+    return out
+
+
+def attend_pages(q: Tensor, keys: Keys, variant: Variant, positions: Tensor) -> Tensor:
+    """Rows q [rows, heads, head_dim] at `positions` [rows] over their own lists of pages -> the same shape."""
+    k, v, k_pos = keys.k.flatten(2, 3), keys.v.flatten(2, 3), keys.positions.flatten(2, 3)
+    grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, None]  # [rows, KV heads, group, 1, d]
+    mask = variant.mask(positions[:, None, None], k_pos)[:, :, None, None]
+    where = (positions[:, None, None, None, None], k_pos[:, :, None, None])
+    weights = _softmax(_scores(grouped, k), mask, (variant, where))
+    v = _clean(v.transpose(1, 2), (k_pos > positions[:, None, None]).transpose(1, 2)).transpose(1, 2)
+    mixed = torch.matmul(weights.squeeze(3), v.to(weights.dtype))
+    return mixed.flatten(1, 2).to(q.dtype)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [n, KV heads, group, c, d], k [n, KV heads, t, d] -> [n, KV heads, group, c, t] in float32 or float64."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scaled = q.to(wide).flatten(2, 3) * q.shape[-1] ** -0.5
+    return torch.matmul(scaled, k.to(wide).transpose(2, 3)).unflatten(2, q.shape[2:4])
+
+
+def _softmax(scores: Tensor, mask: Tensor, how: tuple[Variant, tuple[Tensor, Tensor]]) -> Tensor:
+    variant, (q_pos, k_pos) = how
+    scores = variant.score(scores, q_pos, k_pos)
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+
+
+def _clean(v: Tensor, unread: Tensor) -> Tensor:
+    """Zero the values [n, t, ...] that no query reads: stale memory may hold NaN, and 0 * NaN is NaN."""
+    return v.masked_fill(unread.reshape(*unread.shape, *[1] * (v.ndim - unread.ndim)), 0)

@@ -1,0 +1,91 @@
+"""Rotary position embedding (RoFormer, section 3.4), half-split layout, with the published scalings.
+
+For pair i of a head at position p, angle = p * f_i with f_i = theta^(-2i/d) before scaling:
+(x_i, x_{i+d/2}) -> (x_i cos - x_{i+d/2} sin, x_{i+d/2} cos + x_i sin).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dovetail.checkpoint.config import RopeConfig
+from dovetail.core.errors import ModelError
+
+
+def frequencies(rope: RopeConfig, head_dim: int, max_position: int) -> tuple[Tensor, float]:
+    """Frequencies [head_dim / 2] (float32) and the factor on cos and sin that a scaling asks for."""
+    base = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    p = rope.parameters
+    if rope.kind in ("default", "dynamic"):  # dynamic is the identity within the trained context
+        return base, 1.0
+    if rope.kind == "linear":
+        return base / p["factor"], 1.0
+    if rope.kind == "llama3":
+        return _llama3(base, p), 1.0
+    if rope.kind == "yarn":
+        return _yarn(base, rope, max_position)
+    if rope.kind == "factors":
+        return base / torch.tensor(rope.factors, dtype=torch.float32), 1.0
+    raise ModelError(f"rope scaling '{rope.kind}' is unknown; known: default linear dynamic llama3 yarn factors")
+
+
+def _llama3(base: Tensor, p: Mapping[str, float]) -> Tensor:
+    """Llama 3.1: long waves divided by `factor`, short ones kept, a linear blend between."""
+    low, high = p["low_freq_factor"], p["high_freq_factor"]
+    turns = p["original_max_position_embeddings"] * base / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return base / p["factor"] * (1 - blend) + base * blend
+
+
+def _yarn(base: Tensor, rope: RopeConfig, max_position: int) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071), sections 3.2 to 3.4: interpolate by wavelength, and temper the logits."""
+    p, half = rope.parameters, len(base)
+    original = p.get("original_max_position_embeddings") or max_position
+    factor = p.get("factor") or max_position / original
+
+    def pair(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    low, high = pair(p.get("beta_fast") or 32.0), pair(p.get("beta_slow") or 1.0)
+    if p.get("truncate", 1.0):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    ramp = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    scaled = base / factor * ramp + base * (1 - ramp)
+    return scaled, _yarn_temper(p, factor)
+
+
+def _yarn_temper(p: Mapping[str, float], factor: float) -> float:
+    def temper(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if p.get("attention_factor"):
+        return p["attention_factor"]
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return temper(p["mscale"]) / temper(p["mscale_all_dim"])
+    return temper(1.0)
+
+
+class Rope:
+    """cos and sin for a batch, and their application."""
+
+    def __init__(self, rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> None:
+        freqs, self.temper = frequencies(rope, head_dim, max_position)
+        self.freqs = freqs.to(device)
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [rows] -> cos, sin [rows, 1, head_dim / 2], computed in float32 (float64 for float64)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = positions[:, None, None].to(wide) * self.freqs.to(wide)
+        return (angle.cos() * self.temper).to(dtype), (angle.sin() * self.temper).to(dtype)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """x [rows, heads, head_dim] -> the same, rotated."""
+    cos, sin = angles
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -1,0 +1,1 @@
+"""Device side: batches, KV storage, execution, sampling."""

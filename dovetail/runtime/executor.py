@@ -1,0 +1,100 @@
+"""The default Executor: the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
+from dovetail.runtime.batch import BatchBuilder
+from dovetail.runtime.kv import KV
+from dovetail.runtime.sampler import Row, by_span, describe, sample
+
+LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
+
+
+class ModelExecutor:
+    """Runs a plan on a model: page moves, then one call per distinct callable of the program, then sampling.
+
+    Spans are grouped by callable rather than by stage, so requests at different depths of a tied program
+    share a call.
+    """
+
+    def __init__(self, model: Any, kv: KV, builder: BatchBuilder) -> None:
+        self.model = model
+        self.kv = kv
+        self.builder = builder
+        self.num_stages = len(model.program)
+        self.calls = 0
+        self._carry: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        self.kv.begin(plan.copies, plan.sealed)
+        for request_id in plan.released:
+            self._carry.pop(request_id, None)
+        hidden: dict[int, Tensor] = {}
+        for members in self._by_callable(plan.spans):
+            hidden.update(self._call(members, [plan.spans[i] for i in members]))
+        return StepResult(self._finish(plan.spans, hidden))
+
+    def _by_callable(self, spans: Sequence[Span]) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for i, span in enumerate(spans):
+            groups.setdefault(id(self.model.program[span.stage]), []).append(i)
+        return list(groups.values())
+
+    def _call(self, members: Sequence[int], spans: Sequence[Span]) -> dict[int, Tensor]:
+        """One stage for spans; the hidden rows of those whose program is done."""
+        batch = self.builder.build(spans)
+        if all(s.stage == 0 for s in spans):
+            hidden = self.model.embed(batch.tokens)
+        else:
+            embedded = self.model.embed(batch.tokens).split([s.stop - s.start for s in spans])
+            hidden = torch.cat(
+                [self._carry.pop(s.request.id) if s.stage else e for s, e in zip(spans, embedded, strict=True)]
+            )
+        hidden = self.model.program[spans[0].stage](hidden, batch, self.kv)
+        self.calls += 1
+        done = {}
+        pieces = hidden.split([s.stop - s.start for s in spans])
+        for i, span, piece in zip(members, spans, pieces, strict=True):
+            if span.stage + 1 < self.num_stages:
+                self._carry[span.request.id] = piece
+            else:
+                done[i] = piece
+        return done
+
+    def _finish(self, spans: Sequence[Span], hidden: dict[int, Tensor]) -> list[SpanResult]:
+        """Sample where the plan says so, and score prompts where a request asks for it."""
+        sampled = [i for i, s in enumerate(spans) if s.sample]
+        results = [SpanResult()] * len(spans)
+        if sampled:
+            counts = [spans[i].sample for i in sampled]
+            last = torch.cat([hidden[i][-n:] for i, n in zip(sampled, counts, strict=True)])
+            rows = [Row(spans[i].request, j) for i, n in zip(sampled, counts, strict=True) for j in range(n)]
+            chosen = sample(self.model.logits(last), rows)
+            for i, result in zip(sampled, by_span(counts, *chosen), strict=True):
+                results[i] = result
+        for i, span in enumerate(spans):
+            if span.request.params.prompt_logprobs is not None and i in hidden:
+                scores = self._score(span, hidden[i])
+                results[i] = replace(results[i], prompt_logprobs=tuple(scores))
+        return results
+
+    def _score(self, span: Span, hidden: Tensor) -> list[TokenLogprobs]:
+        """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them."""
+        request = span.request
+        first = max(span.start, request.scored)
+        stop = min(span.stop, len(request.prompt) - 1)
+        out: list[TokenLogprobs] = []
+        for at in range(first, stop, LOGIT_ROWS):
+            end = min(at + LOGIT_ROWS, stop)
+            logits = self.model.logits(hidden[at - span.start : end - span.start])
+            counts = [request.params.prompt_logprobs or 0] * (end - at)
+            out += describe(logits, request.prompt[at + 1 : end + 1], counts)
+        return out

@@ -1,0 +1,142 @@
+"""Paged KV on the device; the one place where Selector, Codec and Residency meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dovetail.core.seams import Geometry, Seams, Variant
+from dovetail.core.types import PageSet
+from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
+from dovetail.runtime.batch import Batch
+from dovetail.runtime.store import Store, store_type
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """`kv_cache_dtype` is float32, bf16, int8 or float64. Every stage of the program has KV of its own."""
+
+    num_pages: int
+    page_size: int
+    kv_cache_dtype: str
+    num_stages: int = 1
+
+
+def bytes_per_token(geometry: Geometry, kv_cache_dtype: str) -> int:
+    """Bytes of K and V of one token over all layers."""
+    kind, dtype = store_type(kv_cache_dtype)
+    return 2 * geometry.num_layers * kind.token_bytes(geometry.num_kv_heads, geometry.head_dim, dtype)
+
+
+class KV:
+    """Pages of K and V of every layer. Writes are provisional until the plan seals their page."""
+
+    def __init__(self, geometry: Geometry, config: KVConfig, device: torch.device) -> None:
+        kind, dtype = store_type(config.kv_cache_dtype)
+        slots = config.num_pages * config.page_size
+        shape = (geometry.num_layers * config.num_stages, slots, geometry.num_kv_heads, geometry.head_dim)
+        self.k: Store = kind(shape, dtype, device)
+        self.v: Store = kind(shape, dtype, device)
+        self.page_size = config.page_size
+        self.device = device
+        self.own_window = frozenset(geometry.sliding_layers)
+        self.seams = Seams()
+
+    def begin(self, copies: Sequence[tuple[int, int]], sealed: Sequence[int]) -> None:
+        """Apply a plan's page moves, before any of its rows is computed."""
+        if sealed:
+            pages = torch.as_tensor(sealed, device=self.device)
+            self.seams.selector.seal(pages, self)
+            self.seams.codec.seal(pages, self)
+            self.seams.residency.put(pages)
+        if copies:
+            moves = torch.as_tensor(copies, device=self.device)
+            source, target = (self._slots(moves[:, i]).flatten() for i in (0, 1))
+            self.k.copy(source, target)
+            self.v.copy(source, target)
+
+    def keys(self, layer: int, pages: Tensor) -> Tensor:
+        """Keys [..., page_size, KV heads, head_dim] of physical pages [...], as written (rotated)."""
+        return self.k.read(layer, self._slots(pages))
+
+    def values(self, layer: int, pages: Tensor) -> Tensor:
+        return self.v.read(layer, self._slots(pages))
+
+    def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
+        """k, v [rows, KV heads, head_dim] of the batch's rows."""
+        self.k.write(layer, batch.slots, k)
+        self.v.write(layer, batch.slots, v)
+
+    def ahead(self, layer: int, hidden: Tensor, batch: Batch) -> None:
+        """Let the selector guess the pages of `layer`, and have them moved meanwhile."""
+        pages = self.seams.selector.ahead(layer, hidden, batch)
+        self.seams.residency.prefetch(layer, pages, batch)
+
+    def attend(self, layer: int, q: Tensor, batch: Batch, variant: Variant) -> Tensor:
+        """Attention of q [rows, heads, head_dim] over each row's own sequence -> the same shape."""
+        select = layer not in self.own_window
+        pages = self.seams.selector.select(layer, q, batch) if select else PageSet()
+        self.seams.residency.fetch(layer, pages, batch)
+        if pages.pages is None:
+            return attend_dense(q, KVReader(self, layer, batch), variant, Rows(batch.positions, batch.groups))
+        out = torch.empty_like(q)
+        if len(batch.dense_rows):
+            layout = Rows(batch.positions, batch.dense_groups)
+            dense = attend_dense(q, KVReader(self, layer, batch), variant, layout)
+            out[batch.dense_rows] = dense[batch.dense_rows]
+        rows = batch.sparse_rows
+        physical, logical = self._always_read(pages.pages, batch)
+        keys = Keys(
+            self._open_heads(self.k, layer, physical),
+            self._open_heads(self.v, layer, physical),
+            (logical * self.page_size)[..., None] + torch.arange(self.page_size, device=q.device),
+        )
+        out[rows] = attend_pages(q[rows], keys, variant, batch.positions[rows])
+        return out
+
+    def _slots(self, pages: Tensor) -> Tensor:
+        return pages[..., None] * self.page_size + torch.arange(self.page_size, device=pages.device)
+
+    def _open_heads(self, store: Store, layer: int, pages: Tensor) -> Tensor:
+        """pages [rows, KV heads, n] -> [rows, KV heads, n, page_size, head_dim]."""
+        slots = self._slots(pages)
+        return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])
+
+    def _always_read(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Add to the chosen droppable pages those that are always read -> physical and sequence page numbers.
+
+        chosen [rows, KV heads, k], -1 where absent. Absent pages point at page 0 and at a sequence page that
+        no query may read.
+        """
+        rows = batch.sparse_rows
+        first, last = batch.eligible[rows], batch.positions[rows] // self.page_size
+        recent = first[:, None] + torch.arange(int((last - first).max()) + 1, device=chosen.device)
+        recent = torch.where(recent <= last[:, None], recent, -1)
+        chosen = torch.where(chosen < first[:, None, None], chosen, -1)
+        logical = torch.cat([chosen, recent[:, None].expand(-1, chosen.shape[1], -1)], -1)
+        table = batch.tables[batch.span_of_row[rows]][:, None].expand(-1, chosen.shape[1], -1)
+        physical = torch.where(logical < 0, 0, table.gather(2, logical.clamp_min(0)))
+        return physical, torch.where(logical < 0, NEVER, logical)
+
+
+NEVER = 2**40  # a page number beyond every position
+
+
+@dataclass(frozen=True)
+class KVReader:
+    """K and V of whole sequences of one layer, through the codec."""
+
+    kv: KV
+    layer: int
+    batch: Batch
+
+    def __call__(self, spans: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """K and V [n, pages * page_size, KV heads, head_dim] of spans [n], to at least `length` tokens."""
+        count = -(-length // self.kv.page_size)
+        pages = self.batch.tables[spans, :count]
+        both = self.kv.keys(self.layer, pages), self.kv.values(self.layer, pages)
+        k, v = self.kv.seams.codec.open(self.layer, pages, both)
+        return k.flatten(1, 2), v.flatten(1, 2)

@@ -1,0 +1,43 @@
+"""From a checkpoint to a running engine."""
+
+from __future__ import annotations
+
+import torch
+
+from dovetail.checkpoint import Checkpoint
+from dovetail.config import Config
+from dovetail.core.engine import Engine
+from dovetail.core.pages import PagePool
+from dovetail.core.scheduler import Limits
+from dovetail.core.seams import Site
+from dovetail.core.technique import Composition
+from dovetail.layers.linear import Dense
+from dovetail.models import MODELS, Loader, geometry
+from dovetail.runtime.batch import BatchBuilder
+from dovetail.runtime.executor import ModelExecutor
+from dovetail.runtime.kv import KV, KVConfig
+
+
+def stored_format(checkpoint: Checkpoint) -> str:
+    """The format of the bulk of the weights."""
+    return checkpoint.tensor("model.layers.0.mlp.down_proj.weight").format
+
+
+def build_engine(checkpoint: Checkpoint, config: Config, composition: Composition) -> Engine:
+    """Load weights, allocate KV and fill the seams."""
+    torch.set_num_threads(config.threads)
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    shape = geometry(checkpoint.config)
+    pool = PagePool(config.num_kv_pages, config.block_size)
+    kv = KV(shape, KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype), device)
+    seams = composition.build(Site(shape, config.block_size, pool, kv=kv, device=device))
+    kv.seams = seams
+    load = Loader(checkpoint, seams.format or Dense(dtype, device), dtype, device)
+    model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant, config.max_model_len)
+    stage_pages = shape.num_layers * config.num_kv_pages
+    builder = BatchBuilder(config.block_size, seams.selector.window, stage_pages, device)
+    executor = seams.executor or ModelExecutor(model, kv, builder)
+    limits = Limits(
+        config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching
+    )
+    return Engine(executor, pool, seams, limits)

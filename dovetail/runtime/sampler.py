@@ -1,0 +1,181 @@
+"""From logits to tokens. A token is a pure function of (seed, position, logits) and the request's options.
+
+Nothing is drawn from a generator with a state, so drafts, batch-mates and preemption cannot change an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.core.types import Request, SpanResult, TokenLogprobs
+
+_MASK = 2**64 - 1
+
+
+class Row(NamedTuple):
+    """A sampled row: the token chosen from it follows `request.tokens + request.drafts[:ahead]`."""
+
+    request: Request
+    ahead: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token is simply the largest logit."""
+        p = self.request.params
+        return p.greedy and not (p.penalised or p.logit_bias or self.too_early or p.logprobs is not None)
+
+    @property
+    def too_early(self) -> bool:
+        return self.request.num_output + self.ahead < self.request.params.min_tokens
+
+    @property
+    def position(self) -> int:
+        return len(self.request.tokens) + self.ahead
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
+    """logits [rows, vocabulary] -> tokens, what is known about each, and whether the row was free of NaN."""
+    best, index = logits.max(dim=-1)
+    sound: list[bool] = torch.isfinite(best).tolist()
+    if all(r.plain for r in rows):
+        return index.tolist(), [None] * len(rows), sound
+    shaped = _shape(logits, rows)
+    tokens = shaped.argmax(-1)
+    random = [i for i, r in enumerate(rows) if not r.request.params.greedy and sound[i]]
+    if random:
+        at = torch.tensor(random, device=logits.device)
+        tokens[at] = _draw(shaped[at], [rows[i] for i in random])
+    chosen = tokens.tolist()
+    return chosen, _logprobs(logits, rows, chosen), sound
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1): splitmix64 of the pair."""
+    x = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & _MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK
+    return (x >> 11) / 2**53
+
+
+# -- shaping the logits ---------------------------------------------------------------------------------
+
+
+def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Penalties, bias, forbidden ends; a new tensor."""
+    out = logits.clone()
+    for i, row in enumerate(rows):
+        p = row.request.params
+        if p.penalised:
+            _penalise(out[i], row)
+        if p.logit_bias:
+            ids = torch.tensor(list(p.logit_bias), device=out.device)
+            out[i, ids] += torch.tensor(list(p.logit_bias.values()), dtype=out.dtype, device=out.device)
+        if row.too_early and row.request.stop_ids:
+            out[i, torch.tensor(sorted(row.request.stop_ids), device=out.device)] = float("-inf")
+    return out
+
+
+def _penalise(logits: Tensor, row: Row) -> None:
+    """Repetition over prompt and output (CTRL, section 4.1); presence and frequency over the output (OpenAI)."""
+    request, p = row.request, row.request.params
+    written = np.asarray(request.output + request.drafts[: row.ahead], dtype=np.int64)
+    if p.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(np.concatenate([request.prompt, written]).astype(np.int64)))
+        seen = seen.to(logits.device)
+        old = logits[seen]
+        logits[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+    if len(written) and (p.presence_penalty or p.frequency_penalty):
+        ids, counts = np.unique(written, return_counts=True)
+        loss = p.presence_penalty + p.frequency_penalty * torch.from_numpy(counts).to(logits)
+        logits[torch.from_numpy(ids).to(logits.device)] -= loss
+
+
+# -- drawing --------------------------------------------------------------------------------------------
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Inverse-transform sampling; whether a row is sorted depends on its own options only."""
+    params = [r.request.params for r in rows]
+    column = lambda values: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # noqa: E731
+    wide = logits.to(torch.float64) / column([p.temperature for p in params])
+    probs = torch.softmax(wide, -1)
+    probs = torch.where(probs < column([p.min_p for p in params]) * probs.amax(-1, keepdim=True), 0, probs)
+    noise = column([uniform(r.request.seed, r.position) for r in rows])
+    out = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    cut = [p.top_k > 0 or p.top_p < 1 for p in params]
+    for sort in (False, True):
+        which = [i for i, c in enumerate(cut) if c == sort]
+        if not which:
+            continue
+        at = torch.tensor(which, device=logits.device)
+        if not sort:
+            out[at] = _invert(probs[at], noise[at])
+            continue
+        ordered, order = probs[at].sort(-1, descending=True, stable=True)
+        some = [params[i] for i in which]
+        kept = _cut(ordered, column([p.top_k if p.top_k > 0 else 2**31 for p in some]), column([p.top_p for p in some]))
+        out[at] = order.gather(1, _invert(kept, noise[at])[:, None]).squeeze(1)
+    return out
+
+
+def _cut(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero what is outside the k most likely, and then outside the smallest set of mass p; descending probs."""
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    ordered = torch.where(rank < top_k, ordered, 0)
+    before = ordered.cumsum(-1) - ordered
+    return torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0)
+
+
+def _invert(probs: Tensor, noise: Tensor) -> Tensor:
+    """The first index at which the running sum exceeds noise * total."""
+    total = probs.cumsum(-1)
+    index = torch.searchsorted(total, noise * total[:, -1:], right=True).squeeze(1)
+    last = probs.shape[1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(index, last)
+
+
+# -- log-probabilities ----------------------------------------------------------------------------------
+
+
+def _logprobs(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
+    asked = [i for i, r in enumerate(rows) if r.request.params.logprobs is not None]
+    out: list[TokenLogprobs | None] = [None] * len(rows)
+    if asked:
+        at = torch.tensor(asked, device=logits.device)
+        counts = [rows[i].request.params.logprobs or 0 for i in asked]
+        for i, known in zip(asked, describe(logits[at], [tokens[i] for i in asked], counts), strict=True):
+            out[i] = known
+    return out
+
+
+def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Log-probability and rank of a token per row of logits [n, vocabulary], and of the `counts` best."""
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    k = min(max(counts), logits.shape[1])
+    values, ids = logprobs.topk(k, -1) if k else (logprobs[:, :0], logprobs[:, :0])
+    best = [list(zip(map(int, i), v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [
+        TokenLogprobs(t, lp, rank, tuple(b[:c]))
+        for t, (lp,), rank, b, c in zip(tokens, own.tolist(), ranks, best, counts, strict=True)
+    ]
+
+
+def by_span(
+    counts: Sequence[int], tokens: Sequence[int], known: Sequence[TokenLogprobs | None], sound: Sequence[bool]
+) -> list[SpanResult]:
+    """Cut the sampled rows into one result per span with `counts` rows."""
+    out, at = [], 0
+    for n in counts:
+        rows = slice(at, at + n)
+        at += n
+        error = None if all(sound[rows]) else "the model produced NaN or infinite logits for this request"
+        logprobs = [k for k in known[rows] if k is not None]
+        out.append(SpanResult(tuple(tokens[rows]), tuple(logprobs), error=error))
+    return out

@@ -1,0 +1,118 @@
+"""Requests of users on one engine: from prompts and parameters to answers. One thread owns it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from dovetail.config import Config
+from dovetail.core.engine import Engine
+from dovetail.core.errors import RequestError
+from dovetail.core.pages import PageTable
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.types import Request
+from dovetail.outputs import Answer, Stream
+from dovetail.tokenizer import Tokenizer
+
+_MASK = 2**64 - 1
+
+
+class Session:
+    """Submits, steps and aborts. Every submitted answer ends with a finish reason exactly once."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = config
+        self.vocab_size = vocab_size
+        self.eos_ids = frozenset(tokenizer.eos_ids)
+        self.answers: dict[str, Answer] = {}
+        self._count = itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
+
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, request_id: str = "") -> Answer:
+        """Check a prompt and its parameters, and build the answer; nothing is queued yet.
+
+        A string is tokenized with the model's special tokens. Raises RequestError, which names the field.
+        Safe to call from any thread.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check(ids, params)
+        number = next(self._count)
+        request_id = request_id or f"request-{number}"
+        seed = params.seed if params.seed is not None else mix(self.config.seed, number)
+        requests = [self._request(f"{request_id}/{i}", ids, params, mix(seed, i) if i else seed) for i in range(params.n)]
+        for i, r in enumerate(requests):
+            r.index = i
+            r.fork_of = requests[0] if i else None
+        streams = [Stream(r, self.tokenizer) for r in requests]
+        return Answer(request_id, text, ids, params, streams, self.tokenizer)
+
+    def submit(self, answer: Answer) -> Answer:
+        """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run."""
+        if answer.request_id in self.answers:
+            raise RequestError(f"a request with id '{answer.request_id}' is already running", param="request_id")
+        requests = [s.request for s in answer.streams]
+        for i, request in enumerate(requests):
+            try:
+                self.engine.add(request)
+            except Exception:
+                for earlier in requests[:i]:
+                    self.engine.abort(earlier)
+                raise
+        self.answers[answer.request_id] = answer
+        return answer
+
+    def step(self) -> list[Answer]:
+        """One step of the engine; the answers that changed."""
+        changed: dict[str, Answer] = {}
+        for progress in self.engine.step():
+            answer = self.answers.get(progress.request.id.rpartition("/")[0])
+            if answer is None:
+                continue
+            stream = answer.streams[progress.request.index]
+            answer.push(progress)
+            changed[answer.request_id] = answer
+            if stream.finish_reason is not None:
+                self.engine.abort(progress.request, stream.finish_reason)
+            if answer.finished:
+                del self.answers[answer.request_id]
+        return list(changed.values())
+
+    def abort(self, answer: Answer, reason: str = "abort") -> None:
+        """End an answer now; its pages are free when this returns."""
+        for stream in answer.streams:
+            self.engine.abort(stream.request, reason)
+            if stream.finish_reason is None:
+                stream.close(reason)
+        self.answers.pop(answer.request_id, None)
+
+    def _request(self, request_id: str, ids: list[int], params: SamplingParams, seed: int) -> Request:
+        limit = self.config.max_model_len
+        total = limit if params.max_tokens is None else len(ids) + params.max_tokens
+        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_ids)
+        return Request(
+            request_id, ids, params, PageTable(self.engine.pool), max_total=total, seed=seed, stop_ids=stops
+        )
+
+    def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
+        size = self.vocab_size
+        for name, values in (
+            ("prompt", ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("stop_token_ids", params.stop_token_ids or ()),
+        ):
+            for t in values:
+                if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
+                    raise RequestError(f"{name}: token id {t!r} is not in the vocabulary of {size}", param=name)
+
+
+def mix(seed: int, number: int) -> int:
+    """A seed for the number-th request of a seed."""
+    x = ((seed & _MASK) * 0x9E3779B97F4A7C15 + (number + 1) * 0xBF58476D1CE4E5B9) & _MASK
+    x ^= x >> 31
+    return (x * 0x94D049BB133111EB) & _MASK
