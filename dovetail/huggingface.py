@@ -5,14 +5,16 @@ Nothing here asks the network about a model that is already complete on disk, so
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dovetail.core.errors import ModelError
-from dovetail.files import explaining, require_space
+from dovetail.files import DISK_ERRORS, explaining, require_space
 from dovetail.progress import note
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -128,8 +130,6 @@ def remove(repo: str) -> int | None:
 
 
 def _complete(folder: Path) -> bool:
-    import json
-
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
@@ -162,8 +162,6 @@ def _choose(reference: Reference, files: dict[str, int]) -> Reference:
 
 
 def _missing_bytes(reference: Reference, sizes: dict[str, int], revision: str | None) -> int:
-    from fnmatch import fnmatch
-
     from huggingface_hub import try_to_load_from_cache
 
     def wanted(name: str) -> bool:
@@ -185,13 +183,9 @@ def _asking(reference: Reference, question: Callable[[], Result]) -> Result:
     """Run one call to the hub, its failures turned into ModelError; a full disk passes through."""
     try:
         return question()
-    # The hub's client has changed its HTTP library several times, and with it the types of its failures.
+    # The hub's client has changed its HTTP library several times, and with it the errors it raises.
     except Exception as error:
-        if (
-            isinstance(error, OSError)
-            and error.errno is not None
-            and getattr(error, "response", None) is None
-        ):
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         raise ModelError(_why(reference, error)) from error
 
@@ -201,18 +195,19 @@ def _why(reference: Reference, error: Any) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     repo = reference.repo
     if "GatedRepoError" in kinds:
-        return f"{repo} asks its users to accept terms: do so on its page, then set HF_TOKEN or run `hf auth login`"
+        return f"{repo} asks for its terms to be accepted: do so on its page, then set HF_TOKEN"
     if "RepositoryNotFoundError" in kinds or status in (401, 403, 404):
         return (
-            f"the Hugging Face hub knows no model {repo} that this user may read (HTTP {status}); check the name, "
-            "and for a private model set HF_TOKEN"
+            f"the Hugging Face hub has no model {repo} that this user may read (HTTP {status}); "
+            "check the name, and for a private model set HF_TOKEN"
         )
     if "OfflineModeIsEnabled" in kinds:
         return f"{repo} is not completely in the cache, and HF_HUB_OFFLINE forbids asking the hub for it"
     if "HFValidationError" in kinds:
         return f"{repo} is not a valid repository name on the Hugging Face hub: {error}"
     reason = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__
     return (
-        f"could not get {repo} from the Hugging Face hub: {type(error).__name__}: {reason[0] if reason else ''}; "
-        "without the hub, use a local path or an alias (`dovetail list --aliases`)"
+        f"could not get {repo} from the Hugging Face hub: {what}; "
+        "without the hub, use a local path or an alias (`dovetail list --all`)"
     )

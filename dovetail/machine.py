@@ -1,6 +1,6 @@
 """What this machine is: cores it may use, instruction sets, memory, how fast it reads.
 
-Functions that read /proc and /sys take the root they hang from, so that a made-up tree can stand for a machine.
+Functions that read /proc and /sys take the root they hang from: a made-up tree can stand for a machine.
 """
 
 from __future__ import annotations
@@ -66,18 +66,16 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     """Cores' worth of time that the tightest enclosing cgroup grants, None without a limit."""
     quotas: list[float] = []
     for group in _groups(root, "cpu"):
-        pair = _read(group / "cpu.max").split() or [
-            _read(group / "cpu.cfs_quota_us").strip(),
-            _read(group / "cpu.cfs_period_us").strip(),
-        ]
-        quota, period = (_integer(text) for text in (*pair, "")[:2])
+        quota_text, _, period_text = _read(group / "cpu.max").strip().partition(" ")
+        quota = _integer(quota_text or _read(group / "cpu.cfs_quota_us"))
+        period = _integer(period_text or _read(group / "cpu.cfs_period_us"))
         if quota is not None and period is not None and quota > 0 and period > 0:
             quotas.append(quota / period)
     return min(quotas, default=None)
 
 
 def physical_cores(root: Path = ROOT, allowed: frozenset[int] | None = None) -> int:
-    """Distinct cores behind the CPUs in `allowed` (default: all of this process'): hyperthreads count once."""
+    """Distinct cores behind the CPUs in `allowed` (default: this process' own): hyperthreads count once."""
     allowed = _affinity() if allowed is None else allowed
     seen = set()
     for cpu in allowed:
@@ -103,9 +101,9 @@ def isa(root: Path = ROOT) -> tuple[str, ...]:
 
 def memory(root: Path = ROOT) -> Memory:
     """Installed and usable memory; page cache that the kernel would give back counts as usable."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
-    total = int(fields.get("MemTotal", 0)) * 1024
-    available = int(fields.get("MemAvailable", fields.get("MemFree", 0))) * 1024
+    fields = _table(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"))
+    total = int(fields.get("MemTotal", "0")) * 1024
+    available = int(fields.get("MemAvailable", fields.get("MemFree", "0"))) * 1024
     limit = None
     for group in _groups(root, "memory"):
         allowed, used = _memory_use(group)
@@ -116,7 +114,7 @@ def memory(root: Path = ROOT) -> Memory:
     return Memory(total, available, limit)
 
 
-def read_bandwidth(threads: int, size: int = 512 << 20, seconds: float = 1.0) -> float:
+def read_bandwidth(threads: int, size: int = 256 << 20, seconds: float = 0.5) -> float:
     """Bytes per second that `threads` threads together read from memory: the best of the passes in `seconds`.
 
     `size` bytes (at least a few times the last-level cache) are allocated for it.
@@ -137,6 +135,16 @@ def read_bandwidth(threads: int, size: int = 512 << 20, seconds: float = 1.0) ->
     return best
 
 
+def last_level_cache(root: Path = ROOT) -> int:
+    """Bytes of the largest cache that the first CPU sees, 0 if Linux does not say."""
+    largest = 0
+    for index in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = _read(index).strip()
+        if text[-1:] in ("K", "M") and (count := _integer(text[:-1])):
+            largest = max(largest, count << (10 if text[-1] == "K" else 20))
+    return largest
+
+
 def has_nvidia_gpu(root: Path = ROOT) -> bool:
     """Whether the NVIDIA driver shows a device; asks no library."""
     return (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists()
@@ -155,7 +163,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
     """
     base = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
             mounts = [base, base / "unified"]
         elif controller in controllers.split(","):
@@ -172,14 +180,14 @@ def _memory_use(group: Path) -> tuple[int | None, int]:
     """The group's limit (None without one) and the bytes in use that cannot be reclaimed."""
     limit = _integer(_read(group / "memory.max")) or _integer(_read(group / "memory.limit_in_bytes"))
     used = _integer(_read(group / "memory.current")) or _integer(_read(group / "memory.usage_in_bytes")) or 0
-    stat = dict(re.findall(r"^(\w+) (\d+)$", _read(group / "memory.stat"), re.MULTILINE))
-    cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    stat = _table(r"^(\w+) (\d+)$", _read(group / "memory.stat"))
+    cache = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
     return limit, max(0, used - cache)
 
 
 def _core_in_cpuinfo(root: Path, cpu: int) -> str:
     for block in _read(root / "proc/cpuinfo").split("\n\n"):
-        fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", block, re.MULTILINE))
+        fields = _table(r"^([\w ]+?)\s*:\s*(.*)$", block)
         if fields.get("processor") == str(cpu) and "core id" in fields:
             return f"{fields.get('physical id', '0')}/{fields['core id']}"
     return ""
@@ -188,6 +196,10 @@ def _core_in_cpuinfo(root: Path, cpu: int) -> str:
 def _cpuinfo(root: Path, key: str) -> Iterator[str]:
     for match in re.finditer(rf"^{re.escape(key)}\s*:\s*(.*)$", _read(root / "proc/cpuinfo"), re.MULTILINE):
         yield match[1].strip()
+
+
+def _table(pattern: str, text: str) -> dict[str, str]:
+    return {match[1]: match[2] for match in re.finditer(pattern, text, re.MULTILINE)}
 
 
 def _integer(text: str) -> int | None:

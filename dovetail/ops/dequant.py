@@ -35,7 +35,10 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def dequantize(blocks: Tensor) -> Tensor:
-        return blocks.contiguous().view(dtype).float()
+        blocks = blocks.contiguous()
+        if blocks.storage_offset() % dtype.itemsize:
+            blocks = blocks.clone()  # torch reinterprets aligned bytes only
+        return blocks.view(dtype).float()
 
     return dequantize
 

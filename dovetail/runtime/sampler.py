@@ -102,24 +102,20 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Inverse-transform sampling; whether a row is sorted depends on its own options only."""
     params = [r.request.params for r in rows]
     column = lambda values: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # noqa: E731
-    wide = logits.to(torch.float64) / column([p.temperature for p in params])
-    probs = torch.softmax(wide, -1)
-    probs = torch.where(probs < column([p.min_p for p in params]) * probs.amax(-1, keepdim=True), 0, probs)
+    probs = torch.softmax(logits.to(torch.float64) / column([p.temperature for p in params]), -1)
+    least = column([p.min_p for p in params]) * probs.amax(-1, keepdim=True)
+    probs = torch.where(probs < least, 0, probs)
     noise = column([uniform(r.request.seed, r.position) for r in rows])
     out = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    cut = [p.top_k > 0 or p.top_p < 1 for p in params]
-    for sort in (False, True):
-        which = [i for i, c in enumerate(cut) if c == sort]
-        if not which:
-            continue
-        at = torch.tensor(which, device=logits.device)
-        if not sort:
-            out[at] = _invert(probs[at], noise[at])
-            continue
-        ordered, order = probs[at].sort(-1, descending=True, stable=True)
-        some = [params[i] for i in which]
-        kept = _cut(ordered, column([p.top_k if p.top_k > 0 else 2**31 for p in some]), column([p.top_p for p in some]))
-        out[at] = order.gather(1, _invert(kept, noise[at])[:, None]).squeeze(1)
+    cut = torch.tensor([p.top_k > 0 or p.top_p < 1 for p in params], device=logits.device)
+    if not cut.all():
+        out[~cut] = _invert(probs[~cut], noise[~cut])
+    if cut.any():
+        some = [p for p in params if p.top_k > 0 or p.top_p < 1]
+        ordered, order = probs[cut].sort(dim=-1, descending=True, stable=True)
+        top_k = column([p.top_k if p.top_k > 0 else 2**31 for p in some])
+        kept = _cut(ordered, top_k, column([p.top_p for p in some]))
+        out[cut] = order.gather(1, _invert(kept, noise[cut])[:, None]).squeeze(1)
     return out
 
 

@@ -1,0 +1,41 @@
+"""`dovetail export`: a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dovetail.cli.result import JsonOption, write_json
+
+
+class Dtype(enum.StrEnum):
+    """Number formats that a folder is written in."""
+
+    BFLOAT16 = "bf16"
+    FLOAT32 = "float32"
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write; made if it is not there.")],
+    dtype: Annotated[Dtype, typer.Option(help="Number format of the weights.")] = Dtype.BFLOAT16,
+    json_file: JsonOption = None,
+) -> None:
+    """Write MODEL, dequantized, to DIRECTORY in the Hugging Face format, for other programs to run.
+
+    \b
+    Example:
+      dovetail export smollm2-135m ./smollm2 --dtype float32
+    """
+    from dovetail import hub
+    from dovetail.checkpoint import open_checkpoint
+    from dovetail.checkpoint.export import export
+    from dovetail.files import tree_bytes
+
+    export(open_checkpoint(hub.resolve(model)), directory, dtype.value)
+    print(directory)
+    size = tree_bytes(directory)
+    write_json(json_file, {"model": model, "path": str(directory), "dtype": dtype.value, "bytes": size})

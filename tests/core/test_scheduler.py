@@ -1,0 +1,239 @@
+"""The engine's loop over a made-up model whose next token is a function of the text so far."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail.core.engine import Engine
+from dovetail.core.errors import CapacityError, RequestError
+from dovetail.core.pages import PagePool, PageTable, pages_for
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.scheduler import Limits
+from dovetail.core.seams import Drafter, Policy, Seams
+from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum((i + 3) * t for i, t in enumerate(tokens)) * 31 + len(tokens)) % 17
+
+
+@dataclass
+class FakeExecutor:
+    """Checks every promise that a plan makes, with the KV of a slot being the text up to it."""
+
+    page_size: int
+    budget: int
+    num_stages: int = 1
+    memory: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        assert 0 < plan.num_tokens <= self.budget
+        for source, target in plan.copies:
+            for i in range(self.page_size):
+                self.memory[target * self.page_size + i] = self.memory.get(source * self.page_size + i, ())
+        return StepResult([self._span(s) for s in plan.spans])
+
+    def _span(self, span: object) -> SpanResult:
+        r = span.request
+        text = r.tokens + r.drafts
+        slot = lambda i: int(r.table.pages[i // self.page_size]) * self.page_size + i % self.page_size  # noqa: E731
+        for i in range(span.start):  # everything before the span must be there, in this request's pages
+            assert self.memory[slot(i)] == tuple(text[: i + 1]), (r.id, i)
+        for i in range(span.start, span.stop):
+            assert r.table.pool.refs[int(r.table.pages[i // self.page_size])] == 1, "a shared page is written"
+            self.memory[slot(i)] = tuple(text[: i + 1])
+        rows = range(span.stop - span.sample, span.stop)
+        return SpanResult(tuple(next_token(text[: i + 1]) for i in rows))
+
+
+class Guesser(Drafter):
+    """Guesses right with some probability."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def propose(self, requests, limits):
+        out = []
+        for r, limit in zip(requests, limits, strict=True):
+            text = list(r.tokens)
+            for _ in range(self.random.randint(0, 6)):
+                text.append(next_token(text) if self.random.random() < 0.7 else 16)
+            out.append(text[len(r.tokens) :][:limit])
+        return out
+
+
+class Shuffled(Policy):
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def order(self, waiting):
+        return self.random.sample(list(waiting), len(waiting))
+
+    def share(self, request, left):
+        return self.random.randint(1, left)
+
+
+def build(pages: int, budget: int, seqs: int, seams: Seams | None = None, size: int = 4, **more) -> Engine:
+    pool = PagePool(pages, size)
+    limits = Limits(pages * size, budget, seqs, **more)
+    return Engine(FakeExecutor(size, budget), pool, seams or Seams(), limits)
+
+
+def make(engine: Engine, name: str, prompt: list[int], n: int, **params) -> Request:
+    p = SamplingParams(max_tokens=n, temperature=0, **params)
+    return Request(name, prompt, p, PageTable(engine.pool), max_total=len(prompt) + n, seed=0)
+
+
+def expected(prompt: list[int], n: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(n):
+        text.append(next_token(text))
+    return text[len(prompt) :]
+
+
+jobs = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.integers(1, 20), st.integers(0, 12)),
+    min_size=1,
+    max_size=7,
+)
+
+
+@given(jobs, st.integers(10, 30), st.integers(1, 24), st.integers(1, 5), st.integers(0, 99), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_every_request_gets_its_text_whatever_the_schedule(jobs, pages, budget, seqs, seed, caching) -> None:
+    seams = Seams(drafter=Guesser(seed), policy=Shuffled(seed))
+    engine = build(pages, budget, seqs, seams, prefix_caching=caching)
+    arrivals = sorted(enumerate(jobs), key=lambda j: j[1][2])
+    requests: dict[int, Request] = {}
+    step = 0
+    while arrivals or engine.busy:
+        while arrivals and (arrivals[0][1][2] <= step or not engine.busy):
+            i, (prompt, n, _) = arrivals.pop(0)
+            requests[i] = make(engine, str(i), prompt, n)
+            engine.add(requests[i])
+        engine.step()
+        engine.check()
+        step += 1
+        assert step < 3000
+    for i, (prompt, n, _) in enumerate(jobs):
+        assert requests[i].output == expected(prompt, n)
+        assert requests[i].finish_reason == "length"
+    cached = sum(map(len, engine.scheduler.reuse.held))
+    assert engine.pool.num_free == pages - cached
+
+
+@given(jobs, st.integers(10, 30), st.integers(2, 24), st.lists(st.integers(0, 40), max_size=5), st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_cancelling_frees_pages_at_once_and_spares_the_others(jobs, pages, budget, cuts, seed) -> None:
+    engine = build(pages, budget, 4, Seams(drafter=Guesser(seed)))
+    requests = [make(engine, str(i), p, n) for i, (p, n, _) in enumerate(jobs)]
+    for r in requests:
+        engine.add(r)
+    for step in range(3000):
+        if not engine.busy:
+            break
+        for cut in cuts:
+            victim = requests[cut % len(requests)]
+            if step == cut // 2 and victim.finish_reason is None:
+                engine.abort(victim)
+                assert len(victim.table) == 0
+                engine.check()
+        engine.step()
+        engine.check()
+    for r, (prompt, n, _) in zip(requests, jobs, strict=True):
+        if r.finish_reason == "abort":
+            assert r.output == expected(prompt, n)[: r.num_output]
+        else:
+            assert r.output == expected(prompt, n)
+
+
+def test_preemption_happens_and_loses_nothing() -> None:
+    engine = build(pages=8, budget=16, seqs=4, prefix_caching=False)
+    requests = [make(engine, str(i), [i, i, i], 20) for i in range(4)]
+    for r in requests:
+        engine.add(r)
+    while engine.busy:
+        engine.step()
+        engine.check()
+    assert engine.scheduler.stats.preemptions > 0
+    assert [r.output for r in requests] == [expected([i, i, i], 20) for i in range(4)]
+
+
+def test_a_prefix_is_computed_once() -> None:
+    engine = build(pages=32, budget=64, seqs=4)
+    prompt = [1, 2, 0, 1] * 4
+    for name in "ab":
+        r = make(engine, name, [*prompt, 2], 4)
+        engine.add(r)
+        while engine.busy:
+            engine.step()
+    assert r.cached_tokens == 16
+    assert sum(p.num_tokens for p in engine.executor.plans) == (17 + 3) + (1 + 3)
+
+
+def test_forks_share_the_prompt_and_copy_the_page_they_write() -> None:
+    engine = build(pages=32, budget=64, seqs=8, prefix_caching=False)
+    first = make(engine, "a/0", [1, 2, 0, 1, 2, 2], 6)
+    forks = [make(engine, f"a/{i}", first.prompt, 6) for i in (1, 2)]
+    for fork in forks:
+        fork.fork_of = first
+    for r in (first, *forks):
+        engine.add(r)
+    while engine.busy:
+        engine.step()
+        engine.check()
+    assert {tuple(r.output) for r in (first, *forks)} == {tuple(expected(first.prompt, 6))}
+    assert sum(len(p.copies) for p in engine.executor.plans) == 2
+    assert sum(p.num_tokens for p in engine.executor.plans) == 6 + 5 + 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "error", "words"),
+    [
+        ([], 4, RequestError, "empty"),
+        ([1] * 32, 1, RequestError, "32"),
+        ([1] * 8, 25, RequestError, "max_tokens"),
+    ],
+)
+def test_what_can_never_fit_is_refused_with_the_numbers(prompt, n, error, words) -> None:
+    engine = build(pages=8, budget=16, seqs=4)
+    with pytest.raises(error, match=words):
+        engine.add(make(engine, "r", prompt, n))
+    assert not engine.busy
+
+
+def test_a_context_larger_than_the_pool_is_refused_with_the_numbers() -> None:
+    engine = Engine(FakeExecutor(4, 8), PagePool(4, 4), Seams(), Limits(100, 8, 2))
+    with pytest.raises(CapacityError, match=r"30 tokens need 8 pages.* has 4"):
+        engine.add(make(engine, "r", [1] * 10, 20))
+    assert pages_for(30, 4) == 8
+
+
+def test_an_erroneous_span_ends_its_request_only() -> None:
+    engine = build(pages=16, budget=16, seqs=4)
+    good, bad = make(engine, "good", [1, 2], 6), make(engine, "bad", [2, 1], 6)
+    run = engine.executor._span
+    engine.executor._span = lambda s: SpanResult(error="NaN") if s.request is bad else run(s)
+    for r in (good, bad):
+        engine.add(r)
+    errors = []
+    while engine.busy:
+        errors += [p.error for p in engine.step() if p.error]
+        engine.check()
+    assert errors == ["NaN"]
+    assert bad.finish_reason == "error"
+    assert good.output == expected([1, 2], 6)
+
+
+def test_a_plan_can_be_logged_as_plain_data() -> None:
+    engine = build(pages=16, budget=16, seqs=4)
+    engine.add(make(engine, "r", [1, 2, 0], 2))
+    engine.step()
+    assert engine.last_plan.describe()["spans"] == [{"request": "r", "start": 0, "stop": 3, "stage": 0, "sample": 1}]

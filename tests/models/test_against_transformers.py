@@ -1,0 +1,89 @@
+"""Each architecture, tiny and random, against transformers in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from dovetail.checkpoint import open_checkpoint
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.types import Span
+from dovetail.runtime.executor import ModelExecutor
+from tests.tiny import VOCAB, make_request, run_all, tiny_engine
+
+SHAPE = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    initializer_range=0.25,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+T = transformers
+CASES = {
+    "llama": T.LlamaConfig(**SHAPE, rms_norm_eps=1e-5),
+    "llama-tied-biased": T.LlamaConfig(**SHAPE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama-mha-head-dim": T.LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, head_dim=32),
+    "llama-linear": T.LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
+    "llama-3.1": T.LlamaConfig(**SHAPE, rope_parameters=LLAMA3 | dict(rope_theta=5e5)),
+    "llama-yarn": T.LlamaConfig(**SHAPE, rope_parameters=YARN | dict(rope_theta=1e4)),
+    "smollm2": T.LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+    "mistral": T.MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-window": T.MistralConfig(**SHAPE, sliding_window=11),
+    "qwen2": T.Qwen2Config(**SHAPE),
+    "qwen2-window": T.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": T.Qwen3Config(**SHAPE, head_dim=24),
+    "qwen3-tied": T.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def save(name: str, directory: Path) -> transformers.PreTrainedModel:
+    torch.manual_seed(3)
+    config = CASES[name]
+    model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or parameter_name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
+    model = save(name, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (1, 2, 17, 40, 33)]
+
+    engine = tiny_engine(checkpoint=checkpoint, dtype="float32", kv_cache_dtype="float32", pages=200)
+    assert isinstance(engine.executor, ModelExecutor)
+    seen = logits_of_every_row(engine, prompts)
+    for prompt, ours in zip(prompts, seen, strict=True):
+        with torch.no_grad():
+            theirs = model(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+    params = SamplingParams(temperature=0, max_tokens=64)
+    outputs = run_all(engine, prompts, params)
+    for prompt, ours in zip(prompts, outputs, strict=True):
+        generated = model.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert ours == generated[0, len(prompt) :].tolist()
+
+
+def logits_of_every_row(engine, prompts) -> list[torch.Tensor]:
+    """One mixed-length batch, by the executor's own parts."""
+    executor = engine.executor
+    requests = [make_request(engine, str(i), p, SamplingParams(max_tokens=4)) for i, p in enumerate(prompts)]
+    for r in requests:
+        r.table.grow(0, len(r.prompt))
+    with torch.inference_mode():
+        batch = executor.builder.build([Span(r, 0, len(r.prompt)) for r in requests])
+        hidden = executor.model.program[0](executor.model.embed(batch.tokens), batch, executor.kv)
+        logits = executor.model.logits(hidden).split([len(p) for p in prompts])
+    for r in requests:
+        r.table.clear()
+    return list(logits)

@@ -1,0 +1,115 @@
+"""Tiny random models in memory, and engines on them: no files, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.checkpoint.config import ModelConfig
+from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.config import Config
+from dovetail.core.engine import Engine
+from dovetail.core.pages import PageTable
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.technique import Technique, compose
+from dovetail.core.types import Request
+from dovetail.runtime.loader import build_engine
+from dovetail.techniques import technique
+
+VOCAB = 61
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    base: dict[str, Any] = dict(
+        architecture="llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    return ModelConfig(**(base | changes))
+
+
+class TinyCheckpoint:
+    """Random float32 weights, large enough that attention matters to the next token."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self.config = config
+        self.path = Path("tiny")
+        self.generation_config: dict[str, Any] = {}
+        self.bytes = 0
+        generator = torch.Generator().manual_seed(seed)
+        c, q, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = {"model.embed_tokens": (c.vocab_size, c.hidden_size), "model.norm": (c.hidden_size,)}
+        for i in range(c.num_layers):
+            p = f"model.layers.{i}"
+            shapes |= {
+                f"{p}.input_layernorm": (c.hidden_size,),
+                f"{p}.post_attention_layernorm": (c.hidden_size,),
+                f"{p}.self_attn.q_proj": (q, c.hidden_size),
+                f"{p}.self_attn.k_proj": (kv, c.hidden_size),
+                f"{p}.self_attn.v_proj": (kv, c.hidden_size),
+                f"{p}.self_attn.o_proj": (c.hidden_size, q),
+                f"{p}.mlp.gate_proj": (c.intermediate_size, c.hidden_size),
+                f"{p}.mlp.up_proj": (c.intermediate_size, c.hidden_size),
+                f"{p}.mlp.down_proj": (c.hidden_size, c.intermediate_size),
+            }
+        self._tensors = {}
+        for name, shape in shapes.items():
+            noise = torch.randn(shape, generator=generator)
+            value = 1 + 0.1 * noise if len(shape) == 1 else noise * (2.0 / shape[-1] ** 0.5)
+            data = value.contiguous().view(torch.uint8).view(shape[0] if len(shape) > 1 else 1, -1)
+            self._tensors[f"{name}.weight"] = StoredTensor(f"{name}.weight", "F32", tuple(shape), data)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def tensor(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+
+CHECKPOINT = TinyCheckpoint(tiny_config())
+
+
+def tiny_engine(
+    *use: str | Technique, checkpoint: TinyCheckpoint = CHECKPOINT, pages: int = 64, page_size: int = 4, **changes: Any
+) -> Engine:
+    """An engine in float64 on the reference ops."""
+    composition = compose(*(technique(u) if isinstance(u, str) else u for u in use))
+    base: dict[str, Any] = dict(
+        model="tiny", architecture="llama", use=(), dtype="float64", device="cpu", threads=1,
+        kv_cache_dtype="float64", kv_memory=0, block_size=page_size, num_kv_pages=pages,
+        max_model_len=pages * page_size, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True,
+        seed=0,
+    )  # fmt: skip
+    return build_engine(checkpoint, Config(**(base | changes)), composition)
+
+
+def make_request(engine: Engine, name: str, prompt: Sequence[int], params: SamplingParams, **more: Any) -> Request:
+    total = len(prompt) + (params.max_tokens or 16)
+    return Request(
+        name, list(prompt), params, PageTable(engine.pool), max_total=total, seed=params.seed or 0,
+        stop_ids=frozenset(params.stop_token_ids or ()), **more,
+    )  # fmt: skip
+
+
+def run_all(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    """Outputs of prompts submitted together, with the pool checked after every step."""
+    requests = [make_request(engine, f"r{i}", p, params) for i, p in enumerate(prompts)]
+    for r in requests:
+        engine.add(r)
+    finish(engine)
+    return [r.output for r in requests]
+
+
+def finish(engine: Engine, limit: int = 5000) -> None:
+    for _ in range(limit):
+        if not engine.busy:
+            break
+        engine.step()
+        engine.check()
+    else:
+        raise AssertionError(f"not finished after {limit} steps")
