@@ -9,27 +9,11 @@ from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
+from dovetail.options import Options
 
 GIB = 1 << 30
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_BLOCK_SIZE = 4096
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; None and "auto" leave a choice to `resolve`. Names are vLLM's."""
-
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    kv_memory: int | None = None  # bytes
-    kv_cache_dtype: str = "auto"
-    block_size: int = 16
-    max_model_len: int | None = None
-    max_num_batched_tokens: int | None = None
-    max_num_seqs: int | None = None
-    enable_prefix_caching: bool = True
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,22 @@
+"""The engine's options, as a user asks for them. Importing this is cheap: no torch, no numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None and "auto" leave a choice to `config.resolve`. Names are vLLM's."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    kv_memory: int | None = None  # bytes
+    kv_cache_dtype: str = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail.core.errors import ConfigError
+from dovetail.core.sampling import SamplingParams
+from dovetail.runtime.store import quantize_int8, store_type
+from tests.tiny import finish, make_request, run_all, tiny_engine
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
+@settings(max_examples=30, deadline=None)
+def test_int8_is_within_half_a_step_per_token_and_head(seed: int, size: float) -> None:
+    x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(seed)) * size
+    codes, scales = quantize_int8(x)
+    assert codes.dtype == torch.int8
+    assert ((codes * scales[..., None] - x).abs() <= scales[..., None] * 0.5001).all()
+    alone, scale = quantize_int8(x[2:3, 1:2])
+    assert torch.equal(alone[0, 0], codes[2, 1])
+    assert torch.equal(scale[0, 0], scales[2, 1])
+
+
+def test_int8_of_zeros_is_zero() -> None:
+    codes, scales = quantize_int8(torch.zeros(2, 2, 4))
+    assert not codes.any()
+    assert not scales.any()
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("float64", 0), ("float32", 0), ("bf16", 0.01), ("int8", 0.02)])
+def test_every_store_writes_reads_and_copies(name: str, tolerance: float) -> None:
+    kind, dtype = store_type(name)
+    store = kind((3, 8, 2, 4), dtype, torch.device("cpu"))
+    values = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1))
+    slots = torch.tensor([1, 6, 3])
+    store.write(1, slots, values)
+    assert not store.read(0, slots).any()
+    read = store.read(1, slots)
+    assert (read.float() - values).abs().max() <= tolerance * values.abs().max()
+    assert torch.equal(store.read(1, slots.view(3, 1))[:, 0], read)
+    heads = store.read_heads(1, slots[None, None].expand(1, 2, 3))
+    assert torch.equal(heads[0].transpose(0, 1), read)
+    store.copy(torch.tensor([6]), torch.tensor([0]))
+    assert torch.equal(store.read(1, torch.tensor([0])), read[1:2])
+
+
+def test_unknown_types_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"int3.*float32, bf16, int8"):
+        store_type("int3")
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_text_with_a_narrow_kv_does_not_depend_on_the_schedule(name: str) -> None:
+    prompts = [tuple((i * 5 + j) % 7 for i in range(20)) for j in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    whole = [run_all(tiny_engine(kv_cache_dtype=name), [p], params)[0] for p in prompts]
+    chopped = run_all(tiny_engine("ngram", kv_cache_dtype=name, pages=24, max_num_batched_tokens=5), prompts, params)
+    assert chopped == whole
+
+
+def test_nan_left_in_a_page_by_one_request_does_not_reach_the_next() -> None:
+    params = SamplingParams(temperature=0, max_tokens=12)
+    want = run_all(tiny_engine(enable_prefix_caching=False), [(1, 2, 3)], params)
+    engine = tiny_engine(enable_prefix_caching=False)
+    engine.executor.kv.k.data.fill_(float("nan"))
+    engine.executor.kv.v.data.fill_(float("nan"))
+    assert run_all(engine, [(1, 2, 3)], params) == want
+
+
+def test_a_request_whose_logits_are_nan_ends_with_an_error_and_the_others_go_on() -> None:
+    params = SamplingParams(temperature=0, max_tokens=8)
+    want = run_all(tiny_engine(), [(1, 2, 3)], params)[0]
+    engine = tiny_engine()
+    engine.executor.model.embedding = engine.executor.model.embedding.clone()
+    engine.executor.model.embedding[50] = float("nan")
+    good, bad = make_request(engine, "good", (1, 2, 3), params), make_request(engine, "bad", (1, 50), params)
+    for r in (bad, good):
+        engine.add(r)
+    finish(engine)
+    assert bad.finish_reason == "error"
+    assert good.output == want
