@@ -1,16 +1,26 @@
-"""Dovetail: an LLM inference engine that touches only the bytes that matter."""
+"""Dovetail: an LLM inference engine that touches only the bytes that matter.
+
+`from dovetail import LLM, SamplingParams` is the Python API. Names are loaded when they are first used, so
+that importing the package is cheap.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# Loaded on first use: `import dovetail` and `dovetail --help` must not pay for torch.
-_PUBLIC = {
+if TYPE_CHECKING:
+    from dovetail.core.errors import CapacityError, ConfigError, DovetailError, ModelError, RequestError
+    from dovetail.core.sampling import SamplingParams
+    from dovetail.core.technique import Technique
+    from dovetail.llm import LLM
+    from dovetail.outputs import CompletionOutput, RequestOutput
+
+_WHERE = {
     "LLM": "dovetail.llm",
     "SamplingParams": "dovetail.core.sampling",
+    "Technique": "dovetail.core.technique",
     "RequestOutput": "dovetail.outputs",
     "CompletionOutput": "dovetail.outputs",
     "DovetailError": "dovetail.core.errors",
@@ -20,12 +30,23 @@ _PUBLIC = {
     "CapacityError": "dovetail.core.errors",
 }
 
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CompletionOutput",
+    "ConfigError",
+    "DovetailError",
+    "ModelError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "Technique",
+]
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'dovetail' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
 
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dovetail' has no attribute '{name}'")
+    import importlib
 
-def __dir__() -> list[str]:
-    return sorted(["__version__", *_PUBLIC])
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -145,11 +145,6 @@ def last_level_cache(root: Path = ROOT) -> int:
     return largest
 
 
-def has_nvidia_gpu(root: Path = ROOT) -> bool:
-    """Whether the NVIDIA driver shows a device; asks no library."""
-    return (root / "dev/nvidia0").exists() or (root / "proc/driver/nvidia/version").exists()
-
-
 def _affinity() -> frozenset[int]:
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))

@@ -29,7 +29,13 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            # Here, and not at interpreter exit, a reader that has left can still be told from a failure.
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            _abandon_stdout()
+            raise SystemExit(EXIT_OK) from None
         except DovetailError as error:
             print(f"dovetail: {error}", file=sys.stderr)
             raise SystemExit(EXIT_BAD_INPUT) from None
@@ -63,9 +69,6 @@ def main() -> None:
     try:
         # One command's imports are enough to run it; help and mistyped names need them all.
         build([first] if first in COMMANDS else COMMANDS)()
-    except BrokenPipeError:
-        _abandon_stdout()
-        raise SystemExit(EXIT_OK) from None
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
 

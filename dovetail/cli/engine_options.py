@@ -48,7 +48,9 @@ class EngineOptions:
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
         """Command-line options: --use, and one for each field of `Options` with its default."""
-        use = Annotated[list[str], _option("--use", _ENGINE_HELP["use"], "Engine", metavar="NAME[:KEY=VALUE,...]")]
+        use = Annotated[
+            list[str], _option("--use", _ENGINE_HELP["use"], "Engine", metavar="NAME[:KEY=VALUE,...]")
+        ]
         kinds = get_type_hints(Options)
         found = [_keyword("use", use, [])]
         for f in fields(Options):
@@ -105,7 +107,11 @@ def spliced(command: C) -> C:
     bundles = {p.name: p.annotation for p in signature.parameters.values() if p.annotation in _BUNDLES}
     parameters: list[inspect.Parameter] = []
     for p in signature.parameters.values():
-        new = bundles[p.name].parameters() if p.name in bundles else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        new = (
+            bundles[p.name].parameters()
+            if p.name in bundles
+            else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        )
         parameters += new
 
     @functools.wraps(command)
@@ -157,7 +163,10 @@ _SAMPLING: dict[str, tuple[Any, str]] = {
     "temperature": (float | None, "0 always takes the likeliest token; larger is more random."),
     "top_p": (float | None, "Sample among the likeliest tokens that together have this probability."),
     "top_k": (int | None, "Sample among this many likeliest tokens; 0 means all."),
-    "min_p": (float | None, "Leave out tokens less likely than this share of the likeliest one's probability."),
+    "min_p": (
+        float | None,
+        "Leave out tokens less likely than this share of the likeliest one's probability.",
+    ),
     "max_tokens": (int | None, "Longest answer in tokens."),
     "min_tokens": (int | None, "Shortest answer in tokens."),
     "repetition_penalty": (float | None, "Above 1 makes tokens that occurred less likely."),

@@ -30,12 +30,15 @@ def command(
     Example:
       dovetail export smollm2-135m ./smollm2 --dtype float32
     """
+    import torch
+
     from dovetail import hub
     from dovetail.checkpoint import open_checkpoint
     from dovetail.checkpoint.export import export
     from dovetail.files import tree_bytes
 
-    export(open_checkpoint(hub.resolve(model)), directory, dtype.value)
+    number = {Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[dtype]
+    export(open_checkpoint(hub.resolve(model)), directory, number)
     print(directory)
     size = tree_bytes(directory)
     write_json(json_file, {"model": model, "path": str(directory), "dtype": dtype.value, "bytes": size})

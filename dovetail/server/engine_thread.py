@@ -1,0 +1,241 @@
+"""The thread that owns the engine. Commands come in through a queue, results go to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+from dovetail.core.errors import CapacityError, RequestError
+from dovetail.outputs import Answer
+from dovetail.server.errors import Failure, Unavailable
+from dovetail.server.job import Delta, Job, Track
+from dovetail.server.metrics import Metrics
+from dovetail.session import Session
+
+T = TypeVar("T")
+
+STALL_SECONDS = 120.0  # far longer than any step
+MAX_EMPTY_STEPS = 1000
+
+_LOG = logging.getLogger(__name__)
+
+
+class EngineThread:
+    """Runs a Session until `stop`, sleeping while there is nothing to do.
+
+    Each submitted job ends exactly once: with its answers, with the error that refused or broke it, or with
+    the reason it was aborted for. If the loop itself fails, every open job ends with an error, `failure` is
+    set, and `on_failure` is called in the event loop.
+    """
+
+    def __init__(self, session: Session, metrics: Metrics) -> None:
+        self.session = session
+        self.metrics = metrics
+        self.failure: BaseException | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[str, tuple[Job, int]] = {}  # request id -> its job, which of the job's answers it is
+        self._beat = time.monotonic()
+        self._empty_steps = 0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="dovetail-engine", daemon=True)
+
+    # -- any thread ----------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop, on_failure: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_failure = on_failure
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it ends at once if the engine has failed or stopped."""
+        if not self._command(partial(self._submit, job)):
+            job.end(Unavailable("the engine has stopped"))
+
+    def abort(self, job: Job, reason: Exception | None = None) -> None:
+        """End a job in whatever state it is; its pages are free at the latest when the current step is done."""
+        job.cancelled = True
+        if not job.ended:
+            self._command(partial(self._abort, job, reason))
+
+    def abort_all(self, reason: Exception) -> None:
+        self._command(lambda: [self._abort(job, reason) for job in self._open_jobs()] and None)
+
+    def call(self, function: Callable[[Session], T]) -> Future[T]:
+        """Run `function` between two steps, where the session may be touched."""
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function(self.session))
+            except Exception as error:
+                future.set_exception(error)
+
+        if not self._command(command):
+            future.set_exception(Unavailable("the engine has stopped"))
+        return future
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End every open job, leave the loop and join the thread."""
+        self.abort_all(Unavailable("the server is shutting down"))
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def healthy(self) -> bool:
+        """False when the loop has failed, or makes no progress."""
+        stalled = self.session.busy and time.monotonic() - self._beat > STALL_SECONDS
+        return self.failure is None and self._thread.is_alive() and not stalled
+
+    def _command(self, command: Callable[[], None]) -> bool:
+        with self._lock:
+            if not self._closed:
+                self._commands.put(command)
+            return not self._closed
+
+    # -- the engine's thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._step()
+        except BaseException as error:
+            _LOG.critical("the engine has failed", exc_info=error)
+            self.failure = error
+        self._close()
+
+    def _obey(self) -> bool:
+        """Do what is asked for, waiting for it if there is nothing else to do; False to stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.session.busy)
+            except queue.Empty:
+                return True
+            self._beat = time.monotonic()
+            if command is None:
+                return False
+            command()
+
+    def _step(self) -> None:
+        changed = self.session.step()
+        now = self._beat = time.monotonic()
+        tokens = self.session.engine.last_plan.num_tokens
+        self._empty_steps = 0 if tokens else self._empty_steps + 1
+        if self._empty_steps > MAX_EMPTY_STEPS:
+            raise RuntimeError("the scheduler has requests but plans nothing")
+        events: list[Callable[[], None]] = []
+        for answer in changed:
+            job, position = self._jobs[answer.request_id]
+            for delta in self._advance(job, position, now):
+                events.append(partial(job.put, delta))
+            if answer.finished:
+                self._finished(job, answer, events)
+        self.metrics.stepped(tokens)
+        self._post(events)
+
+    def _advance(self, job: Job, position: int, now: float) -> list[Delta]:
+        """What the streams of an answer gained."""
+        answer = job.answers[position]
+        first = sum(len(a.streams) for a in job.answers[:position])
+        deltas = []
+        for stream, track in zip(answer.streams, job.tracks[position], strict=True):
+            count = len(stream.token_ids)
+            ends = stream.finish_reason is not None and not track.ended
+            if count == track.tokens and stream.ready == track.text and not ends:
+                continue
+            if job.streaming:
+                deltas.append(
+                    Delta(
+                        first + stream.request.index, stream.text[track.text : stream.ready],
+                        stream.token_ids[track.tokens :], stream.logprobs[track.tokens :],
+                        stream.finish_reason, stream.stop_reason,
+                    )
+                )  # fmt: skip
+            self._measure(answer, track, count, now, job.arrival)
+            track.text, track.tokens, track.ended = stream.ready, count, stream.finish_reason is not None
+            if ends:
+                self.metrics.finished(
+                    stream.finish_reason or "", len(answer.prompt_token_ids), count, now - job.arrival
+                )
+        return deltas
+
+    def _measure(self, answer: Answer, track: Track, count: int, now: float, arrival: float) -> None:
+        if count == track.tokens:
+            return
+        if track.tokens == 0:
+            self.metrics.first_token(now - arrival, len(answer.prompt_token_ids))
+        else:
+            self.metrics.next_token(now - track.last)
+        self.metrics.generated(count - track.tokens)
+        track.last = now
+
+    def _finished(self, job: Job, answer: Answer, events: list[Callable[[], None]]) -> None:
+        del self._jobs[answer.request_id]
+        if answer.error is not None:
+            self._end(job, Failure(answer.error))
+        elif all(a.finished for a in job.answers):
+            events.append(job.end)
+
+    def _submit(self, job: Job) -> None:
+        if job.cancelled:
+            return
+        for position, answer in enumerate(job.answers):
+            try:
+                self.session.submit(answer)
+            except (RequestError, CapacityError) as error:
+                self._end(job, error)
+                return
+            self._jobs[answer.request_id] = (job, position)
+        self._post([job.accept])
+
+    def _abort(self, job: Job, reason: Exception | None) -> None:
+        self._end(job, reason or Unavailable("the request was aborted"))
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """Stop what still runs of a job and end it with an error."""
+        now = time.monotonic()
+        for position, answer in enumerate(job.answers):
+            if self._jobs.pop(answer.request_id, None) is not None:
+                self.session.abort(answer)
+                self._advance(job, position, now)
+        self._post([partial(job.end, error)])
+
+    def _open_jobs(self) -> list[Job]:
+        return list({id(job): job for job, _ in self._jobs.values()}.values())
+
+    def _post(self, events: list[Callable[[], None]]) -> None:
+        """One wake-up of the event loop for all of `events`."""
+        if events:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
+                self._loop.call_soon_threadsafe(_each, events)
+
+    def _close(self) -> None:
+        """Refuse further commands, answer those that came meanwhile, and end every open job."""
+        with self._lock:
+            self._closed = True
+        error = Failure("the engine has failed") if self.failure else Unavailable("the server is shutting down")
+        while True:
+            try:
+                command = self._commands.get(block=False)
+            except queue.Empty:
+                break
+            if isinstance(command, partial) and command.func == self._submit:
+                self._post([partial(command.args[0].end, error)])
+        self._post([partial(job.end, error) for job in self._open_jobs()])
+        self._jobs.clear()
+        if self.failure is not None:
+            self._post([self._on_failure])
+
+
+def _each(events: list[Callable[[], None]]) -> None:
+    for event in events:
+        event()

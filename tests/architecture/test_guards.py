@@ -1,0 +1,120 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import dovetail
+from dovetail.core.seams import SEAMS, Seams
+from dovetail.techniques import MODULES, technique
+
+ROOT = Path(dovetail.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+TECHNIQUE_FILES = [ROOT / "techniques" / f"{m}.py" for m in MODULES.values()]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{a.name}" for a in node.names} | {node.module or ""}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").glob("*.py")), ids=lambda p: p.name)
+def test_core_imports_no_torch_and_nothing_below_it(path: Path) -> None:
+    bad = {m for m in imports(path) if m.startswith("torch") or (m.startswith("dovetail.") and ".core" not in m)}
+    assert not bad
+
+
+@pytest.mark.parametrize("path", TECHNIQUE_FILES, ids=lambda p: p.name)
+def test_techniques_never_import_each_other(path: Path) -> None:
+    assert not {m for m in imports(path) if m.startswith("dovetail.techniques")}
+
+
+def test_core_runtime_and_layers_name_no_technique() -> None:
+    names = {n for pair in MODULES.items() for n in pair}
+    names |= set("quest shadowkv infinigen smartspec fiddler monde duplex blendserve cachecraft kvshare".split())
+    pattern = re.compile(r"\b(" + "|".join(re.escape(n) for n in names) + r")\b", re.IGNORECASE)
+    for folder in ("core", "runtime", "layers"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not pattern.search(path.read_text()), path
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > 60:
+                    long.append(f"{path.relative_to(ROOT)}:{node.name} {lines}")
+    assert not long
+
+
+def test_the_loop_and_the_techniques_stay_small() -> None:
+    assert len((ROOT / "core/engine.py").read_text().splitlines()) <= 150
+    for path in TECHNIQUE_FILES:
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_seams_have_at_most_three_methods_of_at_most_four_arguments() -> None:
+    tree = ast.parse((ROOT / "core/seams.py").read_text())
+    for cls in [n for n in tree.body if isinstance(n, ast.ClassDef)]:
+        methods = [
+            m for m in cls.body if isinstance(m, ast.FunctionDef) and not any(map(_is_property, m.decorator_list))
+        ]
+        assert len(methods) <= 3, cls.name
+        for m in methods:
+            assert len(m.args.args) - 1 <= 4, f"{cls.name}.{m.name}"
+
+
+def _is_property(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "property"
+
+
+def test_no_pickle_and_no_eval_anywhere() -> None:
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert not calls & {"eval", "exec", "__import__"}, path
+        assert not {m for m in imports(path) if m.split(".")[0] in ("pickle", "marshal", "shelve")}, path
+        assert "torch.load" not in path.read_text(), path
+
+
+def test_every_seam_has_a_default_or_is_given_by_the_device_side() -> None:
+    seams = Seams()
+    missing = {name for name in SEAMS if getattr(seams, name) is None}
+    assert missing == {"reuse", "format", "executor"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_technique_can_be_named_by_the_spec_it_prints(name: str) -> None:
+    built = technique(name)
+    assert built.name == name
+    assert built.lossless or built.exact_at
+    assert technique(built.spec).spec == built.spec
+    assert (technique(built.spec).options, built.fills) == (built.options, technique(built.spec).fills)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("quest2", "ngram, sink-window"),
+        ("ngram:speed=3", "tokens"),
+        ("ngram:tokens", "key=value"),
+        ("ngram:tokens=x", "int"),
+        ("ngram:tokens=0", "tokens >= 1"),
+        ("ngram:tokens=2,tokens=3", "twice"),
+        ("sink-window:window=0", "window >= 1"),
+    ],
+)
+def test_wrong_specs_say_what_is_known(spec: str, words: str) -> None:
+    with pytest.raises(dovetail.ConfigError, match=words):
+        technique(spec)
