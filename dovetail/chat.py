@@ -1,4 +1,6 @@
-"""Chat templates: messages -> prompt text, in a sandbox; and keeping what users type from acting as control tokens."""
+"""Chat templates: messages -> prompt text, in a sandbox; and keeping what users type from acting as control
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ Message = Mapping[str, Any]
 
 _MAX_SOURCE = 1 << 20  # characters
 _MAX_OUTPUT = 1 << 24  # characters
-_RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "continue_final_message", "chat_template"})
+_RESERVED = frozenset(
+    {"messages", "add_generation_prompt", "tools", "continue_final_message", "chat_template"}
+)
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what a model wrote (for training); it renders as its body."""
+    """`{% generation %}...{% endgeneration %}` marks what a model wrote (for training); it renders as its
+    body.
+    """
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -38,9 +44,15 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:
@@ -78,10 +90,14 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text. RequestError if the template rejects the messages or `variables` sets a reserved name."""
+        """The prompt text. RequestError if the template rejects the messages or `variables` sets a reserved
+        name.
+        """
         variables = dict(variables or {})
         if taken := sorted((_RESERVED | self._special_tokens.keys()) & variables.keys()):
-            raise RequestError(f"{taken[0]} cannot be set as a chat template variable", param="chat_template_kwargs")
+            raise RequestError(
+                f"{taken[0]} cannot be set as a chat template variable", param="chat_template_kwargs"
+            )
         context = {**self._special_tokens, **variables}
         context.update(messages=list(messages), tools=tools, add_generation_prompt=add_generation_prompt)
         context.setdefault("documents", None)
@@ -91,10 +107,14 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if length > _MAX_OUTPUT:
-                    raise RequestError(f"the chat template wrote over {_MAX_OUTPUT} characters", param="messages")
+                    raise RequestError(
+                        f"the chat template wrote over {_MAX_OUTPUT} characters", param="messages"
+                    )
         except RequestError:
             raise
-        except Exception as error:  # a template is a program: whatever it stumbles over is about these messages
+        except (
+            Exception
+        ) as error:  # a template is a program: whatever it stumbles over is about these messages
             raise RequestError(
                 f"the chat template rejected the messages: {type(error).__name__}: {error}", param="messages"
             ) from error
@@ -107,23 +127,29 @@ def check_messages(messages: Any) -> None:
         raise RequestError("messages must be a non-empty list", param="messages")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{index}] must be an object with a string role", param=f"messages[{index}]")
+            raise RequestError(
+                f"messages[{index}] must be an object with a string role", param=f"messages[{index}]"
+            )
 
 
 class Shield:
-    """Stand-ins for control tokens inside what users wrote, so that a rendered prompt shows which ones are real.
+    """Stand-ins for control tokens inside what users wrote, so that a rendered prompt shows which ones are
+    real.
 
-    Each special token that occurs in `values` is replaced by one private-use character that occurs nowhere in them.
+    Each special token that occurs in `values` is replaced by one character that occurs neither in them nor in
+    `rendered`, the prompt made from them.
     """
 
-    def __init__(self, pattern: re.Pattern[str], *values: Any) -> None:
+    def __init__(self, pattern: re.Pattern[str], rendered: str, *values: Any) -> None:
         self._pattern = pattern
         found: set[str] = set()
-        used: set[str] = set()
+        used = set(rendered)
         for text in _strings(values):
             found.update(pattern.findall(text))
-            used.update(char for char in text if char >= "\U0010f000")
-        free = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in used)
+            used.update(text)
+        # Rare ideographs rather than private-use characters, which Python escapes where a template prints a
+        # dict.
+        free = (chr(code) for code in range(0x30000, 0x31340) if chr(code) not in used)
         self._stand_in = dict(zip(sorted(found), free, strict=False))
         self.active = bool(found) and len(self._stand_in) == len(found)
 

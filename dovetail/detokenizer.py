@@ -1,7 +1,7 @@
 """Token ids -> text, a few at a time, for streaming.
 
-The pieces joined (with `finish`) are what decoding all ids at once gives. Work per token does not grow with the
-length of the text.
+The pieces joined (with `finish`) are what decoding all ids at once gives. Work per token does not grow with
+the length of the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def _byte_alphabet() -> dict[str, int]:
     """Byte-level BPE's printable stand-in for each byte: itself if it is printable, else one from 256 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(rest)
+    }
 
 
 BYTE_ALPHABET = _byte_alphabet()
@@ -50,7 +52,8 @@ class _ByteLevel:
 
 
 class _ByteFallback:
-    """SentencePiece: pieces are text with a mark for space, characters outside the vocabulary are runs of bytes.
+    """SentencePiece: pieces are text with a mark for space, characters outside the vocabulary are runs of
+    bytes.
 
     A run is decoded as a whole (one bad byte makes every byte of it U+FFFD), so it is held until it ends.
     """
@@ -115,12 +118,14 @@ class _Windowed:
 class Detokenizer:
     """Streams the text of one sequence of ids.
 
-    `push` returns the text that has become certain: never half a character, never a U+FFFD that a later id would
-    resolve. `finish` returns the rest. With `prompt_ids` the text continues a prompt: a first piece keeps its leading
-    space. Ids that the vocabulary does not have are skipped.
+    `push` returns the text that has become certain: never half a character, never a U+FFFD that a later id
+    would resolve. `finish` returns the rest. With `prompt_ids` the text continues a prompt: a first piece
+    keeps its leading space. Ids that the vocabulary does not have are skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> None:
         self._piece = tokenizer.piece
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stream: _Stream

@@ -10,7 +10,9 @@ from dovetail.core.errors import ModelError
 
 
 def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no key twice in an object, no NaN or Infinity. ModelError otherwise."""
+    """Parse a JSON object strictly: UTF-8, no key twice in an object, no NaN or Infinity. ModelError
+    otherwise.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)

@@ -109,14 +109,17 @@ class LLM:
         """How often each technique in use acted."""
         return {t.name: t.activity(self.engine.seams) for t in self.techniques}
 
-    def default_params(self, **overrides: Any) -> SamplingParams:
-        """The checkpoint's own sampling defaults (generation_config.json), with overrides."""
+    def default_params(self, fallback: Mapping[str, Any] | None = None, **overrides: Any) -> SamplingParams:
+        """The checkpoint's own sampling defaults (generation_config.json), with overrides.
+
+        `fallback` counts only where the checkpoint says nothing at all.
+        """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         stored = self.checkpoint.generation_config
         found = {n: stored[n] for n in names if stored.get(n) is not None}
         if stored.get("do_sample") is False:
             found = {"temperature": 0.0}
-        return SamplingParams(**{**found, **overrides})
+        return SamplingParams(**{**(found or fallback or {}), **overrides})
 
     def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
         from dovetail.progress import counter

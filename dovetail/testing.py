@@ -16,13 +16,14 @@ _TEMPLATE = (
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0-255 are the bytes of UTF-8; 256 begins a text, 257 ends it, 258 and 259 begin and end a chat message.
+    """Ids 0-255 are the bytes of UTF-8; 256 begins a text, 257 ends it, 258 and 259 begin and end a chat
+    message.
 
     `add_bos`: whether `encode` puts 256 first. Everything else is `Tokenizer`.
     """
 
     def __init__(self, add_bos: bool = False) -> None:
-        vocabulary = {char: byte for char, byte in BYTE_ALPHABET.items()}
+        vocabulary = dict(BYTE_ALPHABET)
         vocabulary.update({token: 256 + index for index, token in enumerate(_SPECIAL)})
         backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import tokenizers
 
 from dovetail.chat import ChatTemplate, Message, Shield, check_messages
-from dovetail.json_file import read_bytes, read_json_object
 from dovetail.core.errors import ModelError, RequestError
 from dovetail.detokenizer import Detokenizer
+from dovetail.json_file import read_bytes, read_json_object
 
 __all__ = ["Detokenizer", "Tokenizer", "guarded"]
 
@@ -27,7 +27,9 @@ T = TypeVar("T")
 
 
 def guarded(what: str, build: Callable[[], T]) -> T:
-    """Run `build`, turning whatever the tokenizers library raises (its panics are BaseException) into ModelError."""
+    """Run `build`, turning whatever the tokenizers library raises (its panics are BaseException) into
+    ModelError.
+    """
     try:
         return build()
     except (KeyboardInterrupt, SystemExit, GeneratorExit, ModelError):
@@ -40,8 +42,8 @@ class Tokenizer:
     """A vocabulary with its rules and chat templates.
 
     `backend` does the work. `special_tokens` maps the names that templates use (bos_token, eos_token, ...) to
-    text. `eos_ids` are ids that end a turn, besides eos_token's own. `templates` maps names to template source;
-    "default" is the one used, "tool_use" replaces it when tools are given.
+    text. `eos_ids` are ids that end a turn, besides eos_token's own. `templates` maps names to template
+    source; "default" is the one used, "tool_use" replaces it when tools are given.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Tokenizer:
         settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (directory / name).is_file():
-                settings.update((k, v) for k, v in read_json_object(directory / name, 64 << 20).items() if v is not None)
+                settings.update(
+                    (k, v) for k, v in read_json_object(directory / name, 64 << 20).items() if v is not None
+                )
         special: dict[str, Any] = {}
         for name in _SPECIAL_NAMES:
             value = settings.get(name)
@@ -105,25 +109,38 @@ class Tokenizer:
             return "bytes"
         steps = rule.get("decoders", []) if rule.get("type") == "Sequence" else []
         kinds = [step["type"] for step in steps]
-        if kinds[:3] == _FALLBACK and steps[0]["pattern"] == {"String": "\u2581"} and steps[0]["content"] == " ":
+        if (
+            kinds[:3] == _FALLBACK
+            and steps[0]["pattern"] == {"String": "\u2581"}
+            and steps[0]["content"] == " "
+        ):
             if len(kinds) == 3:
                 return "fallback"
-            if kinds[3:] == ["Strip"] and steps[3] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+            if kinds[3:] == ["Strip"] and steps[3] == {
+                "type": "Strip",
+                "content": " ",
+                "start": 1,
+                "stop": 0,
+            }:
                 return "fallback-strip"
         return ""
 
     def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the like
-        where the model wants them. RequestError for invalid UTF-8 and lone surrogates."""
+        """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the
+        like where the model wants them. RequestError for invalid UTF-8 and lone surrogates."""
         return self._encode(self.backend, text, add_special_tokens)
 
-    def _encode(self, backend: tokenizers.Tokenizer, text: str | bytes, add_special_tokens: bool) -> list[int]:
+    def _encode(
+        self, backend: tokenizers.Tokenizer, text: str | bytes, add_special_tokens: bool
+    ) -> list[int]:
         try:
             if isinstance(text, bytes):
                 text = text.decode("utf-8")
-            ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+            else:
+                text.encode("utf-8")  # the backend reports a lone surrogate as a wrong argument type
         except UnicodeError as error:
-            raise RequestError(f"the text is not valid Unicode: {error}") from error
+            raise RequestError(f"the text is not valid Unicode: {str(error)[:200]}") from error
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -140,7 +157,8 @@ class Tokenizer:
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise RequestError(
-                "this model has no chat template; use the completions API with a complete prompt", param="messages"
+                "this model has no chat template; use the completions API with a complete prompt",
+                param="messages",
             )
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(self.templates[name], self.special_tokens)
@@ -159,7 +177,9 @@ class Tokenizer:
         """
         check_messages(messages)
         template = self._template(tools)
-        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs)
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs
+        )
 
     def apply_chat_template(
         self,
@@ -175,7 +195,7 @@ class Tokenizer:
         text = self.render(messages, add_generation_prompt, tools, **kwargs)
         if self._special_pattern is None:
             return self.encode(text, add_special_tokens=False)
-        shield = Shield(self._special_pattern, messages, tools, kwargs)
+        shield = Shield(self._special_pattern, text, messages, tools, kwargs)
         if not shield.active:
             return self.encode(text, add_special_tokens=False)
         written = [message for message in messages if message["role"] != "assistant"]
@@ -194,45 +214,51 @@ class Tokenizer:
     def _special_pattern(self) -> re.Pattern[str] | None:
         """Matches any control token as spelled; the longest of those that begin at a place."""
         added = self.backend.get_added_tokens_decoder().values()
-        contents = sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+        contents = sorted(
+            (token.content for token in added if token.special and token.content), key=len, reverse=True
+        )
         return re.compile("|".join(map(re.escape, contents))) if contents else None
 
     @cached_property
     def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
-        """Copies that read control tokens as text: for the beginning of a text, and for what follows later in it."""
+        """Copies that read control tokens as text: for the beginning of a text, and for what follows later
+        in it.
+        """
         source = self.backend.to_str()
         first = tokenizers.Tokenizer.from_str(source)
         first.encode_special_tokens = True
         if '"prepend_scheme":"first"' not in source:
             return first, first
-        later = tokenizers.Tokenizer.from_str(source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        later = tokenizers.Tokenizer.from_str(
+            source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        )
         later.encode_special_tokens = True
         return first, later
 
     def _encode_shielded(self, shielded: str, shield: Shield) -> list[int] | None:
         """Ids of a rendered text in which only the template's control tokens are spelled out.
 
-        Control tokens cut a text into parts that are encoded independently, so each part can be encoded with its
-        stand-ins restored. None if cutting here does not give what the backend gives for the shielded text.
+        Control tokens cut a text into parts that are encoded independently, so each part can be encoded with
+        its stand-ins restored. None if cutting here does not give what the backend gives for the shielded
+        text.
         """
         added = {t.content: (i, t) for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        pattern = self._special_pattern
-        assert pattern is not None
-        spans = [(match.start(), match.end(), *added[match.group()]) for match in pattern.finditer(shielded)]
+        found = self._special_pattern.finditer(shielded) if self._special_pattern else ()
+        spans = [(match.start(), match.end(), *added[match.group()]) for match in found]
         ids: list[int] = []
         check: list[int] = []
         at, strip_left = 0, False
-        for start, stop, token_id, token in [*spans, (len(shielded), len(shielded), None, None)]:
+        for start, stop, token_id, token in spans:
             part = shielded[at:start].lstrip() if strip_left else shielded[at:start]
-            part = part.rstrip() if token is not None and token.lstrip else part
-            backend = self._plain_backends[at > 0]
-            if part:
-                ids += self._encode(backend, shield.restore(part), False)
-                check += self._encode(backend, part, False)
-            if token is not None:
-                ids.append(token_id)
-                check.append(token_id)
-                at, strip_left = stop, token.rstrip
+            part = part.rstrip() if token.lstrip else part
+            for found_ids, text in ((ids, shield.restore(part)), (check, part)):
+                found_ids += self._encode(self._plain_backends[at > 0], text, False) if part else []
+                found_ids.append(token_id)
+            at, strip_left = stop, token.rstrip
+        part = shielded[at:].lstrip() if strip_left else shielded[at:]
+        if part:
+            ids += self._encode(self._plain_backends[at > 0], shield.restore(part), False)
+            check += self._encode(self._plain_backends[at > 0], part, False)
         return ids if check == self.encode(shielded, add_special_tokens=False) else None
 
 
@@ -247,7 +273,10 @@ def _directory_templates(directory: Path, configured: Any) -> dict[str, str]:
                 templates[str(entry.get("name"))] = entry["template"]
     extra = directory / "additional_chat_templates"
     files = sorted(extra.glob("*.jinja")) if extra.is_dir() else []
-    for path, name in [(directory / "chat_template.jinja", "default"), *((path, path.stem) for path in files)]:
+    for path, name in [
+        (directory / "chat_template.jinja", "default"),
+        *((path, path.stem) for path in files),
+    ]:
         if path.is_file():
             try:
                 templates[name] = read_bytes(path, 4 << 20).decode("utf-8")

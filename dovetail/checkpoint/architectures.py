@@ -1,4 +1,6 @@
-"""The model architectures that checkpoints may hold: the one place where their names and defaults are listed."""
+"""The model architectures that checkpoints may hold: the one place where their names and defaults are
+listed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from dovetail.core.errors import ModelError
 class Architecture:
     """What a config file leaves unsaid about an architecture.
 
-    `kv_heads` and `head_dim` are HF's defaults for a missing field (None: as many as heads; hidden size / heads);
+    `kv_heads` and `head_dim` are HF's defaults for a missing field (None: as many as heads; hidden size /
+    heads);
     `interleaved` says that GGUF writers reorder q and k rows for rotation of neighbouring pairs.
     """
 
@@ -38,7 +41,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def find_architecture(name: Any, source: str) -> Architecture:
-    """The architecture called `name` in `source` (a file or field, for the message); ModelError if unknown."""
+    """The architecture called `name` in `source` (a file or field, for the message); ModelError if
+    unknown.
+    """
     if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
     known = ", ".join(ARCHITECTURES)

@@ -13,8 +13,9 @@ from dovetail.tokenizer import Tokenizer
 class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model.
 
-    Tensor names and row order are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`). `generation_config` is
-    generation_config.json's object ({} where there is none); `bytes` the size of the weights on disk.
+    Tensor names and row order are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`).
+    `generation_config` is generation_config.json's object ({} where there is none); `bytes` the size of the
+    weights on disk.
     """
 
     path: Path

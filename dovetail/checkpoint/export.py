@@ -30,9 +30,10 @@ def export(
 ) -> Path:
     """Write `checkpoint` to `directory` as config.json, safetensors in `dtype`, and tokenizer files.
 
-    `dtype` is bfloat16, float16 or float32; weights are split into files of at most `shard_bytes`. config.json is
-    written last, so a directory left by a crash is not taken for a model. ConfigError if the directory exists and is
-    not empty, ModelError if the checkpoint cannot be read or its rope factors have no Hugging Face counterpart.
+    `dtype` is bfloat16, float16 or float32; weights are split into files of at most `shard_bytes`.
+    config.json is written last, so a directory left by a crash is not taken for a model. ConfigError if the
+    directory exists and is not empty, ModelError if the checkpoint cannot be read or its rope factors have
+    no Hugging Face counterpart.
     """
     directory = Path(directory)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -51,7 +52,7 @@ def export(
     return directory
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file, sync it, and only then give it its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -73,7 +74,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")) and None)
+    _write(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -99,7 +100,11 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, 
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
         # Cloned because values may alias the checkpoint's mapping, and shared storage is not written.
         tensors = {name: checkpoint.tensor(name).dequantize(dtype).clone() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -141,8 +146,8 @@ def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 def llama3_factors(rope: RopeConfig, head_dim: int) -> list[float]:
     """What a "llama3" rope divides each inverse frequency by, head_dim / 2 values.
 
-    Wavelengths up to original / high are kept, those from original / low on are divided by `factor`, and between
-    them the inverse frequency is interpolated.
+    Wavelengths up to original / high are kept, those from original / low on are divided by `factor`, and
+    between them the inverse frequency is interpolated.
     """
     p = rope.parameters
     low, high, original = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
@@ -167,7 +172,9 @@ def _as_llama3(rope: RopeConfig, config: ModelConfig) -> RopeConfig:
         pairs = zip(llama3_factors(candidate, config.head_dim), rope.factors, strict=True)
         if all(abs(a - b) <= 1e-3 * b for a, b in pairs):
             return candidate
-    raise ModelError("the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported")
+    raise ModelError(
+        "the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported"
+    )
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -219,5 +226,7 @@ def _attention_settings(config: ModelConfig) -> dict[str, Any]:
         settings["sliding_window"] = width
         kinds = windows or (None,) * config.num_layers
         settings["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in kinds]
-        settings["max_window_layers"] = next((i for i, w in enumerate(kinds) if w is not None), config.num_layers)
+        settings["max_window_layers"] = next(
+            (i for i, w in enumerate(kinds) if w is not None), config.num_layers
+        )
     return settings

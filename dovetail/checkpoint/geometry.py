@@ -20,7 +20,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
-    """Return `config` if its numbers agree with each other; ModelError naming `source` and the field otherwise."""
+    """Return `config` if its numbers agree with each other; ModelError naming `source` and the field
+    otherwise.
+    """
     sizes = (
         "vocab_size",
         "hidden_size",
@@ -38,7 +40,9 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
     if config.num_layers > 65536:
         raise ModelError(f"{source}: num_layers is {config.num_layers}, more than any model has")
     if config.num_heads % config.num_kv_heads:
-        raise ModelError(f"{source}: num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}")
+        raise ModelError(
+            f"{source}: num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}"
+        )
     if config.head_dim % 2:
         raise ModelError(f"{source}: head_dim {config.head_dim} is odd, rotary embedding needs pairs")
     if not (math.isfinite(config.rms_norm_eps) and 0 <= config.rms_norm_eps < 1):
@@ -46,7 +50,9 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
     if config.hidden_act not in ACTIVATIONS:
         raise ModelError(f"{source}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
     if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
-        raise ModelError(f"{source}: {len(config.sliding_windows)} layer types for {config.num_layers} layers")
+        raise ModelError(
+            f"{source}: {len(config.sliding_windows)} layer types for {config.num_layers} layers"
+        )
     for window in config.sliding_windows:
         if window is not None and not 0 < window < LIMIT:
             raise ModelError(f"{source}: sliding_window is {window}, not between 1 and 2^31 - 1")

@@ -1,12 +1,13 @@
 """GGUF v2/v3 files, memory mapped: header checks, lazily decoded metadata, raw tensor blocks.
 
-Nothing a file claims is believed before it is checked against the bytes that are there. The header is walked once;
-what the walk keeps per metadata entry is its type and position, so memory stays proportional to the number of
-entries, and string arrays (vocabularies, merges) are decoded only when somebody asks for them.
+Nothing a file claims is believed before it is checked against the bytes that are there. The header is walked
+once; what the walk keeps per metadata entry is its type and position, so memory stays proportional to the
+number of entries, and string arrays (vocabularies, merges) are decoded only when somebody asks for them.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -33,7 +34,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 _SCALAR = {kind: struct.Struct("<" + code) for kind, code in _SCALARS.items()}
 _NUMPY = {
     kind: np.dtype(name).newbyteorder("<")
-    for kind, name in zip(_SCALARS, ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "u1", "u8", "i8", "f8"), strict=True)
+    for kind, name in zip(
+        _SCALARS, ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "u1", "u8", "i8", "f8"), strict=True
+    )
 }
 _TYPE_NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -46,17 +49,21 @@ _REMOVED = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 
 
 class Entry(NamedTuple):
-    """Where a metadata value lies: its type, the element type and count of an array, the offset of its bytes."""
+    """Where a metadata value lies: its type, the element type and length of an array, the offset of its
+    bytes.
+    """
 
     kind: int
     element: int
-    count: int
+    length: int
     offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's table row, checked: `shape` in torch order, `offset` from the start of the file, `nbytes` long."""
+    """A tensor's table row, checked: `shape` in torch order, `offset` from the start of the file, `nbytes`
+    long.
+    """
 
     name: str
     format: str
@@ -121,7 +128,9 @@ class _Cursor:
         """Walk over `count` length-prefixed strings."""
         self.array_strings += count
         if self.array_strings > MAX_ARRAY_STRINGS or count > (self.size - self.at) // 8:
-            raise self.fail(what, f"{count} strings do not fit in the bytes left (or exceed {MAX_ARRAY_STRINGS})")
+            raise self.fail(
+                what, f"{count} strings do not fit in the bytes left (or exceed {MAX_ARRAY_STRINGS})"
+            )
         at, buffer, unpack = self.at, self.buffer, _U64.unpack_from
         try:
             for _ in range(count):
@@ -151,10 +160,16 @@ class _Cursor:
             self.skip_strings(count, what)
         elif element in _SCALAR:
             self.need(count * _SCALAR[element].size, f"{what} ({count} elements)")
-            if element == _BOOL and count and int(np.frombuffer(self.buffer, np.uint8, count, start).max()) > 1:
+            if (
+                element == _BOOL
+                and count
+                and int(np.frombuffer(self.buffer, np.uint8, count, start).max()) > 1
+            ):
                 raise self.fail(what, "an array of bool holds a byte that is not 0 or 1", start)
         else:
-            kind_name = "nested arrays are not allowed" if element == _ARRAY else f"unknown element type {element}"
+            kind_name = (
+                "nested arrays are not allowed" if element == _ARRAY else f"unknown element type {element}"
+            )
             raise self.fail(what, kind_name, start - 12)
         return Entry(kind, element, count, start)
 
@@ -191,7 +206,7 @@ class Metadata(Mapping[str, Any]):
         return bool(value) if kind == _BOOL else value
 
     def _strings(self, key: str, count: int, offset: int) -> list[str]:
-        buffer, at, unpack, result = self._buffer, offset, _U64.unpack_from, []
+        buffer, at, unpack, result = self._buffer, offset, _U64.unpack_from, list[str]()
         append = result.append
         try:
             for _ in range(count):
@@ -203,18 +218,19 @@ class Metadata(Mapping[str, Any]):
         return result
 
     def read(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key` as `kind` (int, float, bool, str); `default` when absent; ModelError when of another
-        type, negative where an int is wanted, or not finite. An int is accepted where a float is wanted."""
+        """The value of `key` as `kind` (int, float, bool, str); `default` when absent; ModelError when of
+        another type, negative where an int is wanted, or not finite. An int is accepted where a float is
+        wanted."""
         if key not in self._entries:
             return default
         entry = self._entries[key]
-        value = self[key] if entry.kind != _ARRAY else None
+        value: Any = self[key] if entry.kind != _ARRAY else None
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             name = _TYPE_NAMES[entry.kind] if entry.kind < len(_TYPE_NAMES) else "a 64-bit number"
             raise ModelError(f"{self._path}: {key} must be {kind.__name__}, the file has {name}")
-        if (kind is int and value < 0) or (kind is float and not abs(value) < float("inf")):
+        if (kind is int and value < 0) or (kind is float and not math.isfinite(value)):
             raise ModelError(f"{self._path}: {key} is {value}, which is not a usable number")
         return value
 
@@ -274,7 +290,9 @@ def _dimensions(cursor: _Cursor, what: str) -> tuple[int, ...]:
         size = cursor.u64(f"{what} dimension {axis}")
         values *= size
         if size == 0 or values >= 1 << 63:
-            raise cursor.fail(what, f"dimension {axis} is {size}: zero, or the tensor has 2^63 values", cursor.at - 8)
+            raise cursor.fail(
+                what, f"dimension {axis} is {size}: zero, or the tensor has 2^63 values", cursor.at - 8
+            )
         shape.append(size)
     return tuple(reversed(shape))
 
@@ -300,7 +318,9 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
         name = cursor.text(f"name of tensor {index}", MAX_NAME - 1)
         what = f"tensor {name!r}"
         if not name or ".." in name or any(c in "/\\" or ord(c) < 32 for c in name):
-            raise cursor.fail(what, f"name of tensor {index} is empty or holds '..', a slash or a control", start)
+            raise cursor.fail(
+                what, f"name of tensor {index} is empty or holds '..', a slash or a control", start
+            )
         if name in rows:
             raise cursor.fail(what, "appears twice", start)
         shape = _dimensions(cursor, what)
@@ -311,7 +331,9 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
         nbytes = values // BLOCKS[kind].values * BLOCKS[kind].bytes
         offset = cursor.u64(f"{what} offset")
         if offset != expected:
-            raise cursor.fail(what, f"data offset is {offset}, the tensors before it end at {expected}", cursor.at - 8)
+            raise cursor.fail(
+                what, f"data offset is {offset}, the tensors before it end at {expected}", cursor.at - 8
+            )
         if nbytes > cursor.size:
             raise cursor.fail(what, f"{kind} {list(shape)} needs {nbytes} bytes, the file has {cursor.size}")
         rows[name] = (kind, shape, nbytes)
@@ -332,8 +354,8 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
 class GGUFFile:
     """An open GGUF file.
 
-    `version`, `alignment`, `metadata` (Mapping) and `tensors` (name -> TensorInfo, in file order) are checked on
-    construction; `tensor(name)` gives a view of the mapped bytes. Any defect is a ModelError.
+    `version`, `alignment`, `metadata` (Mapping) and `tensors` (name -> TensorInfo, in file order) are
+    checked on construction; `tensor(name)` gives a view of the mapped bytes. Any defect is a ModelError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -357,7 +379,9 @@ class GGUFFile:
         self.metadata = Metadata(self.path, cursor.buffer, entries)
         splits = self.metadata.read("split.count", int, 0)
         if splits > 1:
-            raise ModelError(f"{self.path}: split.count is {splits}; merge the parts (gguf-split --merge) first")
+            raise ModelError(
+                f"{self.path}: split.count is {splits}; merge the parts (gguf-split --merge) first"
+            )
         self.alignment = _alignment(self.metadata, entries, self.path)
         self.tensors = _tensor_table(cursor, tensors, self.alignment)
 

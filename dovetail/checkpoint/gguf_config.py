@@ -39,7 +39,12 @@ class _Keys:
         key = f"{self.prefix}.{name}"
         if self.metadata.is_array(key):
             numbers = self.metadata.numbers(key)
-            if numbers is None or not len(numbers) or numbers.dtype.kind not in "iu" or (numbers != numbers[0]).any():
+            if (
+                numbers is None
+                or not len(numbers)
+                or numbers.dtype.kind not in "iu"
+                or (numbers != numbers[0]).any()
+            ):
                 raise ModelError(f"{self.file.path}: {key} differs by layer, which is not supported")
             if not 0 <= int(numbers[0]) < LIMIT:
                 raise ModelError(f"{self.file.path}: {key} is {int(numbers[0])}")
@@ -51,17 +56,23 @@ def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
     theta = keys.number("rope.freq_base", 10000.0)
     rotated = keys.integer("rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise ModelError(f"{keys.file.path}: rope.dimension_count is {rotated}, attention.key_length is {head_dim}")
+        raise ModelError(
+            f"{keys.file.path}: rope.dimension_count is {rotated}, attention.key_length is {head_dim}"
+        )
     kind = keys.metadata.read(f"{keys.prefix}.rope.scaling.type", str, "none")
     legacy = keys.number("rope.scale_linear", 0.0)
     factors: tuple[float, ...] = ()
     if "rope_freqs.weight" in keys.file.tensors:
         factors = tuple(keys.file.tensor("rope_freqs.weight").dequantize().flatten().tolist())
         if kind not in ("none", "llama3"):
-            raise ModelError(f"{keys.file.path}: both rope_freqs.weight and rope.scaling.type {kind!r} are given")
+            raise ModelError(
+                f"{keys.file.path}: both rope_freqs.weight and rope.scaling.type {kind!r} are given"
+            )
         return RopeConfig(theta, "factors", {}, factors)
     if kind == "none":
-        return RopeConfig(theta, "linear", {"factor": legacy}) if legacy not in (0.0, 1.0) else RopeConfig(theta)
+        return (
+            RopeConfig(theta, "linear", {"factor": legacy}) if legacy not in (0.0, 1.0) else RopeConfig(theta)
+        )
     parameters = {"factor": keys.number("rope.scaling.factor")}
     if kind == "linear":
         return RopeConfig(theta, "linear", parameters)
@@ -80,7 +91,9 @@ def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
 
 
 def gguf_eos_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for it."""
+    """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for
+    it.
+    """
     ids = []
     for name in ("eos", "eot", "eom"):
         value = file.metadata.read(f"tokenizer.ggml.{name}_token_id", int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -47,7 +48,17 @@ def _cased(suffix: str, digits: str) -> str:
     )
 
 
-_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+_LLAMA3 = (
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+)
 _DIGITS = ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b")
 _FAMILIES = (
     _Family(_words(r"\p{L}", r"\p{N}{1,3}"), _LLAMA3, ignore_merges=True, add_bos=True),
@@ -81,7 +92,9 @@ def _vocabulary(file: GGUFFile, vocab_size: int) -> _Vocabulary:
     if kinds is None:
         kinds = np.full(len(tokens), NORMAL)
     if len(kinds) != len(tokens):
-        raise ModelError(f"{file.path}: {len(kinds)} entries in tokenizer.ggml.token_type for {len(tokens)} tokens")
+        raise ModelError(
+            f"{file.path}: {len(kinds)} entries in tokenizer.ggml.token_type for {len(tokens)} tokens"
+        )
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) != len(tokens):
@@ -94,7 +107,7 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, family: _Family) -> Bac
     merges = file.metadata.strings("tokenizer.ggml.merges")
     if merges is None:
         raise ModelError(f"{file.path}: tokenizer.ggml.merges is missing")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     ids = vocabulary.ids
     for index, pair in enumerate(pairs):
         if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
@@ -138,21 +151,34 @@ def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> Backend:
     raw = file.metadata.numbers("tokenizer.ggml.scores")
     if raw is None or len(raw) != len(vocabulary.tokens):
         count = 0 if raw is None else len(raw)
-        raise ModelError(f"{file.path}: {count} entries in tokenizer.ggml.scores for {len(vocabulary.tokens)} tokens")
+        raise ModelError(
+            f"{file.path}: {count} entries in tokenizer.ggml.scores for {len(vocabulary.tokens)} tokens"
+        )
     scores = raw.astype(np.float64)
     if not np.isfinite(scores).all():
-        raise ModelError(f"{file.path}: tokenizer.ggml.scores[{int(np.argmin(np.isfinite(scores)))}] is not a number")
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.scores[{int(np.argmin(np.isfinite(scores)))}] is not a number"
+        )
     unknown = file.metadata.read("tokenizer.ggml.unknown_token_id", int, 0)
     merges = _score_merges(vocabulary, scores)
     model = models.BPE(
-        vocab=vocabulary.ids, merges=merges, unk_token=vocabulary.tokens[unknown], fuse_unk=True, byte_fallback=True
+        vocab=vocabulary.ids,
+        merges=merges,
+        unk_token=vocabulary.tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
     )
     backend = Backend(model)
     prefix = file.metadata.read("tokenizer.ggml.add_space_prefix", bool, True)
-    # A normalizer works on each stretch between control tokens, as SentencePiece does when it is called for each.
+    # A normalizer works on each stretch between control tokens, as SentencePiece does when it is called for
+    # each.
     marks = normalizers.Replace(" ", "\u2581")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), marks]) if prefix else marks
-    steps: list[decoders.Decoder] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[decoders.Decoder] = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
 
@@ -161,11 +187,15 @@ def _add_tokens(backend: Backend, vocabulary: _Vocabulary) -> None:
     """Tell the backend which tokens are matched as a whole in the text before anything else."""
     special = np.flatnonzero(np.isin(vocabulary.kinds, (CONTROL, UNKNOWN)))
     plain = np.flatnonzero(vocabulary.kinds == USER_DEFINED)
-    backend.add_special_tokens([AddedToken(vocabulary.tokens[i], special=True, normalized=False) for i in special])
+    backend.add_special_tokens(
+        [AddedToken(vocabulary.tokens[i], special=True, normalized=False) for i in special]
+    )
     backend.add_tokens([AddedToken(vocabulary.tokens[i], special=False, normalized=False) for i in plain])
 
 
-def _post_processor(vocabulary: _Vocabulary, bos: int | None, eos: int | None) -> processors.TemplateProcessing | None:
+def _post_processor(
+    vocabulary: _Vocabulary, bos: int | None, eos: int | None
+) -> processors.TemplateProcessing | None:
     first = [] if bos is None else [vocabulary.tokens[bos]]
     last = [] if eos is None else [vocabulary.tokens[eos]]
     if not first and not last:
@@ -193,21 +223,25 @@ def _special_tokens(file: GGUFFile, vocabulary: _Vocabulary) -> dict[str, int]:
 def build_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
     """The tokenizer of `file`, whose model has `vocab_size` rows in its embedding.
 
-    ModelError for a tokenizer model other than gpt2 (byte-level BPE) and llama (SentencePiece BPE), and for token
-    arrays that are missing or contradict each other. An unknown `tokenizer.ggml.pre` is used as GPT-2's, with a
-    warning: the text is then split differently from how the model was trained.
+    ModelError for a tokenizer model other than gpt2 (byte-level BPE) and llama (SentencePiece BPE), and for
+    token arrays that are missing or contradict each other. An unknown `tokenizer.ggml.pre` is used as
+    GPT-2's, with a warning: the text is then split differently from how the model was trained.
     """
     metadata = file.metadata
     model = metadata.read("tokenizer.ggml.model", str, "none")
     if model not in ("gpt2", "llama"):
-        raise ModelError(f"{file.path}: tokenizer.ggml.model {model[:64]!r} is not supported, only gpt2 and llama are")
+        raise ModelError(
+            f"{file.path}: tokenizer.ggml.model {model[:64]!r} is not supported, only gpt2 and llama are"
+        )
     vocabulary = _vocabulary(file, vocab_size)
     special = _special_tokens(file, vocabulary)
     add_bos = model == "llama"
     if model == "gpt2":
         pre = metadata.read("tokenizer.ggml.pre", str, "default")
         if pre not in FAMILIES:
-            _LOG.warning("%s: tokenizer.ggml.pre %r is not known, splitting text as GPT-2 does", file.path, pre[:64])
+            _LOG.warning(
+                "%s: tokenizer.ggml.pre %r is not known, splitting text as GPT-2 does", file.path, pre[:64]
+            )
         family = FAMILIES.get(pre, _Family())
         add_bos = family.add_bos
         backend = guarded(f"{file.path}: tokenizer", lambda: _byte_level(file, vocabulary, family))
@@ -220,7 +254,9 @@ def build_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
     if processor is not None:
         backend.post_processor = processor
     prefix = "tokenizer.chat_template"
-    templates = {key[len(prefix) + 1 :]: metadata.read(key, str) for key in metadata if key.startswith(prefix + ".")}
+    templates = {
+        key[len(prefix) + 1 :]: metadata.read(key, str) for key in metadata if key.startswith(prefix + ".")
+    }
     if prefix in metadata:
         templates["default"] = metadata.read(prefix, str)
     texts = {name: vocabulary.tokens[token] for name, token in special.items()}

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dovetail.checkpoint.hf_config import Fields, parse_hf_config
-from dovetail.json_file import parse_json_object, read_json_object
 from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ModelError
+from dovetail.json_file import parse_json_object, read_json_object
 from dovetail.tokenizer import Tokenizer
 
 _HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
@@ -72,9 +72,12 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         if not isinstance(weights, dict) or not weights:
             raise ModelError(f"{index}: weight_map must be a non-empty object")
         for tensor, shard in weights.items():
-            # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of them.)
+            # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of
+            # them.)
             if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
-                raise ModelError(f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name")
+                raise ModelError(
+                    f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name"
+                )
         return sorted(set(weights.values())), weights
     if (directory / "model.safetensors").exists():
         return ["model.safetensors"], None
@@ -83,7 +86,9 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         return found, None
     if found:
         raise ModelError(f"{directory}: {len(found)} safetensors files but no {_INDEX}")
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(
+        path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     if pickles:
         raise ModelError(
             f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; convert it to safetensors"
@@ -146,7 +151,9 @@ class HFCheckpoint:
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
         rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
-        return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
+        return StoredTensor(
+            name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1)
+        )
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)

@@ -33,7 +33,11 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         if config.o_bias:
             yield prefix + "self_attn.o_proj.bias", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
-        for name, shape in (("gate_proj", (wide, hidden)), ("up_proj", (wide, hidden)), ("down_proj", (hidden, wide))):
+        for name, shape in (
+            ("gate_proj", (wide, hidden)),
+            ("up_proj", (wide, hidden)),
+            ("down_proj", (hidden, wide)),
+        ):
             yield f"{prefix}mlp.{name}.weight", shape
             if config.mlp_bias:
                 yield f"{prefix}mlp.{name}.bias", shape[:1]
@@ -45,15 +49,20 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
 def validate(checkpoint: Checkpoint) -> None:
     """Compare the checkpoint's names and shapes with its config.
 
-    ModelError for a tensor that is missing, has another shape than the config says, or has no place in the model.
+    ModelError for a tensor that is missing, has another shape than the config says, or has no place in the
+    model.
     """
     present = set(checkpoint.names())
     for name, shape in expected_shapes(checkpoint.config):
         if name not in present:
-            raise ModelError(f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})")
+            raise ModelError(
+                f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})"
+            )
         found = checkpoint.shape(name)
         if found != shape:
-            raise ModelError(f"{checkpoint.path}: tensor {name} is {list(found)}, the config asks for {list(shape)}")
+            raise ModelError(
+                f"{checkpoint.path}: tensor {name} is {list(found)}, the config asks for {list(shape)}"
+            )
         present.discard(name)
     extra = sorted(name for name in present if not name.endswith(_IGNORED_SUFFIX))
     if checkpoint.config.tie_word_embeddings and "lm_head.weight" in extra:

@@ -26,7 +26,9 @@ class StoredTensor:
     data: torch.Tensor
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is needed."""
+        """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is
+        needed.
+        """
         if self.format in _NATIVE and self.data.is_contiguous():
             native = _NATIVE[self.format]
             if self.data.data_ptr() % native.itemsize == 0:
@@ -42,7 +44,8 @@ class StoredTensor:
         return out.view(self.shape)
 
     def permute_rows(self, index: torch.Tensor) -> StoredTensor:
-        """The same tensor with row `index[i]` (int64 [rows]) as row i: bytes are moved, values are not touched.
+        """The same tensor with row `index[i]` (int64 [rows]) as row i: bytes are moved, values are not
+        touched.
 
         The rows of a 1-d tensor are its values. ModelError if `index` has another length, or a 1-d tensor is
         stored in blocks.

@@ -1,12 +1,12 @@
 """Block formats of stored weights: bytes -> float32.
 
 Every quantized format cuts a row into blocks of `values` numbers that share a scale d (and, in the `_1` and K
-formats, an offset m): value = d * q - m, or d * (q - zero). K formats nest: 256 values share a float16 scale that
-multiplies small integer scales of 16 or 32 values each. Products and sums are rounded in float32 one at a time, in
-the order of the format's reference, so results are equal to it bit for bit.
+formats, an offset m): value = d * q - m, or d * (q - zero). K formats nest: 256 values share a float16 scale
+that multiplies small integer scales of 16 or 32 values each. Products and sums are rounded in float32 one at
+a time, in the order of the format's reference, so results are equal to it bit for bit.
 
-All functions take uint8 [blocks, block_bytes] and return float32 [blocks, values]; they allocate the result and
-small intermediates only.
+All functions take uint8 [blocks, block_bytes] and return float32 [blocks, values]; they allocate the result
+and small intermediates only.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _planes(bytes_: Tensor, step: int, width: int) -> Tensor:
-    """uint8 [n, groups, 8/step, width]: the `step`-bit fields of each group of `width` bytes, lowest bits first."""
+    """uint8 [n, groups, 8/step, width]: the `step`-bit fields of each group of `width` bytes, lowest bits
+    first.
+    """
     shifts = torch.arange(0, 8, step, dtype=torch.uint8).view(1, 1, -1, 1)
     return (bytes_.reshape(bytes_.shape[0], -1, 1, width) >> shifts) & ((1 << step) - 1)
 
@@ -110,7 +112,9 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima, uint8 [n, 8] each, from 12 bytes: four whole pairs, then four split over two places."""
+    """Scales and minima, uint8 [n, 8] each, from 12 bytes: four whole pairs, then four split over two
+    places.
+    """
     first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scale = torch.cat((first & 63, (rest & 15) | ((first >> 6) << 4)), dim=1)
     minimum = torch.cat((second & 63, (rest >> 4) | ((second >> 6) << 4)), dim=1)

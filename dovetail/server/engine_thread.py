@@ -8,8 +8,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +29,17 @@ MAX_EMPTY_STEPS = 1000
 _LOG = logging.getLogger(__name__)
 
 
+Event = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Command:
+    """`run` is called between two steps, or `refuse` with the reason why it never will be."""
+
+    run: Callable[[], None]
+    refuse: Callable[[Exception], None] = lambda error: None
+
+
 class EngineThread:
     """Runs a Session until `stop`, sleeping while there is nothing to do.
 
@@ -40,7 +52,7 @@ class EngineThread:
         self.session = session
         self.metrics = metrics
         self.failure: BaseException | None = None
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._jobs: dict[str, tuple[Job, int]] = {}  # request id -> its job, which of the job's answers it is
         self._beat = time.monotonic()
         self._empty_steps = 0
@@ -50,37 +62,35 @@ class EngineThread:
 
     # -- any thread ----------------------------------------------------------------------------------
 
-    def start(self, loop: asyncio.AbstractEventLoop, on_failure: Callable[[], None]) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, on_failure: Event) -> None:
         self._loop = loop
         self._on_failure = on_failure
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job; it ends at once if the engine has failed or stopped."""
-        if not self._command(partial(self._submit, job)):
-            job.end(Unavailable("the engine has stopped"))
+        """Queue a job of the event loop's; it is accepted, or ends with the reason why not."""
+        self._send(_Command(partial(self._submit, job), lambda error: self._post([partial(job.end, error)])))
 
     def abort(self, job: Job, reason: Exception | None = None) -> None:
         """End a job in whatever state it is; its pages are free at the latest when the current step is done."""
         job.cancelled = True
         if not job.ended:
-            self._command(partial(self._abort, job, reason))
+            self._send(_Command(partial(self._abort, [job], reason or Unavailable("the request was aborted"))))
 
     def abort_all(self, reason: Exception) -> None:
-        self._command(lambda: [self._abort(job, reason) for job in self._open_jobs()] and None)
+        self._send(_Command(lambda: self._abort(self._open_jobs(), reason)))
 
     def call(self, function: Callable[[Session], T]) -> Future[T]:
         """Run `function` between two steps, where the session may be touched."""
         future: Future[T] = Future()
 
-        def command() -> None:
+        def run() -> None:
             try:
                 future.set_result(function(self.session))
             except Exception as error:
                 future.set_exception(error)
 
-        if not self._command(command):
-            future.set_exception(Unavailable("the engine has stopped"))
+        self._send(_Command(run, future.set_exception))
         return future
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -96,11 +106,21 @@ class EngineThread:
         stalled = self.session.busy and time.monotonic() - self._beat > STALL_SECONDS
         return self.failure is None and self._thread.is_alive() and not stalled
 
-    def _command(self, command: Callable[[], None]) -> bool:
+    def _send(self, command: _Command) -> None:
         with self._lock:
             if not self._closed:
                 self._commands.put(command)
-            return not self._closed
+                return
+        command.refuse(self._refusal())
+
+    def _refusal(self) -> Exception:
+        return Failure("the engine has failed") if self.failure else Unavailable("the server is shutting down")
+
+    def _post(self, events: Sequence[Event]) -> None:
+        """One wake-up of the event loop for all of `events`."""
+        if events:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
+                self._loop.call_soon_threadsafe(_each, events)
 
     # -- the engine's thread -------------------------------------------------------------------------
 
@@ -123,7 +143,7 @@ class EngineThread:
             self._beat = time.monotonic()
             if command is None:
                 return False
-            command()
+            command.run()
 
     def _step(self) -> None:
         changed = self.session.step()
@@ -132,13 +152,14 @@ class EngineThread:
         self._empty_steps = 0 if tokens else self._empty_steps + 1
         if self._empty_steps > MAX_EMPTY_STEPS:
             raise RuntimeError("the scheduler has requests but plans nothing")
-        events: list[Callable[[], None]] = []
+        events: list[Event] = []
         for answer in changed:
-            job, position = self._jobs[answer.request_id]
-            for delta in self._advance(job, position, now):
-                events.append(partial(job.put, delta))
+            job, position = self._jobs.get(answer.request_id, (None, 0))
+            if job is None:  # another answer of its job has failed in this step
+                continue
+            events += [partial(job.put, delta) for delta in self._advance(job, position, now)]
             if answer.finished:
-                self._finished(job, answer, events)
+                events += self._finished(job, answer)
         self.metrics.stepped(tokens)
         self._post(events)
 
@@ -178,12 +199,11 @@ class EngineThread:
         self.metrics.generated(count - track.tokens)
         track.last = now
 
-    def _finished(self, job: Job, answer: Answer, events: list[Callable[[], None]]) -> None:
+    def _finished(self, job: Job, answer: Answer) -> list[Event]:
         del self._jobs[answer.request_id]
         if answer.error is not None:
-            self._end(job, Failure(answer.error))
-        elif all(a.finished for a in job.answers):
-            events.append(job.end)
+            return [self._end(job, Failure(answer.error))]
+        return [job.end] if all(a.finished for a in job.answers) else []
 
     def _submit(self, job: Job) -> None:
         if job.cancelled:
@@ -192,50 +212,41 @@ class EngineThread:
             try:
                 self.session.submit(answer)
             except (RequestError, CapacityError) as error:
-                self._end(job, error)
+                self._post([self._end(job, error)])
                 return
             self._jobs[answer.request_id] = (job, position)
         self._post([job.accept])
 
-    def _abort(self, job: Job, reason: Exception | None) -> None:
-        self._end(job, reason or Unavailable("the request was aborted"))
+    def _abort(self, jobs: Sequence[Job], reason: Exception) -> None:
+        self._post([self._end(job, reason) for job in jobs])
 
-    def _end(self, job: Job, error: Exception) -> None:
-        """Stop what still runs of a job and end it with an error."""
+    def _end(self, job: Job, error: Exception) -> Event:
+        """Stop what still runs of a job; the event that ends it."""
         now = time.monotonic()
         for position, answer in enumerate(job.answers):
             if self._jobs.pop(answer.request_id, None) is not None:
                 self.session.abort(answer)
                 self._advance(job, position, now)
-        self._post([partial(job.end, error)])
+        return partial(job.end, error)
 
     def _open_jobs(self) -> list[Job]:
         return list({id(job): job for job, _ in self._jobs.values()}.values())
 
-    def _post(self, events: list[Callable[[], None]]) -> None:
-        """One wake-up of the event loop for all of `events`."""
-        if events:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
-                self._loop.call_soon_threadsafe(_each, events)
-
     def _close(self) -> None:
-        """Refuse further commands, answer those that came meanwhile, and end every open job."""
+        """Refuse the commands that came meanwhile and those to come; end every open job."""
         with self._lock:
             self._closed = True
-        error = Failure("the engine has failed") if self.failure else Unavailable("the server is shutting down")
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while True:
                 command = self._commands.get(block=False)
-            except queue.Empty:
-                break
-            if isinstance(command, partial) and command.func == self._submit:
-                self._post([partial(command.args[0].end, error)])
-        self._post([partial(job.end, error) for job in self._open_jobs()])
+                if command is not None:
+                    command.refuse(self._refusal())
+        self._post([partial(job.end, self._refusal()) for job in self._open_jobs()])
         self._jobs.clear()
         if self.failure is not None:
             self._post([self._on_failure])
 
 
-def _each(events: list[Callable[[], None]]) -> None:
+def _each(events: Sequence[Event]) -> None:
     for event in events:
         event()

@@ -33,7 +33,9 @@ def test_equals_gguf(name: str) -> None:
     found = block.dequantize(torch.from_numpy(raw))
     assert found.dtype == torch.float32
     assert found.shape == (200, block.values)
-    assert np.array_equal(found.numpy().view(np.uint32), np.ascontiguousarray(expected, np.float32).view(np.uint32))
+    assert np.array_equal(
+        found.numpy().view(np.uint32), np.ascontiguousarray(expected, np.float32).view(np.uint32)
+    )
 
 
 @pytest.mark.parametrize("name", BLOCKS)

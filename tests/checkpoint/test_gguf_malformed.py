@@ -1,4 +1,6 @@
-"""Broken GGUF files, by the numbers of the project's file checklist: each is a ModelError, fast and in little memory."""
+"""Broken GGUF files, by the numbers of the project's file checklist: each is a ModelError, fast and in
+little memory.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,10 @@ RAW_CASES: dict[str, tuple[bytes, str]] = {
     "11 removed type": (raw(rows=[row(kind=4)], data=b"\0" * 32), "removed"),
     "11 row and block": (raw(rows=[row(dims=(33,), kind=8)], data=b"\0" * 64), "multiple"),
     "12 bytes overflow": (raw(rows=[row(dims=(1 << 61,))], data=b"\0" * 32), "needs"),
-    "12 sum overflow": (raw(rows=[row("a", (1 << 62,)), row("b", (1 << 62,), offset=1 << 63)], data=b"\0"), "needs"),
+    "12 sum overflow": (
+        raw(rows=[row("a", (1 << 62,)), row("b", (1 << 62,), offset=1 << 63)], data=b"\0"),
+        "needs",
+    ),
     "13 misaligned": (raw(rows=[row(offset=4)], data=b"\0" * 64), "offset is 4"),
     "13 past the end": (raw(rows=[row(offset=1 << 40)], data=b"\0" * 64), "offset"),
     "13 overlap": (raw(rows=[row("a", (16,)), row("b", offset=32)], data=b"\0" * 96), "end at 64"),
@@ -141,7 +146,11 @@ def test_well_formed_corner_cases(tmp_path: Path) -> None:
     for version in (2, 3):
         path.write_bytes(
             raw(
-                [pair("empty", 9, array(8, 0)), pair("flags", 9, array(7, 2, b"\0\1")), pair("big", 10, U64(7))],
+                [
+                    pair("empty", 9, array(8, 0)),
+                    pair("flags", 9, array(7, 2, b"\0\1")),
+                    pair("big", 10, U64(7)),
+                ],
                 [row("a", (4,)), row("b", (2, 3), offset=32)],
                 b"\0" * 32 + np.arange(6, dtype="<f4").tobytes(),
                 version=version,
@@ -179,7 +188,10 @@ KEY_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "7 scaling factor": ({"llama.rope.scaling.type": "linear"}, "rope.scaling.factor is missing"),
     "7 scaling factor 0": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, "factor"),
     "7 hidden": ({"llama.embedding_length": 64}, "model.embed_tokens.weight"),
-    "7 wide": ({"llama.feed_forward_length": 32}, "mlp.gate_proj.weight is .64, 32., the config asks for .32, 32."),
+    "7 wide": (
+        {"llama.feed_forward_length": 32},
+        "mlp.gate_proj.weight is .64, 32., the config asks for .32, 32.",
+    ),
     "7 per-layer heads": ({"llama.attention.head_count_kv": [2, 1]}, "differs by layer"),
     "7 vocab": ({"llama.vocab_size": 5}, "vocabulary of 5|embed_tokens"),
     "7 experts": ({"llama.expert_count": 8}, "experts"),
@@ -233,10 +245,19 @@ def change(edit: Callable[[dict[str, np.ndarray]], Any]) -> dict[str, np.ndarray
 
 
 TENSOR_CASES: dict[str, tuple[dict[str, np.ndarray], str]] = {
-    "missing": (change(lambda w: w.pop("blk.1.ffn_up.weight")), "model.layers.1.mlp.up_proj.weight is missing"),
+    "missing": (
+        change(lambda w: w.pop("blk.1.ffn_up.weight")),
+        "model.layers.1.mlp.up_proj.weight is missing",
+    ),
     "embedding": (change(lambda w: w.pop("token_embd.weight")), "token_embd.weight"),
-    "shape": (change(lambda w: w.update({"blk.0.attn_v.weight": w["output_norm.weight"]})), "v_proj.weight is"),
-    "extra": (change(lambda w: w.update({"blk.0.ffn_gate_exps.weight": w["output_norm.weight"]})), "ffn_gate_exps"),
+    "shape": (
+        change(lambda w: w.update({"blk.0.attn_v.weight": w["output_norm.weight"]})),
+        "v_proj.weight is",
+    ),
+    "extra": (
+        change(lambda w: w.update({"blk.0.ffn_gate_exps.weight": w["output_norm.weight"]})),
+        "ffn_gate_exps",
+    ),
     "factors": (change(lambda w: w.update({"rope_freqs.weight": np.ones(3, np.float32)})), "3 rope factors"),
     "factor 0": (change(lambda w: w.update({"rope_freqs.weight": np.zeros(4, np.float32)})), "positive"),
 }
@@ -255,7 +276,9 @@ def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_16_broken_template(tmp_path: Path) -> None:
-    tokenizer = open_checkpoint(write(tmp_path / "m.gguf", {"tokenizer.chat_template": "{% for %}"})).tokenizer()
+    tokenizer = open_checkpoint(
+        write(tmp_path / "m.gguf", {"tokenizer.chat_template": "{% for %}"})
+    ).tokenizer()
     with pytest.raises(ModelError, match="chat template"):
         tokenizer.render([{"role": "user", "content": "x"}])
 
@@ -270,8 +293,14 @@ def test_14_file_shrinks(tmp_path: Path) -> None:
 
 def small(path: Path) -> bytes:
     """A valid file of a few kilobytes, with every kind of value."""
-    values = {"k.u8": [1, 2, 3], "k.flag": True, "k.text": "some text", "k.number": 1.5, "k.words": ["a", "bc"]}
-    keys = {key: None for key in metadata()} | values
+    values = {
+        "k.u8": [1, 2, 3],
+        "k.flag": True,
+        "k.text": "some text",
+        "k.number": 1.5,
+        "k.words": ["a", "bc"],
+    }
+    keys = dict.fromkeys(metadata()) | values
     weights = {"a.weight": np.ones((3, 32), np.float32), "b.weight": np.ones(5, np.float32)}
     return write(path, keys, weights, {"a.weight": "Q4_0"}).read_bytes()
 

@@ -40,7 +40,11 @@ def test_blocks_are_moved_not_rounded_again(kind: str, tmp_path: Path) -> None:
     formats = {name: kind for name in weights if name.endswith(QUANTIZED)}
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf", weights=weights, formats=formats))
     dtype = gguf.GGMLQuantizationType[kind]
-    for name, heads in (("blk.1.attn_q.weight", HEADS), ("blk.1.attn_k.weight", KV_HEADS), ("blk.1.ffn_down.weight", 0)):
+    for name, heads in (
+        ("blk.1.attn_q.weight", HEADS),
+        ("blk.1.attn_k.weight", KV_HEADS),
+        ("blk.1.ffn_down.weight", 0),
+    ):
         stored = permuted(weights[name], heads) if heads else weights[name]
         values = gguf.quants.dequantize(gguf.quants.quantize(stored, dtype), dtype)
         back = permuted_back(values, heads) if heads else values
@@ -118,7 +122,9 @@ def test_rope_factors_and_their_export(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plain = 500000.0 ** (-torch.arange(0, 8, 2) / 8)
     assert torch.allclose(model.model.rotary_emb.inv_freq, plain / torch.tensor(rope.factors), rtol=1e-5)
-    odd = write(tmp_path / "odd.gguf", weights=tensors() | {"rope_freqs.weight": np.array([1, 9, 2, 3], np.float32)})
+    odd = write(
+        tmp_path / "odd.gguf", weights=tensors() | {"rope_freqs.weight": np.array([1, 9, 2, 3], np.float32)}
+    )
     with pytest.raises(ModelError, match="cannot be exported"):
         export(open_checkpoint(odd), tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
@@ -192,7 +198,10 @@ def test_big_vocabulary_is_parsed_fast(tmp_path: Path) -> None:
     from dovetail.checkpoint.gguf import GGUFFile
 
     tokens = [f"token{index}" for index in range(262144)]
-    keys = dict.fromkeys(metadata()) | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": tokens[:100000]}
+    keys = dict.fromkeys(metadata()) | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": tokens[:100000],
+    }
     path = write(tmp_path / "m.gguf", keys, {})
     begin = time.perf_counter()
     file = GGUFFile(path)

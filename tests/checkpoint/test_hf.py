@@ -59,7 +59,9 @@ def test_reads_what_transformers_wrote(kind: str, tied: bool, tmp_path: Path) ->
     assert config.qkv_bias is (kind == "qwen2" or bool(extra)) and config.qk_norm is (kind == "qwen3")
     assert config.o_bias is config.mlp_bias is bool(extra)
     assert config.head_dim == (128 if kind == "qwen3" else 8)
-    expected = {name: value for name, value in reference.state_dict().items() if not tied or name != "lm_head.weight"}
+    expected = {
+        name: value for name, value in reference.state_dict().items() if not tied or name != "lm_head.weight"
+    }
     assert set(checkpoint.names()) == set(expected)
     for name, value in expected.items():
         stored = checkpoint.tensor(name)
@@ -111,7 +113,12 @@ def parse(**changes: Any) -> Any:
 
 def test_defaults_of_missing_fields() -> None:
     config = parse()
-    assert (config.num_kv_heads, config.head_dim, config.rope.theta, config.rope.kind) == (4, 16, 10000.0, "default")
+    assert (config.num_kv_heads, config.head_dim, config.rope.theta, config.rope.kind) == (
+        4,
+        16,
+        10000.0,
+        "default",
+    )
     assert config.sliding_windows == () and not config.tie_word_embeddings
     assert parse(eos_token_id=-1, bos_token_id=-1).bos_token_id is None
 
@@ -287,7 +294,7 @@ def test_6_dtype_that_cannot_be_used(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float64)
     save_file(weights, model / "model.safetensors")
-    with pytest.raises(ModelError, match="model.norm.weight is F64"):
+    with pytest.raises(ModelError, match=r"model.norm.weight is F64"):
         open_checkpoint(model).tensor("model.norm.weight")
 
 
@@ -356,7 +363,7 @@ def test_config_files_that_are_not_json_objects(model: Path) -> None:
             open_checkpoint(model)
     (model / "config.json").write_text(good)
     (model / "generation_config.json").write_text('{"eos_token_id": {}}')
-    with pytest.raises(ModelError, match="generation_config.json: eos_token_id"):
+    with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id"):
         open_checkpoint(model)
 
 
@@ -382,11 +389,13 @@ def test_paths_that_are_no_checkpoint(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no safetensors file"):
         open_checkpoint(model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config.json"):
         open_checkpoint(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[]", b"\xff", b'{"model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}'])
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"[]", b"\xff", b'{"model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}']
+)
 def test_broken_tokenizer_json(text: bytes, model: Path) -> None:
     (model / "tokenizer.json").write_bytes(text)
     with pytest.raises(ModelError, match=r"tokenizer.json"):

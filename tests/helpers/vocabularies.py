@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from dovetail.detokenizer import BYTE_ALPHABET
@@ -9,7 +10,23 @@ from dovetail.detokenizer import BYTE_ALPHABET
 CONTROL = ["<unk>", "<s>", "</s>", "[INST]"]
 PIECES = [
     *("▁", "h", "e", "l", "o", "w", "r", "d", "a", "b", "c", "1", "2", ".", ",", "é", "你"),
-    *("he", "ll", "▁w", "or", "llo", "hello", "▁hello", "ld", "▁world", "▁▁", "▁▁▁▁", "ab", "▁a", "bc", "abc"),
+    *(
+        "he",
+        "ll",
+        "▁w",
+        "or",
+        "llo",
+        "hello",
+        "▁hello",
+        "ld",
+        "▁world",
+        "▁▁",
+        "▁▁▁▁",
+        "ab",
+        "▁a",
+        "bc",
+        "abc",
+    ),
 ]
 
 TEXTS = [
@@ -51,14 +68,16 @@ def sentencepiece_keys(prefix: bool = True) -> dict[str, Any]:
 
 
 def sentencepiece_reference(text: str, prefix: bool = True) -> list[int]:
-    """SentencePiece's BPE, written down naively: join the best-scoring neighbours until none can be joined."""
+    """SentencePiece's BPE, written down naively: join the best-scoring neighbours until none can be
+    joined.
+    """
     if not text:
         return []
     scores = {piece: -float(index) for index, piece in enumerate(PIECES)}
     parts = list(("▁" if prefix else "") + text.replace(" ", "▁"))
     while True:
         best = max(
-            ((scores[a + b], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in scores),
+            ((scores[a + b], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in scores),
             default=None,
         )
         if best is None:
@@ -72,10 +91,18 @@ def sentencepiece_reference(text: str, prefix: bool = True) -> list[int]:
 
 
 def byte_level_keys(pre: str, **changes: Any) -> dict[str, Any]:
-    """Metadata of a "gpt2" tokenizer; merges join digits, letters, spaces and newlines so that word cuts show."""
+    """Metadata of a "gpt2" tokenizer; merges join digits, letters, spaces and newlines so that word cuts
+    show.
+    """
     merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "1 2", "12 1",
               "2 1", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ", "' l", "'l l", "! Ċ", ") :", "ä ½", "A b", "C a"]  # fmt: skip
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTE_ALPHABET, *(m.replace(" ", "") for m in merges)]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *BYTE_ALPHABET,
+        *(m.replace(" ", "") for m in merges),
+    ]
     tokens.append("wor12")
     return {
         "tokenizer.ggml.model": "gpt2",

@@ -1,0 +1,110 @@
+"""From a request's fields to SamplingParams and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dovetail.core.errors import RequestError
+from dovetail.core.sampling import SamplingParams
+from dovetail.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+
+MAX_PROMPTS = 1024
+MAX_SALT = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+_SAME = (
+    "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logit_bias", "prompt_logprobs",
+    "skip_special_tokens", "include_stop_str_in_output",
+)  # fmt: skip
+
+Defaults = Callable[..., SamplingParams]  # the checkpoint's own settings, with overrides
+
+
+def check_common(request: GenerationRequest) -> None:
+    """What neither the types nor SamplingParams can see."""
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream: true", param="stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    if request.cache_salt is not None and not 1 <= len(request.cache_salt) <= MAX_SALT:
+        raise RequestError(f"cache_salt must have 1 to {MAX_SALT} characters", param="cache_salt")
+
+
+def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
+    """Without a limit an answer may fill the context."""
+    logprobs = None
+    if request.logprobs:
+        logprobs = request.top_logprobs or 0
+        if logprobs < 0:
+            raise RequestError(f"top_logprobs must be at least 0, got {logprobs}", param="top_logprobs")
+    elif request.top_logprobs is not None and request.top_logprobs != 0:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    limit = request.max_completion_tokens
+    limit = request.max_tokens if limit is None else limit
+    return defaults(**_given(request), max_tokens=limit, logprobs=logprobs)
+
+
+def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
+    """With `echo`, `max_tokens: 0` is allowed: a token is generated and thrown away."""
+    given = _given(request)
+    limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    if scores_only(request):
+        limit = 1
+        given.pop("min_tokens", None)
+    if request.echo and request.logprobs is not None:
+        given["prompt_logprobs"] = max(request.logprobs, given.get("prompt_logprobs", 0))
+    return defaults(**given, max_tokens=limit, logprobs=request.logprobs)
+
+
+def scores_only(request: CompletionRequest) -> bool:
+    """Whether only the prompt is wanted back."""
+    return bool(request.echo) and request.max_tokens == 0
+
+
+def _given(request: GenerationRequest) -> dict[str, Any]:
+    return {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+
+
+def prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several: a string, a list of strings, a list of token ids, a list of lists of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise RequestError("prompt must be a string, a list of strings, or token ids, and not empty", param="prompt")
+    if _all(value, int):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise RequestError(f"at most {MAX_PROMPTS} prompts at a time, got {len(value)}", param="prompt")
+    if _all(value, str) or (_all(value, list) and all(_all(ids, int) for ids in value)):
+        return value
+    raise RequestError("prompt mixes types; give strings only, or token ids only", param="prompt")
+
+
+def _all(values: Sequence[Any], kind: type) -> bool:
+    return all(type(v) is kind for v in values)
+
+
+def messages(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: contents as text, parts of text joined by newlines."""
+    return [{**m, "content": _content(m, f"messages[{i}]")} for i, m in enumerate(values)]
+
+
+def _content(message: Mapping[str, Any], where: str) -> str | None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message.get("role") == "assistant":
+        return None if message.get("tool_calls") else ""
+    if not isinstance(content, list):
+        raise RequestError(f"{where}.content must be text", param=f"{where}.content")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"{where}.content[{i}]: only parts of type 'text' are supported", param=f"{where}.content[{i}]"
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)

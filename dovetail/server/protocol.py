@@ -1,0 +1,136 @@
+"""The fields of requests. Names are OpenAI's and vLLM's.
+
+Values are typed strictly; their ranges are checked by SamplingParams. Fields that are not declared here are
+in `model_extra`: `sort_extra` refuses the ones that would change the answer and are not implemented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
+
+from dovetail.core.errors import RequestError
+
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        }
+    ),
+]
+Objects = Annotated[list[dict[str, Any]], FailFast()]
+Strings = Annotated[list[str], FailFast()]
+Ints = Annotated[list[int], FailFast()]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What both routes take. None is the same as leaving a field out."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Ints | None = None
+    ignore_eos: bool | None = None
+    logit_bias: Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object"})] = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = None
+
+
+class ChatRequest(GenerationRequest):
+    messages: Objects
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+# Fields that other servers act on and this one does not yet: the values that ask for nothing.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (None,),
+    "audio": (None,),
+    "bad_words": (None, []),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "function_call": (None, "none", "auto"),
+    "functions": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "priority": (None, 0),
+    "response_format": (None, {"type": "text"}),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "web_search_options": (None,),
+}
+_CHAT_ONLY: Mapping[str, tuple[Any, ...]] = {"echo": (None, False)}
+
+# Fields that say nothing about the answer.
+_WITHOUT_EFFECT = frozenset({
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+})  # fmt: skip
+
+
+def sort_extra(request: GenerationRequest) -> Iterator[str]:
+    """The names of fields that mean nothing here. RequestError for those that mean something not implemented."""
+    unsupported = {**_UNSUPPORTED, **(_CHAT_ONLY if isinstance(request, ChatRequest) else {})}
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise RequestError("best_of other than n is not supported", param="best_of")
+    for name, value in (request.model_extra or {}).items():
+        if name in unsupported:
+            if not any(type(value) is type(v) and value == v for v in unsupported[name]):
+                raise RequestError(f"{name}: this value is not supported yet", param=name)
+        elif name not in _WITHOUT_EFFECT:
+            yield name

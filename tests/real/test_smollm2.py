@@ -1,0 +1,88 @@
+"""Real weights: the default model against transformers, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dovetail import LLM, SamplingParams
+from dovetail.checkpoint import open_checkpoint
+from dovetail.checkpoint.export import export
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Explain gravity to a child.",
+    "Name three prime numbers.",
+    "Translate 'good morning' to Spanish.",
+    "Why is the sky blue?",
+    "List the planets of the solar system.",
+    "What is 7 times 8?",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes.",
+]
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2: Path) -> LLM:
+    return LLM(smollm2, dtype="float32", max_model_len=1024, kv_memory=256 << 20)
+
+
+@pytest.mark.timeout(300)
+def test_64_greedy_tokens_equal_transformers(llm: LLM, smollm2: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export(open_checkpoint(smollm2), tmp_path / "hf", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    ours = llm.chat(chats, params, progress=False)
+    for chat, output in zip(chats, ours, strict=True):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert output.prompt_token_ids == list(ids)
+        answer = output.outputs[0].token_ids
+        with torch.no_grad():  # one pass over the answer: token i is right if all before it were
+            theirs = model(torch.tensor([list(ids) + answer])).logits[0, len(ids) - 1 : -1].argmax(-1)
+        assert len(answer) == 64
+        assert answer == theirs.tolist()
+    llm.engine.check()
+
+
+def test_it_says_paris_however_it_is_run(llm: LLM, smollm2: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=32)
+    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    plain = llm.chat(chat, params)[0].outputs[0]
+    assert "Paris" in plain.text
+    assert plain.finish_reason == "stop"
+    for options in (
+        {"use": ["ngram"]},
+        {"kv_cache_dtype": "int8"},
+        {"dtype": "bfloat16"},
+        {"block_size": 1, "max_num_batched_tokens": 7},
+        {"use": ["sink-window:window=512"], "block_size": 32},
+    ):
+        other = LLM(smollm2, max_model_len=512, kv_memory=128 << 20, **options)
+        assert "Paris" in other.chat(chat, params)[0].outputs[0].text, options
+        other.engine.check()
+
+
+def test_streaming_gives_the_same_text_in_pieces(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40)
+    prompt = llm.chat_tokens([{"role": "user", "content": QUESTIONS[5]}])
+    whole = llm.generate([prompt], params)[0].outputs[0].text
+    pieces = [o.outputs[0].text for o in llm.stream(prompt, params)]
+    assert pieces[-1] == whole
+    assert len(pieces) > 10
+    assert all(b.startswith(a) for a, b in zip(pieces, pieces[1:], strict=False))
+
+
+def test_leaving_a_stream_early_frees_its_pages(llm: LLM) -> None:
+    stream = llm.stream("Once upon a time", SamplingParams(temperature=0, max_tokens=200))
+    next(stream)
+    next(stream)
+    stream.close()
+    llm.engine.check()
+    assert not llm.engine.busy
