@@ -77,11 +77,10 @@ def explaining(directory: Path, needed: int, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ModelError(_full_message(directory, needed, free_bytes(directory), what)) from error
-        if error.errno in _REFUSED:
-            raise ModelError(
-                f"cannot write {what} to {directory}: {error.strerror}; set DOVETAIL_HOME to a folder you own"
-            ) from error
-        raise
+        raise ModelError(
+            f"cannot write {what} to {directory}: {error.strerror or error}; "
+            "set DOVETAIL_HOME to a folder you own"
+        ) from error
 
 
 def tree_bytes(path: Path) -> int:

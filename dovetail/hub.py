@@ -11,7 +11,7 @@ from pathlib import Path
 from dovetail import aliases, huggingface
 from dovetail.aliases import ALIASES
 from dovetail.core.errors import ModelError
-from dovetail.files import tree_bytes
+from dovetail.files import explaining, tree_bytes
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def remove(name: str) -> int:
     """Delete the cached model `name`; the bytes freed. Never a user's own path. Raises ModelError."""
     if alias := ALIASES.get(name):
         directory = models_home() / alias.name
-        with aliases.locked(alias, models_home()):
-            if directory.is_dir():
+        if directory.is_dir():
+            with explaining(directory, 0, name), aliases.locked(alias, models_home()):
                 freed = tree_bytes(directory)
                 shutil.rmtree(directory)
                 return freed

@@ -25,7 +25,7 @@ EXIT_CHOOSE = 3
 
 _CUDA_PACKAGE = re.compile(r"(nvidia|cuda)-", re.IGNORECASE)
 _COLLECTING = re.compile(r"Collecting ([A-Za-z0-9._-]+)")
-_TORCH_WHEEL = re.compile(r"Downloading torch-\S+ \(([\d.]+) ([kMG])B\)")
+_TORCH_WHEEL = re.compile(r"(?:Downloading|Using cached) torch-\S+ \(([\d.]+) ([kMG])B\)")
 # The CPU build's wheel has about 200 MB, the CUDA builds' 500 MB and more.
 _CUDA_WHEEL_MB = 400
 

@@ -44,7 +44,14 @@ def test_bad_durations(text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0B"), (1023, "1023B"), (1536, "1.50KiB"), (98362432, "93.8MiB"), (512 << 20, "512MiB"), (3 << 40, "3.00TiB")],
+    [
+        (0, "0B"),
+        (1023, "1023B"),
+        (1536, "1.50KiB"),
+        (98362432, "93.8MiB"),
+        (512 << 20, "512MiB"),
+        (3 << 40, "3.00TiB"),
+    ],
 )
 def test_format_size(count, text):
     assert format_size(count) == text

@@ -227,10 +227,10 @@ class Metadata(Mapping[str, Any]):
         value: Any = self[key] if entry.kind != _ARRAY else None
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             name = _TYPE_NAMES[entry.kind] if entry.kind < len(_TYPE_NAMES) else "a 64-bit number"
             raise ModelError(f"{self._path}: {key} must be {kind.__name__}, the file has {name}")
-        if (kind is int and value < 0) or (kind is float and not math.isfinite(value)):
+        if (isinstance(value, int) and value < 0) or (isinstance(value, float) and not math.isfinite(value)):
             raise ModelError(f"{self._path}: {key} is {value}, which is not a usable number")
         return value
 
@@ -274,8 +274,9 @@ def _alignment(metadata: Metadata, entries: dict[str, Entry], path: Path) -> int
         return 32
     value = metadata["general.alignment"] if entries["general.alignment"].kind == 4 else None
     if value is None or not 8 <= value <= 1 << 20 or value & (value - 1):
+        found = "another type" if value is None else value
         raise ModelError(
-            f"{path}: general.alignment must be a uint32 power of two from 8 to {1 << 20}, it is {value or 'not'}"
+            f"{path}: general.alignment must be a uint32, a power of two from 8 to 2^20, it is {found}"
         )
     return int(value)
 

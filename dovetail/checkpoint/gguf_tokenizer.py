@@ -213,7 +213,8 @@ def _special_tokens(file: GGUFFile, vocabulary: _Vocabulary) -> dict[str, int]:
         token = file.metadata.read(f"tokenizer.ggml.{key}_token_id", int)
         if token is not None and token >= len(vocabulary.tokens):
             raise ModelError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id is {token}, there are {len(vocabulary.tokens)} tokens"
+                f"{file.path}: tokenizer.ggml.{key}_token_id is {token}, "
+                f"there are {len(vocabulary.tokens)} tokens"
             )
         if token is not None and key in names:
             found[names[key]] = token

@@ -91,7 +91,8 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     )
     if pickles:
         raise ModelError(
-            f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; convert it to safetensors"
+            f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; "
+            "convert it to safetensors"
         )
     raise ModelError(f"{directory}: no safetensors file")
 
@@ -144,7 +145,8 @@ class HFCheckpoint:
         found = self._find(name)
         if found.dtype not in _FORMATS:
             raise ModelError(
-                f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {', '.join(_FORMATS)}"
+                f"{self.path / found.shard}: tensor {name} is {found.dtype}; "
+                f"supported are {', '.join(_FORMATS)}"
             )
         try:
             values: torch.Tensor = self._handles[found.shard].get_tensor(name)

@@ -20,9 +20,21 @@ class Dense:
     def linear(
         self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]
     ) -> Callable[[Tensor], Tensor]:
-        w = torch.cat([t.dequantize(self.dtype) for t in weights]) if len(weights) > 1 else weights[0].dequantize(self.dtype)
         b = torch.cat([t.dequantize(self.dtype) for t in bias]) if bias else None
+        w = _stack(weights, self.dtype)
         return DenseLinear(w.to(self.device), b.to(self.device) if b is not None else None)
+
+
+def _stack(weights: Sequence[StoredTensor], dtype: torch.dtype) -> Tensor:
+    """The rows of all weights. Those of one format are joined as stored, where they are smallest."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first.dequantize(dtype)
+    if any(w.format != first.format for w in weights):
+        return torch.cat([w.dequantize(dtype) for w in weights])
+    rows = sum(w.shape[0] for w in weights)
+    data = torch.cat([w.data for w in weights])
+    return StoredTensor(first.name, first.format, (rows, *first.shape[1:]), data).dequantize(dtype)
 
 
 class DenseLinear:

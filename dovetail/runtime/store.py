@@ -5,6 +5,10 @@ Slots are numbered across layers: slot s of layer i is at i * slots per layer + 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +17,19 @@ from dovetail.core.errors import ConfigError
 KV_DTYPES = ("float32", "bf16", "int8", "float64")
 
 
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
+
+
 class FloatStore:
     """One tensor [layers, pages * page_size, KV heads, head_dim] of a floating type."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.slots = shape[1]
-        self.data = torch.zeros(shape, dtype=dtype, device=device).flatten(0, 1)
+        self.data = lazy_zeros(shape, dtype, device).flatten(0, 1)
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -46,8 +57,8 @@ class Int8Store:
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.slots = shape[1]
-        self.codes = torch.zeros(shape, dtype=torch.int8, device=device).flatten(0, 1)
-        self.scales = torch.zeros(shape[:3], dtype=torch.float32, device=device).flatten(0, 1)
+        self.codes = lazy_zeros(shape, torch.int8, device).flatten(0, 1)
+        self.scales = lazy_zeros(shape[:3], torch.float32, device).flatten(0, 1)
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

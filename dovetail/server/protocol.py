@@ -9,26 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 from dovetail.core.errors import RequestError
 
+TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
+STRINGS = {"type": "array", "items": {"type": "string"}}
+
+
+def _all(kind: type) -> AfterValidator:
+    """Every item is exactly a `kind`; unlike pydantic's own check it stops at the first that is not."""
+
+    def check(values: list[Any]) -> list[Any]:
+        for i, value in enumerate(values):
+            if type(value) is not kind:
+                raise ValueError(f"item {i} must be {_NAMES[kind]}")
+        return values
+
+    return AfterValidator(check)
+
+
+_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
+
 Prompt = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        }
-    ),
+    Any, WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS, TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}]})
 ]
-Objects = Annotated[list[dict[str, Any]], FailFast()]
-Strings = Annotated[list[str], FailFast()]
-Ints = Annotated[list[int], FailFast()]
+Objects = Annotated[list[Any], _all(dict), WithJsonSchema({"type": "array", "items": {"type": "object"}})]
+Strings = Annotated[list[Any], _all(str), WithJsonSchema(STRINGS)]
+Ints = Annotated[list[Any], _all(int), WithJsonSchema(TOKEN_IDS)]
 
 
 class StreamOptions(BaseModel):

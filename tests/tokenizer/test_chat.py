@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates are not wrapped)
 """Chat templates: the same text and ids as transformers, in a sandbox, with control tokens only from the
 template.
 """

@@ -1,0 +1,103 @@
+"""A conversation with a model: messages so far, and the answer that is being written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from dovetail.cli import terminal
+from dovetail.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from dovetail.cli.engine_options import SamplingOptions
+    from dovetail.llm import LLM
+    from dovetail.outputs import Answer, RequestOutput
+
+MAX_TOKENS = 2048
+
+
+class Conversation:
+    """Messages, the system message apart. `last` is the latest answer's output."""
+
+    def __init__(self, llm: LLM, sampling: SamplingOptions, system: str | None = None) -> None:
+        self.llm = llm
+        self.sampling = sampling
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.last: RequestOutput | None = None
+
+    def ask(self, text: str, stopped: Callable[[], bool]) -> Iterator[str]:
+        """Add the user's `text` and yield the answer piece by piece until it ends or `stopped()`.
+
+        What was written stays in the conversation. RequestError, and nothing kept, if it does not fit the context.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            answer = self._submit()
+        except RequestError:
+            self.messages.pop()
+            raise
+        yield from self._follow(answer, stopped)
+
+    def again(self, stopped: Callable[[], bool]) -> Iterator[str]:
+        """Replace the latest answer, as `ask` does. RequestError if there is none."""
+        if not self.messages:
+            raise RequestError("there is no answer to write again")
+        old = self.messages.pop()
+        try:
+            answer = self._submit()
+        except RequestError:
+            self.messages.append(old)
+            raise
+        yield from self._follow(answer, stopped)
+
+    def clear(self) -> None:
+        """Forget everything but the system message."""
+        self.messages, self.last = [], None
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context that the latest exchange took."""
+        last = self.last
+        return len(last.prompt_token_ids) + len(last.outputs[0].token_ids) if last else 0
+
+    def cut(self) -> str | None:
+        """Why the latest answer ended before its end, and what to do; None if it did not."""
+        if self.last is None or self.last.outputs[0].finish_reason != "length":
+            return None
+        limit = self.llm.config.max_model_len
+        if self.used >= limit:
+            return f"the context of {limit} tokens is full, the answer was cut; /clear starts over"
+        return f"cut after {len(self.last.outputs[0].token_ids)} tokens; --max-tokens allows longer answers"
+
+    def _submit(self) -> Answer:
+        """Queue the conversation as it stands, for the model to go on."""
+        llm = self.llm
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        ids = terminal.chat_ids(llm, system + self.messages, "`dovetail run --raw` continues plain text")
+        limit = llm.config.max_model_len
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the conversation would have {len(ids)} tokens and the context holds {limit}, so your message was "
+                f"not added; /clear starts over, a larger --max-model-len holds more",
+                param="messages",
+            )
+        params = terminal.params_for(llm, ids, self.sampling, MAX_TOKENS)
+        return llm.session.submit(llm.session.prepare(ids, params))
+
+    def _follow(self, answer: Answer, stopped: Callable[[], bool]) -> Iterator[str]:
+        session, stream, shown = self.llm.session, answer.streams[0], 0
+        try:
+            while not answer.finished and not stopped():
+                session.step()
+                if stream.ready > shown:
+                    yield stream.text[shown : stream.ready]
+                    shown = stream.ready
+        finally:  # also where the reader stops reading
+            if not answer.finished:
+                session.abort(answer)
+            self.last = answer.output()
+            self.messages.append({"role": "assistant", "content": self.last.outputs[0].text})
+        yield self.last.outputs[0].text[shown:]
+        if self.last.error is not None:
+            raise RequestError(f"the answer could not be finished: {self.last.error}")

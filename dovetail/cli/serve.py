@@ -1,0 +1,86 @@
+"""`dovetail serve`: the OpenAI API over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dovetail.cli.engine_options import EngineOptions, spliced
+from dovetail.core.errors import ConfigError
+from dovetail.progress import note
+from dovetail.units import parse_duration
+
+if TYPE_CHECKING:
+    from dovetail.llm import LLM
+    from dovetail.server.service import ServiceOptions
+
+
+def _seconds(text: str | float) -> float:
+    if isinstance(text, float):
+        return text
+    try:
+        return parse_duration(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@spliced
+def command(
+    model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
+    engine: EngineOptions,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name that clients ask for instead of MODEL. Repeat for several.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that clients must send, except to /health.")] = None,
+    max_queue: Annotated[int, typer.Option(min=0, help="Most answers that wait; further requests get 503.")] = 1024,
+    shutdown_timeout: Annotated[
+        float, typer.Option(parser=_seconds, metavar="DURATION", help="Time for open requests after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve MODEL over HTTP with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Also /health, /metrics (Prometheus), /version and /docs. The first Ctrl-C or SIGTERM finishes open requests,
+    a second one ends at once.
+
+    \b
+    Examples:
+      dovetail serve smollm2-135m
+      dovetail serve ./my-model --port 9000 --served-model-name tiny --api-key secret --max-num-seqs 32
+    """
+    from dovetail.server.http_server import listen, url
+    from dovetail.server.service import ServiceOptions
+
+    if api_key is not None and not (api_key.strip() and api_key.isascii()):
+        raise ConfigError("--api-key must be printable ASCII and not empty")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    names = tuple(served_model_name or [model])
+    options = ServiceOptions(names, api_key, max_queue, shutdown_timeout)
+    with listen(host, port) as listener:  # before the model is loaded: a port in use is known at once
+        code = asyncio.run(_serve(engine.load(model), options, listener, url(listener)))
+    if code:
+        raise typer.Exit(code)
+
+
+async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str) -> int:
+    from dovetail.server.http_server import HTTPServer, serve
+    from dovetail.server.service import Service
+
+    server = HTTPServer(Service(llm, options), lambda: _ready(llm, options, address))
+    return await serve(server, listener)
+
+
+def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:
+    key = ' -H "Authorization: Bearer $KEY"' if options.api_key else ""
+    body = {"model": options.names[0], "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    note(
+        f"{llm.config}\n\nServing {options.names[0]} at {address}\n\n"
+        f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+    )

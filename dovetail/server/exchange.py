@@ -1,0 +1,151 @@
+"""One HTTP exchange: a bounded body in, an answer out, given up when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dovetail.core.errors import RequestError
+from dovetail.server import errors
+
+MAX_BODY = 32 << 20
+BODY_SECONDS = 60.0  # to send a whole body
+WRITE_SECONDS = 300.0  # for a client to make room for the next piece of a stream
+
+_LOG = logging.getLogger(__name__)
+_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+Work = Callable[[dict[str, Any], "Reply"], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+class Reply:
+    """The answer's way out: either one JSON object, or a stream of events."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self.streaming = False
+
+    async def json(self, value: Mapping[str, Any]) -> None:
+        data = json.dumps(value, ensure_ascii=False).encode()
+        await Response(data, media_type="application/json")(self._scope, self._receive, self._send)
+
+    async def open_stream(self) -> None:
+        self.streaming = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+
+    async def write(self, data: bytes) -> None:
+        """Waits while the client is slow to read; TimeoutError when it does not read at all."""
+        async with asyncio.timeout(WRITE_SECONDS):
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def close_stream(self) -> None:
+        await self.write(b"data: [DONE]\n\n")
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: BaseException) -> None:
+        if not self.streaming:
+            await errors.response(error)(self._scope, self._receive, self._send)
+            return
+        await self.write(event(errors.body(errors.request_error(error))))
+        await self.close_stream()
+
+
+class Exchange(Response):
+    """A response that is worked out while the client waits for it.
+
+    `work` gets the request's JSON object and the Reply. It is cancelled when the client leaves; what it raises
+    becomes an error answer, or an error event when the stream was open already.
+    """
+
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(scope, receive, send)
+        try:
+            body = parse(scope, await read_body(scope, receive))
+            await unless_gone(receive, self.work(body, reply))
+        except (ClientGone, TimeoutError):
+            _LOG.debug("the client is gone")
+        except Exception as error:
+            if errors.request_error(error).status >= 500 and not isinstance(error, RequestError):
+                _LOG.exception("a request failed")
+            await reply.fail(error)
+
+
+async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
+    """Do `work`; ClientGone, with the work cancelled, if the client leaves first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+    finally:
+        gone.cancel()
+        task.cancel()  # no effect on one that is done
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """The body, within MAX_BODY bytes and BODY_SECONDS."""
+    declared = dict(scope["headers"]).get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > MAX_BODY:
+        raise _too_large()
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > MAX_BODY:
+                    raise _too_large()
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise RequestError(f"the body did not arrive within {BODY_SECONDS:g} seconds", status=408) from None
+
+
+def _too_large() -> RequestError:
+    return RequestError(f"the body is larger than {MAX_BODY} bytes", status=413)
+
+
+def parse(scope: Scope, data: bytes) -> dict[str, Any]:
+    """A JSON object. Numbers must be numbers, text must be Unicode, nesting is bounded."""
+    kind = dict(scope["headers"]).get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if kind != b"application/json":  # also keeps web pages from posting here without the browser asking first
+        raise RequestError("the content type must be application/json", status=415)
+    try:
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    return value
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """A server-sent event: one line of JSON."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

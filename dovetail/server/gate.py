@@ -1,0 +1,58 @@
+"""How much work is let in: a bounded number of sequences, and none while the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+from dovetail.core.errors import RequestError
+from dovetail.server.errors import Unavailable
+
+RETRY_WHEN_FULL = 1
+RETRY_WHEN_DRAINING = 5
+
+
+class Gate:
+    """Counts open requests and their sequences. Belongs to the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.requests = 0
+        self.sequences = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """A request that may do work; refused while draining."""
+        if self.draining:
+            raise Unavailable("the server is shutting down", RETRY_WHEN_DRAINING)
+        self.requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.requests -= 1
+            if self.requests == 0:
+                self._idle.set()
+
+    @contextlib.contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Room for `count` sequences, running or queued."""
+        if count > self.limit:
+            raise RequestError(
+                f"the request asks for {count} answers; this server holds {self.limit} at a time", param="n"
+            )
+        if self.sequences + count > self.limit:
+            raise Unavailable(f"the queue is full: {self.sequences} of {self.limit} places are taken", RETRY_WHEN_FULL)
+        self.sequences += count
+        try:
+            yield
+        finally:
+            self.sequences -= count
+
+    async def idle(self) -> None:
+        """Returns when no request is open."""
+        await self._idle.wait()

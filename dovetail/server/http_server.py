@@ -1,0 +1,117 @@
+"""uvicorn with a shutdown that finishes what was begun."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from dovetail.core.errors import ConfigError
+from dovetail.server.app import create_app
+from dovetail.server.errors import Unavailable
+from dovetail.server.service import Service
+
+MAX_HEADER_BYTES = 16 << 10
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAST_SECONDS = 2.0  # for streams to say why they end
+
+_LOG = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; ConfigError if there is none to be had. Port 0 is any free one."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from None
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class HTTPServer(uvicorn.Server):
+    """Serves a Service until told to stop.
+
+    The first SIGINT or SIGTERM refuses new work and lets the open requests finish within the service's
+    shutdown timeout; what is left then ends with an error. A second one ends at once. When the engine fails,
+    open requests end with an error and `failed` is set.
+    """
+
+    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
+        config = uvicorn.Config(
+            create_app(service, self._engine_failed), http="h11", ws="none", loop="asyncio", lifespan="on",
+            log_config=None, access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        super().__init__(config)
+        self.service = service
+        self.on_ready = on_ready
+        self.failed = False
+        self.interrupted = False
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Unlike uvicorn's: a signal that was obeyed is not raised again, so the process can exit with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self.drain)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_ready()
+
+    def drain(self) -> None:
+        """Stop: gently the first time, at once the second."""
+        if self._ending is not None:
+            self.interrupted = self.should_exit = self.force_exit = True
+            return
+        self.service.gate.draining = True
+        seconds = self.service.options.shutdown_timeout
+        _LOG.info("shutting down: %d open requests, at most %g s", self.service.gate.requests, seconds)
+        self._ending = asyncio.get_running_loop().create_task(self._end_within(seconds))
+
+    def _engine_failed(self) -> None:
+        self.failed = True
+        self.service.gate.draining = True
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end_within(LAST_SECONDS))
+
+    async def _end_within(self, seconds: float) -> None:
+        gate = self.service.gate
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(gate.idle(), seconds)
+        if gate.requests:
+            self.service.engine.abort_all(Unavailable("the server is shutting down"))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(gate.idle(), LAST_SECONDS)
+        self.should_exit = True
+
+
+async def serve(server: HTTPServer, listener: socket.socket) -> int:
+    """Run to the end; the process's exit code."""
+    await server.serve([listener])
+    if server.failed:
+        return 1
+    return 130 if server.interrupted else 0
+

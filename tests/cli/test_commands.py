@@ -1,0 +1,163 @@
+import json
+import subprocess
+import sys
+import time
+from importlib import import_module
+
+import pytest
+from typer.testing import CliRunner
+
+from dovetail import aliases, cli, hub
+from dovetail.core.errors import ModelError
+
+HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "fastapi", "transformers", "tokenizers"}
+PROGRAM = "import sys; from dovetail.cli import main; sys.argv[0] = 'dovetail'; main()"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.build(), arguments)
+
+
+def run(*arguments, **settings):
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **settings)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOVETAIL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    return tmp_path / "home"
+
+
+def test_help_is_light():
+    program = (
+        f"import sys; from dovetail import cli; cli.build(); print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_is_quick():
+    best = 9.0
+    for _ in range(3):
+        before = time.perf_counter()
+        done = run("--help")
+        best = min(best, time.perf_counter() - before)
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert best < 0.8
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_shows_an_example(name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert f"dovetail {name}" in result.output
+
+
+def test_version():
+    assert invoke("--version").output == "dovetail 0.1.0\n"
+
+
+def test_a_mistyped_command_names_the_nearest():
+    done = run("docter")
+    assert done.returncode == 2
+    assert "doctor" in done.stderr
+    assert done.stdout == ""
+
+
+def test_missing_argument_is_wrong_usage():
+    assert run("pull").returncode == 2
+
+
+def test_errors_are_one_line_on_stderr():
+    done = run("pull", "no-such-model")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("dovetail: unknown model 'no-such-model'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (ModelError("bad bytes at 7"), 2, "dovetail: bad bytes at 7"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(home, monkeypatch, capsys, error, status, says):
+    def fail(*unused, **also_unused):
+        raise error
+
+    monkeypatch.setattr(hub, "resolve", fail)
+    monkeypatch.setattr(sys, "argv", ["dovetail", "pull", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == status
+    assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(home):
+    command = [sys.executable, "-c", PROGRAM, "list", "--json", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert "Error" not in process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_pull_list_rm(home, monkeypatch, tmp_path):
+    model = tmp_path / "some.gguf"
+    model.write_bytes(b"GGUF")
+    result = invoke("pull", str(model), "--json", "-")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == str(model)
+    assert json.loads(lines[-1])["bytes"] == 4
+
+    alias = aliases.ALIASES["smollm2-135m"]
+    path = aliases.location(alias, hub.models_home())
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(alias.size)
+    listed = invoke("list", "--all", "--json", str(tmp_path / "list.json"))
+    assert "smollm2-135m  93.8MiB" in listed.stdout
+    assert "not pulled" in listed.stdout
+    assert json.loads((tmp_path / "list.json").read_text())["models"][0]["name"] == "smollm2-135m"
+
+    assert "93.8MiB freed" in invoke("rm", "smollm2-135m").stdout
+    assert not path.exists()
+    assert invoke("list").stdout == ""
+    assert invoke("rm", "smollm2-135m").exit_code == 2
+
+
+def test_json_that_cannot_be_written(home, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("list", "--json", str(tmp_path / "file" / "x.json"))
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr
+
+
+def test_export_reads_its_options_first():
+    result = invoke("export", "somewhere", "out", "--dtype", "int3")
+    assert result.exit_code == 2
+    assert "bf16" in result.stderr
+
+
+def test_doctor(home, monkeypatch, tmp_path):
+    monkeypatch.setattr("dovetail.machine.read_bandwidth", lambda threads, size: 12.3e9)
+    result = invoke("doctor", "--json", str(tmp_path / "machine.json"))
+    assert result.exit_code == 0, result.output
+    assert "12.3 GB/s" in result.stdout
+    report = json.loads((tmp_path / "machine.json").read_text())
+    assert report["cpu"]["threads"] >= 1
+    assert report["memory"]["read_bandwidth"] == 12300000000
+    assert report["packages"]["torch"]
+    assert report["caches"]["home"] == str(home)
+    assert "reference" in report["kernels"]["cpu"]
+
+
+def test_the_listed_commands_exist():
+    for name in cli.COMMANDS:
+        assert callable(import_module(f"dovetail.cli.{name}").command)
