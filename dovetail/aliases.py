@@ -129,9 +129,7 @@ def fetch(alias: Alias, models: Path) -> Path:
         for leftover in directory.glob(f"{_SCRATCH}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         require_space(directory, alias.needed_bytes, alias.name)
-        with tempfile.TemporaryDirectory(
-            prefix=_SCRATCH, dir=directory, ignore_cleanup_errors=True
-        ) as scratch:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory, ignore_cleanup_errors=True) as scratch:
             joined = Path(scratch) / alias.filename
             _assemble(alias, joined)
             publish(joined, location(alias, models))

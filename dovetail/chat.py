@@ -22,9 +22,7 @@ Message = Mapping[str, Any]
 
 _MAX_SOURCE = 1 << 20  # characters
 _MAX_OUTPUT = 1 << 24  # characters
-_RESERVED = frozenset(
-    {"messages", "add_generation_prompt", "tools", "continue_final_message", "chat_template"}
-)
+_RESERVED = frozenset({"messages", "add_generation_prompt", "tools", "continue_final_message", "chat_template"})
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -50,9 +48,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:
@@ -107,14 +103,10 @@ class ChatTemplate:
                 parts.append(part)
                 length += len(part)
                 if length > _MAX_OUTPUT:
-                    raise RequestError(
-                        f"the chat template wrote over {_MAX_OUTPUT} characters", param="messages"
-                    )
+                    raise RequestError(f"the chat template wrote over {_MAX_OUTPUT} characters", param="messages")
         except RequestError:
             raise
-        except (
-            Exception
-        ) as error:  # a template is a program: whatever it stumbles over is about these messages
+        except Exception as error:  # a template is a program: whatever it stumbles over is about these messages
             raise RequestError(
                 f"the chat template rejected the messages: {type(error).__name__}: {error}", param="messages"
             ) from error

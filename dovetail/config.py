@@ -14,6 +14,8 @@ from dovetail.options import Options
 GIB = 1 << 30
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_BLOCK_SIZE = 4096
+DEFAULT_SEQS = 64
+DEFAULT_BATCHED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def resolve_device(asked: str, cuda: bool) -> str:
 
 
 def resolve_kv_dtype(asked: str, dtype: str) -> str:
-    """"auto" keeps KV in the compute type's precision."""
+    """ "auto" keeps KV in the compute type's precision."""
     if asked == "auto":
         return {"float64": "float64", "float32": "float32"}.get(dtype, "bf16")
     return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
@@ -96,18 +98,18 @@ def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memo
 
     Asked numbers are kept or refused (CapacityError); only defaults are lowered to what fits.
     """
-    size = options.block_size
-    if not 1 <= size <= MAX_BLOCK_SIZE:
-        raise ConfigError(f"block_size must be between 1 and {MAX_BLOCK_SIZE}, got {size}")
+    size = positive("block_size", options.block_size, 16)
+    if size > MAX_BLOCK_SIZE:
+        raise ConfigError(f"block_size must be at most {MAX_BLOCK_SIZE}, got {size}")
     trained = model.max_position_embeddings
     asked = options.max_model_len
-    if asked is not None and not 1 < asked <= trained:
+    if asked is not None and not 1 < positive("max_model_len", asked, 0) <= trained:
         raise ConfigError(f"max_model_len must be between 2 and the model's {trained}, got {asked}")
     length = asked or trained
     page_bytes = token_bytes * size
-    seqs = options.max_num_seqs or 64
-    memory = options.kv_memory
-    if memory is None:
+    seqs = positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS)
+    memory = positive("kv_memory", options.kv_memory, 0)
+    if options.kv_memory is None:
         wanted = seqs * pages_for(length, size) * page_bytes
         memory = min(wanted, max(free_memory // 4, page_bytes), 4 * GIB)
     pages = memory // page_bytes
@@ -116,11 +118,12 @@ def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memo
             f"{memory} bytes of KV memory hold no page: one page of {size} tokens takes {page_bytes} bytes; "
             f"raise --kv-memory or lower --block-size"
         )
-    if pages_for(length, size) > pages:
+    needed = pages_for(length, size)
+    if needed > pages:
         if asked is not None:
             raise CapacityError(
-                f"max_model_len {asked} needs {pages_for(asked, size)} pages ({pages_for(asked, size) * page_bytes} "
-                f"bytes) of KV, but {memory} bytes hold {pages}; raise --kv-memory or lower --max-model-len"
+                f"max_model_len {asked} needs {needed} pages ({needed * page_bytes} bytes) of KV, "
+                f"but {memory} bytes hold {pages}; raise --kv-memory or lower --max-model-len"
             )
         length = pages * size
     if length < 2:
@@ -144,7 +147,6 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     dtype = resolve_dtype(options.dtype, found.stored_format, device)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype), machine.free_memory)
-    seqs = positive("max_num_seqs", options.max_num_seqs, 64)
     return Config(
         model=found.name,
         architecture=model.architecture,
@@ -157,8 +159,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         block_size=options.block_size,
         num_kv_pages=kv.pages,
         max_model_len=kv.max_model_len,
-        max_num_batched_tokens=positive("max_num_batched_tokens", options.max_num_batched_tokens, 512),
-        max_num_seqs=seqs,
+        max_num_batched_tokens=positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS),
+        max_num_seqs=positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS),
         enable_prefix_caching=options.enable_prefix_caching,
         seed=options.seed,
     )

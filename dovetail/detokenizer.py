@@ -20,9 +20,7 @@ def _byte_alphabet() -> dict[str, int]:
     """Byte-level BPE's printable stand-in for each byte: itself if it is printable, else one from 256 up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + index): byte for index, byte in enumerate(rest)
-    }
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(rest)}
 
 
 BYTE_ALPHABET = _byte_alphabet()

@@ -78,8 +78,7 @@ def explaining(directory: Path, needed: int, what: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise ModelError(_full_message(directory, needed, free_bytes(directory), what)) from error
         raise ModelError(
-            f"cannot write {what} to {directory}: {error.strerror or error}; "
-            "set DOVETAIL_HOME to a folder you own"
+            f"cannot write {what} to {directory}: {error.strerror or error}; set DOVETAIL_HOME to a folder you own"
         ) from error
 
 

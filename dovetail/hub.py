@@ -70,9 +70,7 @@ def list_models() -> list[CachedModel]:
         for alias in ALIASES.values()
         if (path := aliases.cached(alias, models_home()))
     ]
-    return found + [
-        CachedModel(name, path, size, "hugging face") for name, path, size in huggingface.models()
-    ]
+    return found + [CachedModel(name, path, size, "hugging face") for name, path, size in huggingface.models()]
 
 
 def remove(name: str) -> int:
@@ -86,9 +84,7 @@ def remove(name: str) -> int:
                 return freed
     elif reference := huggingface.parse(name):
         if reference.file:
-            raise ModelError(
-                f"whole repositories are removed, not single files: `dovetail rm {reference.repo}`"
-            )
+            raise ModelError(f"whole repositories are removed, not single files: `dovetail rm {reference.repo}`")
         repository = huggingface.remove(reference.repo)
         if repository is not None:
             return repository
@@ -108,12 +104,8 @@ def _local(name: str) -> Path | None:
     if path.exists():
         if path.suffix == ".gguf":
             return path
-        raise ModelError(
-            f"{name} is a file, but not a .gguf file; give a .gguf file or a Hugging Face folder"
-        )
-    if name.startswith(("/", "./", "../", "~")) or (
-        name.endswith(".gguf") and huggingface.parse(name) is None
-    ):
+        raise ModelError(f"{name} is a file, but not a .gguf file; give a .gguf file or a Hugging Face folder")
+    if name.startswith(("/", "./", "../", "~")) or (name.endswith(".gguf") and huggingface.parse(name) is None):
         raise ModelError(f"no such file or folder: {name}")
     return None
 

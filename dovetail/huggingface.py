@@ -174,8 +174,7 @@ def _missing_bytes(reference: Reference, sizes: dict[str, int], revision: str | 
     return sum(
         size
         for name, size in sizes.items()
-        if wanted(name)
-        and not isinstance(try_to_load_from_cache(reference.repo, name, revision=revision), str)
+        if wanted(name) and not isinstance(try_to_load_from_cache(reference.repo, name, revision=revision), str)
     )
 
 

@@ -12,6 +12,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.outputs import Answer, RequestOutput
 from dovetail.session import Session
+from dovetail.units import parse_size
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -22,7 +23,7 @@ class LLM:
 
     model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
     records. The other options are those of `dovetail.config.Options`: dtype, device, threads, kv_memory
-    (bytes), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
+    (bytes, or text such as "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
     enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
     """
 
@@ -48,9 +49,7 @@ class LLM:
             asked,
             checkpoint.config,
             geometry(checkpoint.config),
-            Found(
-                str(model), stored_format(checkpoint), tuple(composition.specs), _machine(), bytes_per_token
-            ),
+            Found(str(model), stored_format(checkpoint), tuple(composition.specs), _machine(), bytes_per_token),
         )
         self.checkpoint = checkpoint
         self.techniques = composition.techniques
@@ -141,7 +140,11 @@ def _options(options: Mapping[str, Any]) -> Options:
     unknown = set(options) - set(Options.__dataclass_fields__)
     if unknown:
         known = ", ".join(Options.__dataclass_fields__)
-        raise ConfigError(f"LLM takes no option {', '.join(sorted(unknown))}; it takes model, use, tokenizer, {known}")
+        raise ConfigError(
+            f"LLM takes no option {', '.join(sorted(unknown))}; it takes model, use, tokenizer, {known}"
+        )
+    if isinstance(options.get("kv_memory"), str):
+        options = {**options, "kv_memory": parse_size(options["kv_memory"])}
     return Options(**options)
 
 

@@ -65,7 +65,9 @@ class Stream:
         p = request.params
         self.request = request
         self.tokenizer = tokenizer
-        self.detokenizer = Detokenizer(tokenizer, skip_special_tokens=p.skip_special_tokens, prompt_ids=request.prompt)
+        self.detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=p.skip_special_tokens, prompt_ids=request.prompt
+        )
         self.text = ""
         self.ready = 0  # characters of text that will not change
         self.token_ids: list[int] = []
@@ -131,7 +133,9 @@ class Stream:
 
 def named(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
     """The chosen token first, then the most likely ones, as vLLM has them."""
-    out = {entry.token: Logprob(entry.logprob, entry.rank, tokenizer.decode([entry.token], skip_special_tokens=False))}
+    out = {
+        entry.token: Logprob(entry.logprob, entry.rank, tokenizer.decode([entry.token], skip_special_tokens=False))
+    }
     for rank, (token, logprob) in enumerate(entry.top, 1):
         out.setdefault(token, Logprob(logprob, rank, tokenizer.decode([token], skip_special_tokens=False)))
     return out

@@ -45,7 +45,9 @@ class Session:
         number = next(self._count)
         request_id = request_id or f"request-{number}"
         seed = params.seed if params.seed is not None else mix(self.config.seed, number)
-        requests = [self._request(f"{request_id}/{i}", ids, params, mix(seed, i) if i else seed) for i in range(params.n)]
+        requests = [
+            self._request(f"{request_id}/{i}", ids, params, mix(seed, i) if i else seed) for i in range(params.n)
+        ]
         for i, r in enumerate(requests):
             r.index = i
             r.fork_of = requests[0] if i else None

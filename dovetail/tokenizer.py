@@ -109,11 +109,7 @@ class Tokenizer:
             return "bytes"
         steps = rule.get("decoders", []) if rule.get("type") == "Sequence" else []
         kinds = [step["type"] for step in steps]
-        if (
-            kinds[:3] == _FALLBACK
-            and steps[0]["pattern"] == {"String": "\u2581"}
-            and steps[0]["content"] == " "
-        ):
+        if kinds[:3] == _FALLBACK and steps[0]["pattern"] == {"String": "\u2581"} and steps[0]["content"] == " ":
             if len(kinds) == 3:
                 return "fallback"
             if kinds[3:] == ["Strip"] and steps[3] == {
@@ -130,9 +126,7 @@ class Tokenizer:
         like where the model wants them. RequestError for invalid UTF-8 and lone surrogates."""
         return self._encode(self.backend, text, add_special_tokens)
 
-    def _encode(
-        self, backend: tokenizers.Tokenizer, text: str | bytes, add_special_tokens: bool
-    ) -> list[int]:
+    def _encode(self, backend: tokenizers.Tokenizer, text: str | bytes, add_special_tokens: bool) -> list[int]:
         try:
             if isinstance(text, bytes):
                 text = text.decode("utf-8")

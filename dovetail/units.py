@@ -38,9 +38,7 @@ def parse_duration(text: str) -> float:
         seconds += float(match[1]) * _SECONDS[match[2]]
         position = match.end()
     if position != len(compact) or not compact:
-        raise ConfigError(
-            f"{text!r} is not a duration; write seconds or a unit, as in 30, 250ms, 30s or 1h30m"
-        )
+        raise ConfigError(f"{text!r} is not a duration; write seconds or a unit, as in 30, 250ms, 30s or 1h30m")
     return seconds
 
 

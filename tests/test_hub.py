@@ -434,8 +434,6 @@ def test_sharded_snapshots_are_whole_or_not(tmp_path):
 
 
 def test_importing_is_cheap():
-    program = (
-        "import sys, dovetail.hub; print(sorted({'torch', 'rich', 'huggingface_hub'} & set(sys.modules)))"
-    )
+    program = "import sys, dovetail.hub; print(sorted({'torch', 'rich', 'huggingface_hub'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

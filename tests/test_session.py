@@ -65,12 +65,7 @@ def test_stop_strings_against_a_plain_search(text: str, stops: list[str], includ
         output = stream.output().text
         assert output.startswith(shown), "text that was shown may never change"
         shown = output
-    hits = [
-        (end, text[:end].rfind(s), s)
-        for end in range(len(text) + 1)
-        for s in stops
-        if text[:end].endswith(s)
-    ]
+    hits = [(end, text[:end].rfind(s), s) for end in range(len(text) + 1) for s in stops if text[:end].endswith(s)]
     if hits:
         end = min(h[0] for h in hits)
         start, stop = min(h[1:] for h in hits if h[0] == end)
@@ -217,7 +212,7 @@ def test_bad_requests_are_refused_and_leave_nothing_behind(prompt, params, words
         {"max_tokens": 0}, {"min_tokens": -1}, {"min_tokens": 20, "max_tokens": 10}, {"logprobs": 21},
         {"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"stop": [""]},
         {"stop": [3]}, {"stop_token_ids": [-1]}, {"logit_bias": {1: float("nan")}}, {"logit_bias": {"x": 1}},
-        {"logit_bias": [1]}, {"seed": 2**70}, {"logit_bias": {i: 0.0 for i in range(2000)}},
+        {"logit_bias": [1]}, {"seed": 2**70}, {"logit_bias": dict.fromkeys(range(2000), 0.0)},
     ],
 )  # fmt: skip
 def test_impossible_sampling_values_are_refused_by_name(params) -> None:

@@ -75,7 +75,11 @@ CHECKPOINT = TinyCheckpoint(tiny_config())
 
 
 def tiny_engine(
-    *use: str | Technique, checkpoint: TinyCheckpoint = CHECKPOINT, pages: int = 64, page_size: int = 4, **changes: Any
+    *use: str | Technique,
+    checkpoint: TinyCheckpoint = CHECKPOINT,
+    pages: int = 64,
+    page_size: int = 4,
+    **changes: Any,
 ) -> Engine:
     """An engine in float64 on the reference ops."""
     composition = compose(*(technique(u) if isinstance(u, str) else u for u in use))

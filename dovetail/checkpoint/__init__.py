@@ -35,9 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             checkpoint = GGUFCheckpoint(ggufs[0])
     elif path.is_file():
         if path.suffix.lower() in _PICKLES:
-            raise ModelError(
-                f"{path}: pickle checkpoints can run code when loaded; convert it to safetensors"
-            )
+            raise ModelError(f"{path}: pickle checkpoints can run code when loaded; convert it to safetensors")
         if path.suffix.lower() == ".safetensors":
             raise ModelError(f"{path}: give the directory that holds it and its config.json")
         checkpoint = GGUFCheckpoint(path)

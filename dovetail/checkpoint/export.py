@@ -100,11 +100,7 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, 
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
-        file = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        )
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # Cloned because values may alias the checkpoint's mapping, and shared storage is not written.
         tensors = {name: checkpoint.tensor(name).dequantize(dtype).clone() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -172,9 +168,7 @@ def _as_llama3(rope: RopeConfig, config: ModelConfig) -> RopeConfig:
         pairs = zip(llama3_factors(candidate, config.head_dim), rope.factors, strict=True)
         if all(abs(a - b) <= 1e-3 * b for a, b in pairs):
             return candidate
-    raise ModelError(
-        "the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported"
-    )
+    raise ModelError("the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported")
 
 
 def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -226,7 +220,5 @@ def _attention_settings(config: ModelConfig) -> dict[str, Any]:
         settings["sliding_window"] = width
         kinds = windows or (None,) * config.num_layers
         settings["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in kinds]
-        settings["max_window_layers"] = next(
-            (i for i, w in enumerate(kinds) if w is not None), config.num_layers
-        )
+        settings["max_window_layers"] = next((i for i, w in enumerate(kinds) if w is not None), config.num_layers)
     return settings

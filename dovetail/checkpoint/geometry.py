@@ -50,9 +50,7 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
     if config.hidden_act not in ACTIVATIONS:
         raise ModelError(f"{source}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
     if config.sliding_windows and len(config.sliding_windows) != config.num_layers:
-        raise ModelError(
-            f"{source}: {len(config.sliding_windows)} layer types for {config.num_layers} layers"
-        )
+        raise ModelError(f"{source}: {len(config.sliding_windows)} layer types for {config.num_layers} layers")
     for window in config.sliding_windows:
         if window is not None and not 0 < window < LIMIT:
             raise ModelError(f"{source}: sliding_window is {window}, not between 1 and 2^31 - 1")

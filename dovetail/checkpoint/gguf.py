@@ -128,9 +128,7 @@ class _Cursor:
         """Walk over `count` length-prefixed strings."""
         self.array_strings += count
         if self.array_strings > MAX_ARRAY_STRINGS or count > (self.size - self.at) // 8:
-            raise self.fail(
-                what, f"{count} strings do not fit in the bytes left (or exceed {MAX_ARRAY_STRINGS})"
-            )
+            raise self.fail(what, f"{count} strings do not fit in the bytes left (or exceed {MAX_ARRAY_STRINGS})")
         at, buffer, unpack = self.at, self.buffer, _U64.unpack_from
         try:
             for _ in range(count):
@@ -160,16 +158,10 @@ class _Cursor:
             self.skip_strings(count, what)
         elif element in _SCALAR:
             self.need(count * _SCALAR[element].size, f"{what} ({count} elements)")
-            if (
-                element == _BOOL
-                and count
-                and int(np.frombuffer(self.buffer, np.uint8, count, start).max()) > 1
-            ):
+            if element == _BOOL and count and int(np.frombuffer(self.buffer, np.uint8, count, start).max()) > 1:
                 raise self.fail(what, "an array of bool holds a byte that is not 0 or 1", start)
         else:
-            kind_name = (
-                "nested arrays are not allowed" if element == _ARRAY else f"unknown element type {element}"
-            )
+            kind_name = "nested arrays are not allowed" if element == _ARRAY else f"unknown element type {element}"
             raise self.fail(what, kind_name, start - 12)
         return Entry(kind, element, count, start)
 
@@ -319,9 +311,7 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
         name = cursor.text(f"name of tensor {index}", MAX_NAME - 1)
         what = f"tensor {name!r}"
         if not name or ".." in name or any(c in "/\\" or ord(c) < 32 for c in name):
-            raise cursor.fail(
-                what, f"name of tensor {index} is empty or holds '..', a slash or a control", start
-            )
+            raise cursor.fail(what, f"name of tensor {index} is empty or holds '..', a slash or a control", start)
         if name in rows:
             raise cursor.fail(what, "appears twice", start)
         shape = _dimensions(cursor, what)
@@ -380,9 +370,7 @@ class GGUFFile:
         self.metadata = Metadata(self.path, cursor.buffer, entries)
         splits = self.metadata.read("split.count", int, 0)
         if splits > 1:
-            raise ModelError(
-                f"{self.path}: split.count is {splits}; merge the parts (gguf-split --merge) first"
-            )
+            raise ModelError(f"{self.path}: split.count is {splits}; merge the parts (gguf-split --merge) first")
         self.alignment = _alignment(self.metadata, entries, self.path)
         self.tensors = _tensor_table(cursor, tensors, self.alignment)
 

@@ -65,14 +65,10 @@ def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
     if "rope_freqs.weight" in keys.file.tensors:
         factors = tuple(keys.file.tensor("rope_freqs.weight").dequantize().flatten().tolist())
         if kind not in ("none", "llama3"):
-            raise ModelError(
-                f"{keys.file.path}: both rope_freqs.weight and rope.scaling.type {kind!r} are given"
-            )
+            raise ModelError(f"{keys.file.path}: both rope_freqs.weight and rope.scaling.type {kind!r} are given")
         return RopeConfig(theta, "factors", {}, factors)
     if kind == "none":
-        return (
-            RopeConfig(theta, "linear", {"factor": legacy}) if legacy not in (0.0, 1.0) else RopeConfig(theta)
-        )
+        return RopeConfig(theta, "linear", {"factor": legacy}) if legacy not in (0.0, 1.0) else RopeConfig(theta)
     parameters = {"factor": keys.number("rope.scaling.factor")}
     if kind == "linear":
         return RopeConfig(theta, "linear", parameters)

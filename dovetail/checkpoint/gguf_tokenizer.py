@@ -187,9 +187,7 @@ def _add_tokens(backend: Backend, vocabulary: _Vocabulary) -> None:
     """Tell the backend which tokens are matched as a whole in the text before anything else."""
     special = np.flatnonzero(np.isin(vocabulary.kinds, (CONTROL, UNKNOWN)))
     plain = np.flatnonzero(vocabulary.kinds == USER_DEFINED)
-    backend.add_special_tokens(
-        [AddedToken(vocabulary.tokens[i], special=True, normalized=False) for i in special]
-    )
+    backend.add_special_tokens([AddedToken(vocabulary.tokens[i], special=True, normalized=False) for i in special])
     backend.add_tokens([AddedToken(vocabulary.tokens[i], special=False, normalized=False) for i in plain])
 
 
@@ -213,8 +211,7 @@ def _special_tokens(file: GGUFFile, vocabulary: _Vocabulary) -> dict[str, int]:
         token = file.metadata.read(f"tokenizer.ggml.{key}_token_id", int)
         if token is not None and token >= len(vocabulary.tokens):
             raise ModelError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id is {token}, "
-                f"there are {len(vocabulary.tokens)} tokens"
+                f"{file.path}: tokenizer.ggml.{key}_token_id is {token}, there are {len(vocabulary.tokens)} tokens"
             )
         if token is not None and key in names:
             found[names[key]] = token

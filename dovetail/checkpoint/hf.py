@@ -75,9 +75,7 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
             # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of
             # them.)
             if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
-                raise ModelError(
-                    f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name"
-                )
+                raise ModelError(f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name")
         return sorted(set(weights.values())), weights
     if (directory / "model.safetensors").exists():
         return ["model.safetensors"], None
@@ -86,13 +84,10 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
         return found, None
     if found:
         raise ModelError(f"{directory}: {len(found)} safetensors files but no {_INDEX}")
-    pickles = sorted(
-        path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise ModelError(
-            f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; "
-            "convert it to safetensors"
+            f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; convert it to safetensors"
         )
     raise ModelError(f"{directory}: no safetensors file")
 
@@ -145,17 +140,14 @@ class HFCheckpoint:
         found = self._find(name)
         if found.dtype not in _FORMATS:
             raise ModelError(
-                f"{self.path / found.shard}: tensor {name} is {found.dtype}; "
-                f"supported are {', '.join(_FORMATS)}"
+                f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {', '.join(_FORMATS)}"
             )
         try:
             values: torch.Tensor = self._handles[found.shard].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
         rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
-        return StoredTensor(
-            name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1)
-        )
+        return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)

@@ -103,9 +103,7 @@ def _windows(fields: Fields, architecture: Architecture, layers: int) -> tuple[i
         if "sliding_attention" not in types:
             return ()
         if window is None:
-            raise ModelError(
-                f"{fields.source}: layer_types names sliding_attention but sliding_window is missing"
-            )
+            raise ModelError(f"{fields.source}: layer_types names sliding_attention but sliding_window is missing")
         return tuple(window if kind == "sliding_attention" else None for kind in types)
     if architecture.name == "mistral":
         return () if window is None else (window,) * layers
@@ -123,9 +121,7 @@ def parse_hf_config(values: dict[str, Any], source: str, eos_token_ids: tuple[in
     """
     fields = Fields(values, source)
     if values.get("quantization_config") is not None:
-        raise ModelError(
-            f"{source}: quantization_config: quantized Hugging Face checkpoints are not supported"
-        )
+        raise ModelError(f"{source}: quantization_config: quantized Hugging Face checkpoints are not supported")
     architecture = find_architecture(values.get("model_type"), f"{source}: model_type")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if heads == 0:

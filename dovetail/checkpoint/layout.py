@@ -55,9 +55,7 @@ def validate(checkpoint: Checkpoint) -> None:
     present = set(checkpoint.names())
     for name, shape in expected_shapes(checkpoint.config):
         if name not in present:
-            raise ModelError(
-                f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})"
-            )
+            raise ModelError(f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})")
         found = checkpoint.shape(name)
         if found != shape:
             raise ModelError(

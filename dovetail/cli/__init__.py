@@ -73,14 +73,20 @@ def main() -> None:
         raise SystemExit(EXIT_INTERRUPTED) from None
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from dovetail import __version__
 
         print(f"dovetail {__version__}")
         raise typer.Exit
+
+
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options before the command."""
 
 
 def _abandon_stdout() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dovetail.core.errors import CapacityError, RequestError
-from dovetail.core.pages import PagePool, PageTable, pages_for
+from dovetail.core.pages import PagePool, pages_for
 from dovetail.core.prefix import RadixPrefix
 from dovetail.core.seams import Reuse, Seams
 from dovetail.core.types import UNLIMITED, Request, Span, StepPlan
@@ -257,5 +257,3 @@ class Scheduler:
     def _reusable(self, request: Request) -> int:
         """Tokens whose KV is the same in any request: a row that drops pages has KV of its own kind."""
         return request.dense_until if self.seams.selector.window < UNLIMITED else len(request.tokens)
-
-

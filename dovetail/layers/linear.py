@@ -17,9 +17,7 @@ class Dense:
         self.dtype = dtype
         self.device = device
 
-    def linear(
-        self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]
-    ) -> Callable[[Tensor], Tensor]:
+    def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> Callable[[Tensor], Tensor]:
         b = torch.cat([t.dequantize(self.dtype) for t in bias]) if bias else None
         w = _stack(weights, self.dtype)
         return DenseLinear(w.to(self.device), b.to(self.device) if b is not None else None)

@@ -22,7 +22,7 @@ from dovetail.runtime.batch import Batch
 from dovetail.runtime.kv import KV
 
 Linear = Callable[[Tensor], Tensor]
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),

@@ -15,7 +15,6 @@ from torch import Tensor
 from dovetail.core.pages import pages_for
 from dovetail.core.types import UNLIMITED, Span
 
-
 T = TypeVar("T")
 
 
@@ -55,7 +54,7 @@ class Batch:
 
     @cached_property
     def groups(self) -> list[tuple[Tensor, Tensor, int]]:
-        """Spans with equally many rows, for whole-tensor attention: (span indices [n], rows [n, c], longest KV)."""
+        """Spans with equally many rows: (span indices [n], rows [n, c], longest KV)."""
         return _groups(self, np.arange(self.num_rows))
 
     @cached_property

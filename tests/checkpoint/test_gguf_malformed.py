@@ -276,9 +276,7 @@ def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
 
 
 def test_16_broken_template(tmp_path: Path) -> None:
-    tokenizer = open_checkpoint(
-        write(tmp_path / "m.gguf", {"tokenizer.chat_template": "{% for %}"})
-    ).tokenizer()
+    tokenizer = open_checkpoint(write(tmp_path / "m.gguf", {"tokenizer.chat_template": "{% for %}"})).tokenizer()
     with pytest.raises(ModelError, match="chat template"):
         tokenizer.render([{"role": "user", "content": "x"}])
 

@@ -31,9 +31,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_help_is_light():
-    program = (
-        f"import sys; from dovetail import cli; cli.build(); print(sorted({HEAVY!r} & set(sys.modules)))"
-    )
+    program = f"import sys; from dovetail import cli; cli.build(); print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

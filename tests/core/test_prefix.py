@@ -23,7 +23,9 @@ tokens = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 
 
 @given(st.lists(st.tuples(tokens, st.sampled_from(["", "other"])), max_size=12), tokens)
-def test_match_is_the_longest_stored_prefix_of_whole_pages(stored: list[tuple[list[int], str]], query: list[int]) -> None:
+def test_match_is_the_longest_stored_prefix_of_whole_pages(
+    stored: list[tuple[list[int], str]], query: list[int]
+) -> None:
     pool = PagePool(128, SIZE)
     tree = RadixPrefix(pool)
     content: dict[int, tuple[int, ...]] = {}  # page -> the tokens from the start to its end

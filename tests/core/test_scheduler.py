@@ -236,4 +236,6 @@ def test_a_plan_can_be_logged_as_plain_data() -> None:
     engine = build(pages=16, budget=16, seqs=4)
     engine.add(make(engine, "r", [1, 2, 0], 2))
     engine.step()
-    assert engine.last_plan.describe()["spans"] == [{"request": "r", "start": 0, "stop": 3, "stage": 0, "sample": 1}]
+    assert engine.last_plan.describe()["spans"] == [
+        {"request": "r", "start": 0, "stop": 3, "stage": 0, "sample": 1}
+    ]

@@ -19,7 +19,9 @@ SHAPE = dict(
     num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     initializer_range=0.25,
 )  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 T = transformers
 CASES = {
@@ -29,7 +31,9 @@ CASES = {
     "llama-linear": T.LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4)),
     "llama-3.1": T.LlamaConfig(**SHAPE, rope_parameters=LLAMA3 | dict(rope_theta=5e5)),
     "llama-yarn": T.LlamaConfig(**SHAPE, rope_parameters=YARN | dict(rope_theta=1e4)),
-    "smollm2": T.LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
+    "smollm2": T.LlamaConfig(
+        **SHAPE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5)
+    ),
     "mistral": T.MistralConfig(**SHAPE, sliding_window=None),
     "mistral-window": T.MistralConfig(**SHAPE, sliding_window=11),
     "qwen2": T.Qwen2Config(**SHAPE),

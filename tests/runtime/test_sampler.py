@@ -18,9 +18,13 @@ POOL = PagePool(1, 4)
 V = 12
 
 
-def row(output: list[int] = (), ahead: int = 0, prompt: list[int] = (1, 2), drafts: list[int] = (), **params) -> Row:
+def row(
+    output: list[int] = (), ahead: int = 0, prompt: list[int] = (1, 2), drafts: list[int] = (), **params
+) -> Row:
     p = SamplingParams(max_tokens=None, **params)
-    r = Request("r", list(prompt), p, PageTable(POOL), 99, seed=params.get("seed", 0), stop_ids=frozenset(p.stop_token_ids))
+    r = Request(
+        "r", list(prompt), p, PageTable(POOL), 99, seed=params.get("seed", 0), stop_ids=frozenset(p.stop_token_ids)
+    )
     r.tokens += list(output)
     r.drafts = list(drafts)
     return Row(r, ahead)
@@ -85,7 +89,9 @@ def test_noise_is_even_over_seeds_and_positions() -> None:
 
 def test_penalties_against_their_formulas() -> None:
     logits = LOGITS.clone()
-    r = row([3, 3, 4], temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, logprobs=0)
+    r = row(
+        [3, 3, 4], temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2, logprobs=0
+    )
     expected = logits.clone()
     for t in {1, 2, 3, 4}:
         expected[t] = expected[t] / 1.3 if expected[t] > 0 else expected[t] * 1.3

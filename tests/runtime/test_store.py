@@ -56,7 +56,9 @@ def test_text_with_a_narrow_kv_does_not_depend_on_the_schedule(name: str) -> Non
     prompts = [tuple((i * 5 + j) % 7 for i in range(20)) for j in range(3)]
     params = SamplingParams(temperature=0, max_tokens=20)
     whole = [run_all(tiny_engine(kv_cache_dtype=name), [p], params)[0] for p in prompts]
-    chopped = run_all(tiny_engine("ngram", kv_cache_dtype=name, pages=24, max_num_batched_tokens=5), prompts, params)
+    chopped = run_all(
+        tiny_engine("ngram", kv_cache_dtype=name, pages=24, max_num_batched_tokens=5), prompts, params
+    )
     assert chopped == whole
 
 

@@ -25,9 +25,7 @@ def alone(spec: str, prompt: tuple[int, ...], n: int = NEW) -> list[int]:
     return run_all(engine, [prompt], SamplingParams(temperature=0, max_tokens=n))[0]
 
 
-prompts = st.lists(
-    st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tuple), min_size=1, max_size=5
-)
+prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tuple), min_size=1, max_size=5)
 
 
 @given(
@@ -99,7 +97,11 @@ def test_at_its_exact_setting_a_technique_gives_the_plain_text(name: str) -> Non
     for other in [None, *sorted(MODULES)]:
         if other == name:
             continue
-        more = [technique(f"{other}:" + ",".join(f"{k}={v}" for k, v in technique(other).exact_at.items()))] if other else []
+        more = (
+            [technique(f"{other}:" + ",".join(f"{k}={v}" for k, v in technique(other).exact_at.items()))]
+            if other
+            else []
+        )
         compose(exact, *more)
         prompts = [tuple((i * 5 + j) % 7 for i in range(30)) for j in range(3)]
         texts = run_all(tiny_engine(exact, *more), prompts, SamplingParams(temperature=0, max_tokens=NEW))

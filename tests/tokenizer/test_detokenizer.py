@@ -33,9 +33,7 @@ def tokenizers_(tmp_path_factory: pytest.TempPathFactory) -> None:
     path: Path = tmp_path_factory.mktemp("t")
     for name, metadata in keys.items():
         count = len(metadata["tokenizer.ggml.tokens"])
-        file = write(
-            path / f"{name}.gguf", metadata, {"token_embd.weight": np.zeros((count, 32), np.float32)}
-        )
+        file = write(path / f"{name}.gguf", metadata, {"token_embd.weight": np.zeros((count, 32), np.float32)})
         BUILT[name] = build_tokenizer(GGUFFile(file), count)
 
 

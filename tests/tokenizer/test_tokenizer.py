@@ -31,8 +31,7 @@ def test_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     tokenizer = build(tmp_path, sentencepiece_keys(prefix))
     rng = random.Random(0)
     samples = [
-        "".join(rng.choice("hello wrdabc12.,é你🎉\n  ") for _ in range(rng.randrange(1, 40)))
-        for _ in range(300)
+        "".join(rng.choice("hello wrdabc12.,é你🎉\n  ") for _ in range(rng.randrange(1, 40))) for _ in range(300)
     ]
     for text in [text for text in TEXTS if "<" not in text] + samples:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -91,9 +90,7 @@ def test_unknown_family_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize("flag", [True, False])
 def test_add_bos_flag_overrides_the_family(flag: bool, tmp_path: Path) -> None:
     for pre in ("llama-bpe", "gpt-2"):
-        keys = byte_level_keys(
-            pre, **{"tokenizer.ggml.add_bos_token": flag, "tokenizer.ggml.add_eos_token": True}
-        )
+        keys = byte_level_keys(pre, **{"tokenizer.ggml.add_bos_token": flag, "tokenizer.ggml.add_eos_token": True})
         ids = build(tmp_path, keys).encode("x")
         assert (ids[0] == 1, ids[-1] == 2) == (flag, True)
 
@@ -109,9 +106,7 @@ def test_user_defined_tokens_are_whole(tmp_path: Path) -> None:
 
 
 def test_files_equal_transformers(tmp_path: Path) -> None:
-    for index, keys in enumerate(
-        (byte_level_keys("llama-bpe"), byte_level_keys("qwen2"), sentencepiece_keys())
-    ):
+    for index, keys in enumerate((byte_level_keys("llama-bpe"), byte_level_keys("qwen2"), sentencepiece_keys())):
         directory = tmp_path / str(index)
         directory.mkdir()
         built = build(directory, keys)

@@ -1,0 +1,143 @@
+"""One row in the engine: from a request's body to answers, and from answers to a response's body."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dovetail.batch.rows import Row
+from dovetail.core.errors import RequestError
+from dovetail.llm import LLM
+from dovetail.outputs import Answer, Stream
+from dovetail.server import logprobs
+from dovetail.server.params import (
+    chat_params,
+    check_common,
+    completion_params,
+    messages,
+    prompts,
+    scores_only,
+)
+from dovetail.server.protocol import ChatRequest, CompletionRequest, sort_extra
+from dovetail.server.service import usage
+from dovetail.session import mix
+
+
+class Call:
+    """A row's answers, checked and tokenized but not queued.
+
+    `defaults` are sampling settings that hold where the body is silent. `unknown` are fields that mean nothing here.
+    Raises RequestError, CapacityError or pydantic's ValidationError.
+    """
+
+    def __init__(self, llm: LLM, row: Row, defaults: Mapping[str, Any]) -> None:
+        self.llm = llm
+        self.row = row
+        body = {name: value for name, value in (row.body or {}).items() if value is not None}
+        self.chat = row.url == "/v1/chat/completions"
+        merged = _with_defaults(body, defaults, self.chat)
+        self.request = (ChatRequest if self.chat else CompletionRequest).model_validate(merged)
+        if self.request.stream:
+            raise RequestError("an answer in a batch cannot be streamed", param="stream")
+        check_common(self.request)
+        self.unknown = tuple(sort_extra(self.request))
+        self.answers = self._prepare()
+
+    @property
+    def error(self) -> str | None:
+        """Why the engine gave the row up, if it did."""
+        return next((a.error for a in self.answers if a.error is not None), None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far."""
+        return sum(len(s.token_ids) for a in self.answers for s in a.streams)
+
+    def body(self) -> dict[str, Any]:
+        """The response's body, once all answers are finished."""
+        choices = [
+            self._chat_choice(s) if self.chat else self._text_choice(i * len(a.streams) + j, a, s)
+            for i, a in enumerate(self.answers)
+            for j, s in enumerate(a.streams)
+        ]
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.row.key}",
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            "model": self.llm.config.model,
+            "choices": choices,
+            "usage": usage(self.answers, 0 if self._scores_only else self.tokens),
+        }
+
+    @property
+    def _scores_only(self) -> bool:
+        return isinstance(self.request, CompletionRequest) and scores_only(self.request)
+
+    def _prepare(self) -> list[Answer]:
+        request, llm = self.request, self.llm
+        given: list[str | list[int]]
+        if isinstance(request, ChatRequest):
+            params = chat_params(request, llm.default_params)
+            generation = request.add_generation_prompt is not False
+            variables = request.chat_template_kwargs or {}
+            given = [
+                llm.tokenizer.apply_chat_template(messages(request.messages), generation, None, **variables)
+            ]
+        else:
+            params = completion_params(request, llm.default_params)
+            given = prompts(request.prompt)
+        answers = []
+        for i, prompt in enumerate(given):
+            # A row's own seed: what it gets does not depend on which rows ran before it.
+            seed = mix(int(self.row.key[:15], 16), i) if params.seed is None else params.seed
+            ids = prompt
+            if isinstance(prompt, str) and request.add_special_tokens is False:
+                ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
+            answer = llm.session.prepare(ids, replace(params, seed=seed), f"{self.row.key}-{i}")
+            answer.prompt = prompt if isinstance(prompt, str) else None
+            for stream in answer.streams:
+                stream.request.salt = request.cache_salt or ""
+            answers.append(answer)
+        return answers
+
+    def _chat_choice(self, stream: Stream) -> dict[str, Any]:
+        known = logprobs.chat_logprobs(stream.logprobs, self.llm.tokenizer) if self.request.logprobs else None
+        return {
+            "index": stream.request.index,
+            "message": {"role": "assistant", "content": stream.text},
+            "logprobs": known,
+            "finish_reason": stream.finish_reason,
+            "stop_reason": stream.stop_reason,
+        }
+
+    def _text_choice(self, index: int, answer: Answer, stream: Stream) -> dict[str, Any]:
+        request, tokenizer = self.request, self.llm.tokenizer
+        echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        only = self._scores_only
+        text, known = "" if only else stream.text, None
+        if request.logprobs is not None:
+            lists = logprobs.CompletionLogprobs(tokenizer)
+            before = lists.take_prompt(answer.prompt_token_ids, answer.prompt_scores) if echo else None
+            known = lists.take([] if only else stream.logprobs)
+            known = known if before is None else logprobs.joined(before, known)
+        if echo:
+            text = (tokenizer.decode(answer.prompt_token_ids) if answer.prompt is None else answer.prompt) + text
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": known,
+            "finish_reason": "length" if only else stream.finish_reason,
+            "stop_reason": None if only else stream.stop_reason,
+        }
+
+
+def _with_defaults(body: dict[str, Any], defaults: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """The body, with `defaults` for what it leaves out, spelled as this kind of request spells it."""
+    more = dict(defaults)
+    if chat and "logprobs" in more:
+        more |= {"logprobs": True, "top_logprobs": more["logprobs"]}
+    if "max_completion_tokens" in body:
+        more.pop("max_tokens", None)
+    return {**more, **body}
