@@ -22,7 +22,7 @@ class LLM:
     """A model, ready to answer.
 
     model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
-    records. The other options are those of `dovetail.config.Options`: dtype, device, threads, kv_memory
+    records. tokenizer: a directory with another tokenizer.json, or an object. The other options are those of `dovetail.config.Options`: dtype, device, threads, kv_memory
     (bytes, or text such as "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
     enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
     """
@@ -53,7 +53,7 @@ class LLM:
         )
         self.checkpoint = checkpoint
         self.techniques = composition.techniques
-        self.tokenizer = tokenizer or checkpoint.tokenizer()
+        self.tokenizer = _tokenizer(tokenizer) or checkpoint.tokenizer()
         self.engine = build_engine(checkpoint, self.config, composition)
         self.session = Session(self.engine, self.tokenizer, self.config, checkpoint.config.vocab_size)
 
@@ -134,6 +134,13 @@ class LLM:
                 if not answer.finished:
                     self.session.abort(answer)
         return [a.output() for a in answers]
+
+
+def _tokenizer(given: Any) -> Any:
+    """A tokenizer object as it is; a path means a directory with tokenizer.json."""
+    from dovetail.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(given) if isinstance(given, (str, Path)) else given
 
 
 def _options(options: Mapping[str, Any]) -> Options:

@@ -28,7 +28,7 @@ from dovetail.session import mix
 class Call:
     """A row's answers, checked and tokenized but not queued.
 
-    `defaults` are sampling settings that hold where the body is silent. `unknown` are fields that mean nothing here.
+    `defaults` are sampling settings that hold where the body is silent, `unknown` fields that mean nothing here.
     Raises RequestError, CapacityError or pydantic's ValidationError.
     """
 

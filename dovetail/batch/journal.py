@@ -22,9 +22,9 @@ PREFIX = "batch_req_"
 class Journal:
     """Results by row key, in OUTPUT.partial while the batch runs and in OUTPUT when it is complete.
 
-    Opening it finds what an earlier run finished, in either file; a line torn by a crash is cut off. Results with an
-    error do not count as finished. A row is safe from a killed process when `add` returns, and from a power cut at
-    most a second later. ConfigError if another process holds it or it cannot be written.
+    Opening it finds what an earlier run finished, in either file; a line torn by a crash is cut off. Results with
+    an error do not count as finished. A row is safe from a killed process when `add` returns, and from a power cut
+    at most a second later. ConfigError if another process holds it or it cannot be written.
     """
 
     def __init__(self, output: Path) -> None:

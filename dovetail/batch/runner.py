@@ -100,8 +100,8 @@ class Runner:
         self._calls[row.key] = call
 
     def _settle(self, key: str) -> None:
-        call = self._calls[key]
-        if not all(a.finished for a in call.answers):
+        call = self._calls.get(key)  # None: several answers of a row ended in this step
+        if call is None or not all(a.finished for a in call.answers):
             return
         del self._calls[key]
         if call.error is not None:

@@ -27,7 +27,7 @@ _MATTERS = ("model", "use", "dtype", "kv_cache_dtype", "max_model_len", "seed")
 def command(
     model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
     input_file: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Requests, one JSON object a line.", exists=True, dir_okay=False)
+        Path, typer.Argument(metavar="INPUT", help="Requests, one a line.", exists=True, dir_okay=False)
     ],
     output_file: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUTPUT", help="Results, one a line.", dir_okay=False)

@@ -78,8 +78,8 @@ class Conversation:
         limit = llm.config.max_model_len
         if len(ids) >= limit:
             raise RequestError(
-                f"the conversation would have {len(ids)} tokens and the context holds {limit}, so your message was "
-                f"not added; /clear starts over, a larger --max-model-len holds more",
+                f"the conversation would have {len(ids)} tokens and the context holds {limit}, so your message "
+                f"was not added; /clear starts over, a larger --max-model-len holds more",
                 param="messages",
             )
         params = terminal.params_for(llm, ids, self.sampling, MAX_TOKENS)

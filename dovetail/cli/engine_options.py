@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-# For models that ship no sampling defaults of their own: plain sampling at temperature 1 makes small models ramble.
+# For models that ship no sampling defaults of their own: at temperature 1 small models ramble.
 CONVERSATION = {"temperature": 0.7, "top_p": 0.95}
 
 

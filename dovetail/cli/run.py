@@ -28,7 +28,7 @@ def command(
     prompt: Annotated[str, typer.Argument(help="What to ask; - reads it from stdin.")],
     engine: EngineOptions,
     sampling: SamplingOptions,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is; no chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, put before PROMPT.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show the engine's counters after the answer.")] = False,
     hints: Annotated[
@@ -102,7 +102,7 @@ def _result(llm: LLM, model: str, output: RequestOutput) -> dict[str, object]:
     result |= terminal.numbers(output) | {"model": model, "use": list(llm.config.use)}
     if answer.logprobs is not None:
         result["logprobs"] = [
-            [{"id": token, "logprob": p.logprob, "rank": p.rank, "text": p.decoded_token} for token, p in entry.items()]
+            [{"id": i, "logprob": p.logprob, "rank": p.rank, "text": p.decoded_token} for i, p in entry.items()]
             for entry in answer.logprobs
         ]
     return result

@@ -116,7 +116,7 @@ def warn_idle(llm: LLM) -> None:
 
 
 def since_start() -> float:
-    """Seconds since this process began, by the kernel's clock where it tells; else since this file was imported."""
+    """Seconds since this process began, where the kernel tells; else since this file was imported."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])

@@ -89,7 +89,7 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
         else:
-            self.waiting = deque(r for r in self.waiting if r is not request)
+            self._dequeue(request)
         self._let_go(request)
 
     def owners(self) -> Iterator[list[int]]:
@@ -165,16 +165,21 @@ class Scheduler:
     # -- admission and preemption --------------------------------------------------------------------
 
     def _admit(self, step: _Step) -> None:
-        if not self.waiting:
+        if not self.waiting or step.left <= 0 or len(self.running) >= self.limits.max_num_seqs:
             return
-        queue = list(self.seams.policy.order(list(self.waiting)))
-        for request in queue:
+        for request in self.seams.policy.order(list(self.waiting)):
             if step.left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
             if self._must_wait_for_fork(request):
                 continue
             if not self._start(request, step):
                 break
+
+    def _dequeue(self, request: Request) -> None:
+        if self.waiting and self.waiting[0] is request:  # nearly always, and then whatever the queue's length
+            self.waiting.popleft()
+        else:
+            self.waiting = deque(r for r in self.waiting if r is not request)
 
     def _must_wait_for_fork(self, request: Request) -> bool:
         parent = request.fork_of
@@ -210,7 +215,7 @@ class Scheduler:
             self.stats.cached_tokens += request.computed
             self.stats.queried_tokens += len(request.prompt)
         request.fork_of = None
-        self.waiting = deque(r for r in self.waiting if r is not request)
+        self._dequeue(request)
         self.running.append(request)
         step.copies += copies
         self._span(request, stop, step)
