@@ -25,7 +25,7 @@ help: ## show this
 	@echo '                       (both count when torch is installed: `make clean` first to change it)'
 
 run: setup ## set up, fetch the model, answer PROMPT
-	@$(BIN)/dovetail run $(ARGS) "$$DOVETAIL_MODEL" -- "$$DOVETAIL_PROMPT"
+	@$(BIN)/dovetail run --hints $(ARGS) "$$DOVETAIL_MODEL" -- "$$DOVETAIL_PROMPT"
 
 serve: setup ## set up and serve MODEL over the OpenAI API
 	@$(BIN)/dovetail serve $(ARGS) "$$DOVETAIL_MODEL"

@@ -22,9 +22,10 @@ class LLM:
     """A model, ready to answer.
 
     model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
-    records. tokenizer: a directory with another tokenizer.json, or an object. The other options are those of `dovetail.config.Options`: dtype, device, threads, kv_memory
-    (bytes, or text such as "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
-    enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
+    records. tokenizer: a directory with another tokenizer.json, or an object. The other options are those of
+    `dovetail.options.Options`: dtype, device, threads, kv_memory (bytes, or text such as "512MiB"),
+    kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs, enable_prefix_caching,
+    seed. Raises ModelError, ConfigError or CapacityError.
     """
 
     def __init__(

@@ -82,9 +82,7 @@ class Call:
             params = chat_params(request, llm.default_params)
             generation = request.add_generation_prompt is not False
             variables = request.chat_template_kwargs or {}
-            given = [
-                llm.tokenizer.apply_chat_template(messages(request.messages), generation, None, **variables)
-            ]
+            given = [llm.tokenizer.apply_chat_template(messages(request.messages), generation, None, **variables)]
         else:
             params = completion_params(request, llm.default_params)
             given = prompts(request.prompt)

@@ -40,13 +40,12 @@ class Meter:
 def describe(runner: Runner, total: int) -> str:
     """Rows, speed and the time left, in a line of fewer than 80 characters."""
     totals = runner.totals
-    fresh = totals.answered + totals.errors
-    done = fresh + totals.reused
+    done = totals.answered + totals.errors + totals.reused
     filled = _WIDTH * done // max(1, total)
     parts = [f"[{'#' * filled}{'.' * (_WIDTH - filled)}] {done}/{total} rows"]
     if totals.errors:
         parts.append(f"{totals.errors} errors")
     parts.append(f"{runner.tokens / max(totals.seconds, 1e-9):.0f} tokens/s")
-    if fresh:
-        parts.append(f"{format_duration(totals.seconds / fresh * (total - done))} left")
+    if totals.answered:  # the others cost nothing
+        parts.append(f"{format_duration(totals.seconds / totals.answered * (total - done))} left")
     return ", ".join(parts)

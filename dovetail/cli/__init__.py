@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from dovetail.core.errors import DovetailError
 
-COMMANDS = ("pull", "list", "rm", "run", "chat", "batch", "export", "doctor")
+COMMANDS = ("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "doctor")
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -58,10 +58,17 @@ def command(
     if person:
         note(f"{model}, ready after {terminal.since_start():.2f}s. /help lists the commands.")
     chat = Chat(conversation, person, stats)
-    for message in messages(person):
-        if not chat.take(message):
+    for said in messages(person):
+        if not chat.take(said):
             break
     terminal.warn_idle(conversation.llm)
+
+
+class Said(NamedTuple):
+    """A message; `quoted` ones are never commands."""
+
+    text: str
+    quoted: bool = False
 
 
 class Chat:
@@ -72,17 +79,17 @@ class Chat:
         self.person = person
         self.stats = stats
 
-    def take(self, message: str) -> bool:
+    def take(self, said: Said) -> bool:
         """Act on a message or command, which Ctrl-C stops; False to leave."""
-        word, _, rest = message.strip().partition(" ")
+        word, _, rest = ("" if said.quoted else said.text.strip()).partition(" ")
         if word in ("/exit", "/quit", "/bye"):
             return False
         try:
             with interrupts() as seen:
-                if _COMMAND.fullmatch(word) and "\n" not in message:
+                if _COMMAND.fullmatch(word):
                     self._command(word, rest.strip(), seen)
                 else:
-                    self._show(self.conversation.ask(message, lambda: bool(seen)), seen)
+                    self._show(self.conversation.ask(said.text, lambda: bool(seen)), seen)
         except RequestError as error:
             if not self.person:
                 raise
@@ -138,12 +145,12 @@ def interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def messages(person: bool) -> Iterator[str]:
+def messages(person: bool) -> Iterator[Said]:
     """What is said: lines, or several lines between two triple quotes; until the end of stdin, or Ctrl-C twice."""
     interrupted = False
     while True:
         try:
-            message = _message(person)
+            said = _said(person)
         except KeyboardInterrupt:
             if interrupted or not person:
                 raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -155,14 +162,14 @@ def messages(person: bool) -> Iterator[str]:
                 note("")
             return
         interrupted = False
-        if message.strip():
-            yield message
+        if said.text.strip():
+            yield said
 
 
-def _message(person: bool) -> str:
+def _said(person: bool) -> Said:
     line = _line(">>> ", person)
     if not line.lstrip().startswith(_QUOTES):
-        return line
+        return Said(line)
     lines = [line.lstrip()[len(_QUOTES) :]]
     while not lines[-1].rstrip().endswith(_QUOTES):
         try:
@@ -170,7 +177,7 @@ def _message(person: bool) -> str:
         except EOFError:
             raise RequestError('the message that began with """ has no closing """', param="messages") from None
     lines[-1] = lines[-1].rstrip()[: -len(_QUOTES)]
-    return "\n".join(lines).strip("\n")
+    return Said("\n".join(lines).strip("\n"), quoted=True)
 
 
 def _line(prompt: str, person: bool) -> str:

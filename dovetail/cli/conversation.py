@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dovetail.cli import terminal
@@ -83,6 +84,8 @@ class Conversation:
                 param="messages",
             )
         params = terminal.params_for(llm, ids, self.sampling, MAX_TOKENS)
+        if params.max_tokens is not None:  # what fits shrinks from turn to turn
+            params = replace(params, max_tokens=min(params.max_tokens, limit - len(ids)))
         return llm.session.submit(llm.session.prepare(ids, params))
 
     def _follow(self, answer: Answer, stopped: Callable[[], bool]) -> Iterator[str]:

@@ -48,9 +48,7 @@ class EngineOptions:
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
         """Command-line options: --use, and one for each field of `Options` with its default."""
-        use = Annotated[
-            list[str], _option("--use", _ENGINE_HELP["use"], "Engine", metavar="NAME[:KEY=VALUE,...]")
-        ]
+        use = Annotated[list[str], _option("--use", _ENGINE_HELP["use"], "Engine", metavar="NAME[:KEY=VALUE,...]")]
         kinds = get_type_hints(Options)
         found = [_keyword("use", use, [])]
         for f in fields(Options):
@@ -108,9 +106,7 @@ def spliced(command: C) -> C:
     parameters: list[inspect.Parameter] = []
     for p in signature.parameters.values():
         new = (
-            bundles[p.name].parameters()
-            if p.name in bundles
-            else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+            bundles[p.name].parameters() if p.name in bundles else [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
         )
         parameters += new
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,9 @@ def command(
         list[str] | None, typer.Option(help="Name that clients ask for instead of MODEL. Repeat for several.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that clients must send, except to /health.")] = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Most answers that wait; further requests get 503.")] = 1024,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="Most answers that wait; further requests get 503.")
+    ] = 1024,
     shutdown_timeout: Annotated[
         float, typer.Option(parser=_seconds, metavar="DURATION", help="Time for open requests after SIGTERM.")
     ] = 30.0,
@@ -74,7 +77,10 @@ async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str)
     from dovetail.server.service import Service
 
     server = HTTPServer(Service(llm, options), lambda: _ready(llm, options, address))
-    return await serve(server, listener)
+    code = await serve(server, listener)
+    if server.interrupted:
+        os._exit(code)  # the engine's thread may be in the middle of a long step
+    return code
 
 
 def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:

@@ -98,7 +98,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def _body(model: type[BaseModel]) -> dict[str, Any]:
     """The request's fields for the OpenAPI document; the body itself is read by Exchange."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
+    }
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

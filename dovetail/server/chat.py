@@ -33,7 +33,11 @@ class Chat:
         with service.gate.room_for(params.n):
             answers = await service.aside(self._prepare, params)
             async with service.running(answers, bool(request.stream), self.arrival) as job:
-                self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model}
+                self.head = {
+                    "id": f"chatcmpl-{uuid.uuid4().hex}",
+                    "created": int(time.time()),
+                    "model": self.model,
+                }
                 if request.stream:
                     await self._stream(job, reply)
                 else:
@@ -46,7 +50,9 @@ class Chat:
         if taken := sorted(_RESERVED & variables.keys()):
             raise RequestError(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
         generation = request.add_generation_prompt is not False
-        ids = self.service.llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)
+        ids = self.service.llm.chat_tokens(
+            messages(request.messages), add_generation_prompt=generation, **variables
+        )
         return self.service.prepare([ids], params, request)
 
     def _whole(self, answer: Answer) -> dict[str, Any]:

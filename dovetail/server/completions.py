@@ -76,7 +76,10 @@ class Completion:
                 first = d.choice not in builders
                 builder = builders.setdefault(d.choice, CompletionLogprobs(self.service.llm.tokenizer))
                 tokens += 0 if self.scores_only else len(d.token_ids)
-                chunk = {**self.head, "choices": [self._choice(d, job.answers[d.choice // self.n], builder, first)]}
+                chunk = {
+                    **self.head,
+                    "choices": [self._choice(d, job.answers[d.choice // self.n], builder, first)],
+                }
                 out.append(event({**chunk, "usage": usage(job.answers, tokens)} if continuous else chunk))
             await reply.write(b"".join(out))
         if options and options.include_usage:

@@ -157,7 +157,9 @@ class EngineThread:
             job, position = self._jobs.get(answer.request_id, (None, 0))
             if job is None:  # another answer of its job has failed in this step
                 continue
-            events += [partial(job.put, delta) for delta in self._advance(job, position, now)]
+            deltas = self._advance(job, position, now)
+            if answer.error is None:  # else the error is the only end that the reader sees
+                events += [partial(job.put, delta) for delta in deltas]
             if answer.finished:
                 events += self._finished(job, answer)
         self.metrics.stepped(tokens)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from dovetail.core.errors import RequestError
 from dovetail.server import errors
 
-MAX_BODY = 32 << 20
+MAX_BODY = 16 << 20
 BODY_SECONDS = 60.0  # to send a whole body
 WRITE_SECONDS = 300.0  # for a client to make room for the next piece of a stream
 

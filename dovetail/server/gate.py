@@ -46,7 +46,9 @@ class Gate:
                 f"the request asks for {count} answers; this server holds {self.limit} at a time", param="n"
             )
         if self.sequences + count > self.limit:
-            raise Unavailable(f"the queue is full: {self.sequences} of {self.limit} places are taken", RETRY_WHEN_FULL)
+            raise Unavailable(
+                f"the queue is full: {self.sequences} of {self.limit} places are taken", RETRY_WHEN_FULL
+            )
         self.sequences += count
         try:
             yield

@@ -11,6 +11,7 @@ from dovetail.server import errors
 from dovetail.server.service import Service
 
 MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 << 10
 OPEN_PATHS = frozenset({"/health"})  # without a key; everything else needs it
 
 
@@ -33,15 +34,13 @@ class Guard:
             with self.service.gate.request():
                 await self.app(scope, receive, send)
         except RequestError as error:
-            # A body that was not read must not be taken for the next request.
-            headers = {"connection": "close"}
-            if error.status == 401:
-                headers["www-authenticate"] = "Bearer"
+            headers = {"www-authenticate": "Bearer"} if error.status == 401 else {}
             await errors.response(error, headers)(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        if len(scope["headers"]) > MAX_HEADERS:
-            raise RequestError(f"more than {MAX_HEADERS} headers", status=431)
+        headers = scope["headers"]
+        if len(headers) > MAX_HEADERS or sum(len(k) + len(v) for k, v in headers) > MAX_HEADER_BYTES:
+            raise RequestError(f"more than {MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them", status=431)
         key = self.service.options.api_key
         if key is None or scope["path"] in OPEN_PATHS:
             return

@@ -15,9 +15,9 @@ import uvicorn
 from dovetail.core.errors import ConfigError
 from dovetail.server.app import create_app
 from dovetail.server.errors import Unavailable
+from dovetail.server.guard import MAX_HEADER_BYTES
 from dovetail.server.service import Service
 
-MAX_HEADER_BYTES = 16 << 10
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST_SECONDS = 2.0  # for streams to say why they end
 
@@ -27,7 +27,9 @@ _LOG = logging.getLogger(__name__)
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; ConfigError if there is none to be had. Port 0 is any free one."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # "localhost" may name an IPv6 address first, which clients that say 127.0.0.1 do not reach.
+        family, kind, protocol, _, address = min(found, key=lambda f: f[0] != socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -114,4 +116,3 @@ async def serve(server: HTTPServer, listener: socket.socket) -> int:
     if server.failed:
         return 1
     return 130 if server.interrupted else 0
-

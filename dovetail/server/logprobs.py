@@ -65,12 +65,11 @@ def joined(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
 
 def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
     """vLLM's shape: by token id, None for the first token."""
-    out: list[dict[str, Any] | None] = [None]
-    for entry in entries:
-        out.append(
-            {
-                str(token): {"logprob": max(v.logprob, LOWEST), "rank": v.rank, "decoded_token": v.decoded_token}
-                for token, v in named(entry, tokenizer).items()
-            }
-        )
-    return out
+    return [None, *(_by_id(named(entry, tokenizer)) for entry in entries)]
+
+
+def _by_id(known: dict[int, Logprob]) -> dict[str, Any]:
+    return {
+        str(token): {"logprob": max(v.logprob, LOWEST), "rank": v.rank, "decoded_token": v.decoded_token}
+        for token, v in known.items()
+    }

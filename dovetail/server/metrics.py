@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 LABELS = ("model_name", "engine")
 FINISH_REASONS = ("stop", "length", "abort", "error")
-TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-        160.0, 640.0, 2560.0)  # fmt: skip
-INTER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
-               80.0)  # fmt: skip
-LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
-           960.0, 1920.0, 7680.0)  # fmt: skip
+TTFT = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+INTER_TOKEN = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+LATENCY = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
 ITERATION = (1, 8, *(2**i for i in range(4, 15)))
 MAX_UNKNOWN = 64  # names of fields counted one by one; clients choose them
 
@@ -47,7 +52,10 @@ class Metrics:
         self._request_generation = self._histogram("request_generation_tokens", "Tokens of an answer.", tokens)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens in a step of the engine.", ITERATION)
         success = Counter(
-            "vllm:request_success", "Ended answers by reason.", (*LABELS, "finished_reason"), registry=self.registry
+            "vllm:request_success",
+            "Ended answers by reason.",
+            (*LABELS, "finished_reason"),
+            registry=self.registry,
         )
         self._success = {r: success.labels(*self.labels, r) for r in FINISH_REASONS}
         self._unknown = Counter(
@@ -60,7 +68,9 @@ class Metrics:
         return Counter(f"vllm:{name}", text, LABELS, registry=self.registry).labels(*self.labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
-        return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry).labels(*self.labels)
+        return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self.registry).labels(
+            *self.labels
+        )
 
     def first_token(self, seconds: float, prompt_tokens: int) -> None:
         self._ttft.observe(seconds)

@@ -72,7 +72,7 @@ def prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise RequestError("prompt must be a string, a list of strings, or token ids, and not empty", param="prompt")
+        raise RequestError("prompt must be a string, strings, or token ids, and not empty", param="prompt")
     if _all(value, int):
         return [value]
     if len(value) > MAX_PROMPTS:

@@ -29,13 +29,20 @@ def _all(kind: type) -> AfterValidator:
     return AfterValidator(check)
 
 
-_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
+_NAMES = {int: "a whole number", dict: "an object"}
+
+
+def _stop(value: Any) -> Any:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(type(v) is str for v in value)):
+        return value
+    raise ValueError("must be a string or a list of strings")
+
 
 Prompt = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS, TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}]})
 ]
 Objects = Annotated[list[Any], _all(dict), WithJsonSchema({"type": "array", "items": {"type": "object"}})]
-Strings = Annotated[list[Any], _all(str), WithJsonSchema(STRINGS)]
+Stop = Annotated[Any, AfterValidator(_stop), WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS]})]
 Ints = Annotated[list[Any], _all(int), WithJsonSchema(TOKEN_IDS)]
 
 
@@ -66,7 +73,7 @@ class GenerationRequest(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | Strings | None = None
+    stop: Stop = None
     stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
     logit_bias: Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object"})] = None

@@ -41,11 +41,13 @@ class ServiceOptions:
 
 
 class Service:
-    """Made in the event loop that serves it; `close` ends everything it started."""
+    """Serves one model; `close` ends everything it started. RequestError if the model's own sampling
+    defaults are impossible."""
 
     def __init__(self, llm: LLM, options: ServiceOptions) -> None:
         self.llm = llm
         self.options = options
+        llm.default_params()
         self.created = int(time.time())
         self.metrics = Metrics(options.names[0], llm.config.max_model_len)
         self.metrics.watch(llm)
@@ -73,7 +75,9 @@ class Service:
                 _LOG.warning("request field %r means nothing here and is ignored", name[:64])
         return request.model or self.options.names[0]
 
-    def prepare(self, prompts: Sequence[Prompt], params: SamplingParams, request: GenerationRequest) -> list[Answer]:
+    def prepare(
+        self, prompts: Sequence[Prompt], params: SamplingParams, request: GenerationRequest
+    ) -> list[Answer]:
         """Tokenized and checked answers, one per prompt. Takes a while for long prompts."""
         identity = uuid.uuid4().hex
         answers = []
@@ -103,11 +107,10 @@ class Service:
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse what cannot fit before the work of tokenizing or copying it."""
         limit = self.llm.config.max_model_len
-        text = isinstance(prompt, str)
-        if len(prompt) > limit * (self._longest_piece if text else 1):
+        unit, least = ("characters", self._longest_piece) if isinstance(prompt, str) else ("tokens", 1)
+        if len(prompt) > limit * least:
             raise RequestError(
-                f"the prompt has {len(prompt)} {'characters' if text else 'tokens'}, but the context holds {limit} tokens",
-                param="prompt",
+                f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
             )
 
 

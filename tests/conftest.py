@@ -1,0 +1,17 @@
+"""Fixtures that several folders use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random llama of two layers, a byte tokenizer and a chat template; 4096 tokens of context."""
+    from tests.helpers.hf_models import save_model
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(directory, num_hidden_layers=2, max_position_embeddings=4096)
+    return directory
