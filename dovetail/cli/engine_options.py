@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-# For models that ship no sampling defaults of their own: at temperature 1 small models ramble.
-CONVERSATION = {"temperature": 0.7, "top_p": 0.95}
+# For models that ship no sampling defaults of their own: the most likely text, the same every time.
+CONVERSATION = {"temperature": 0.0}
 
 
 @dataclass(frozen=True)
