@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dovetail.llm import LLM
     from dovetail.server.service import ServiceOptions
 
+# The engine's thread asks for the interpreter between two operators; the event loop must not keep it waiting long.
+SWITCH_SECONDS = 0.0005
+
 
 def _seconds(text: str | float) -> float:
     if isinstance(text, float):
@@ -66,6 +69,7 @@ def command(
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     names = tuple(served_model_name or [model])
     options = ServiceOptions(names, api_key, max_queue, shutdown_timeout)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with listen(host, port) as listener:  # before the model is loaded: a port in use is known at once
         code = asyncio.run(_serve(engine.load(model), options, listener, url(listener)))
     if code:

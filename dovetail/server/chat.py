@@ -6,16 +6,13 @@ import time
 import uuid
 from typing import Any
 
-from dovetail.core.errors import RequestError
 from dovetail.outputs import Answer, Stream
 from dovetail.server import logprobs
 from dovetail.server.exchange import Reply, event
 from dovetail.server.job import Delta, Job
-from dovetail.server.params import chat_params, messages
+from dovetail.server.params import chat_params, messages, template_variables
 from dovetail.server.protocol import ChatRequest
 from dovetail.server.service import Service, usage
-
-_RESERVED = frozenset({"self", "messages", "add_generation_prompt", "tools", "chat_template"})
 
 
 class Chat:
@@ -46,9 +43,7 @@ class Chat:
 
     def _prepare(self, params: Any) -> list[Answer]:
         request = self.request
-        variables = request.chat_template_kwargs or {}
-        if taken := sorted(_RESERVED & variables.keys()):
-            raise RequestError(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
+        variables = template_variables(request)
         generation = request.add_generation_prompt is not False
         ids = self.service.llm.chat_tokens(
             messages(request.messages), add_generation_prompt=generation, **variables

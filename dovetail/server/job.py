@@ -86,7 +86,7 @@ class Job:
             await self._changed.wait()
             self._changed.clear()
         self._changed.set()
-        if self.error is not None:
+        if self.error is not None and not self._accepted:
             raise self.error
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:

@@ -19,6 +19,8 @@ _SAME = (
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
+_TEMPLATE_RESERVED = frozenset({"self", "messages", "add_generation_prompt", "tools", "chat_template"})
+
 Defaults = Callable[..., SamplingParams]  # the checkpoint's own settings, with overrides
 
 
@@ -84,6 +86,14 @@ def prompts(value: Any) -> list[str | list[int]]:
 
 def _all(values: Sequence[Any], kind: type) -> bool:
     return all(type(v) is kind for v in values)
+
+
+def template_variables(request: ChatRequest) -> dict[str, Any]:
+    """What the request adds to the chat template's context."""
+    variables = request.chat_template_kwargs or {}
+    if taken := sorted(_TEMPLATE_RESERVED & variables.keys()):
+        raise RequestError(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
+    return variables
 
 
 def messages(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
