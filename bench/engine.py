@@ -75,9 +75,8 @@ def main() -> None:
     model.program = [model_time.around(stage) for stage in model.program]
     model.logits = model_time.around(model.logits)
     measure(llm, 1, 8, model_time)  # first calls allocate
-    print(
-        f"{args.model}, {llm.config.dtype}, {llm.config.threads} threads, loaded in {load:.2f} s; medians of {args.rounds} rounds (min-max)"
-    )
+    print(f"{args.model}, {llm.config.dtype}, {llm.config.threads} threads, loaded in {load:.2f} s")
+    print(f"medians of {args.rounds} rounds (lowest-highest)")
     print(f"{'streams':>8} {'tokens/s':>22} {'step ms':>9} {'host ms':>9}")
     out: dict[str, Any] = {"model": args.model, "dtype": llm.config.dtype, "load_s": load, "streams": {}}
     rounds = [{n: measure(llm, n, args.tokens, model_time) for n in (1, 8, 32)} for _ in range(args.rounds)]

@@ -159,7 +159,9 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         block_size=options.block_size,
         num_kv_pages=kv.pages,
         max_model_len=kv.max_model_len,
-        max_num_batched_tokens=positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS),
+        max_num_batched_tokens=positive(
+            "max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS
+        ),
         max_num_seqs=positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS),
         enable_prefix_caching=options.enable_prefix_caching,
         seed=options.seed,

@@ -28,7 +28,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def llm(smollm2: Path) -> LLM:
-    return LLM(smollm2, dtype="float32", max_model_len=1024, kv_memory=256 << 20)
+    return LLM(smollm2, dtype="float32", max_model_len=1024, kv_memory=256 << 20, threads=1)
 
 
 @pytest.mark.timeout(300)
@@ -65,7 +65,7 @@ def test_it_says_paris_however_it_is_run(llm: LLM, smollm2: Path) -> None:
         {"block_size": 1, "max_num_batched_tokens": 7},
         {"use": ["sink-window:window=512"], "block_size": 32},
     ):
-        other = LLM(smollm2, max_model_len=512, kv_memory=128 << 20, **options)
+        other = LLM(smollm2, max_model_len=512, kv_memory=128 << 20, threads=1, **options)
         assert "Paris" in other.chat(chat, params)[0].outputs[0].text, options
         other.engine.check()
 
