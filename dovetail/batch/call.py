@@ -10,18 +10,17 @@ from typing import Any
 from dovetail.batch.rows import Row
 from dovetail.core.errors import RequestError
 from dovetail.llm import LLM
-from dovetail.outputs import Answer, Stream
-from dovetail.server import logprobs
+from dovetail.outputs import Answer
+from dovetail.server.bodies import chat_body, completion_body
 from dovetail.server.params import (
     chat_params,
     check_common,
     completion_params,
     messages,
     prompts,
-    scores_only,
+    template_variables,
 )
 from dovetail.server.protocol import ChatRequest, CompletionRequest, sort_extra
-from dovetail.server.service import usage
 from dovetail.session import mix
 
 
@@ -36,9 +35,9 @@ class Call:
         self.llm = llm
         self.row = row
         body = {name: value for name, value in (row.body or {}).items() if value is not None}
-        self.chat = row.url == "/v1/chat/completions"
-        merged = _with_defaults(body, defaults, self.chat)
-        self.request = (ChatRequest if self.chat else CompletionRequest).model_validate(merged)
+        chat = row.url == "/v1/chat/completions"
+        merged = _with_defaults(body, defaults, chat)
+        self.request = (ChatRequest if chat else CompletionRequest).model_validate(merged)
         if self.request.stream:
             raise RequestError("an answer in a batch cannot be streamed", param="stream")
         check_common(self.request)
@@ -57,23 +56,15 @@ class Call:
 
     def body(self) -> dict[str, Any]:
         """The response's body, once all answers are finished."""
-        choices = [
-            self._chat_choice(s) if self.chat else self._text_choice(i * len(a.streams) + j, a, s)
-            for i, a in enumerate(self.answers)
-            for j, s in enumerate(a.streams)
-        ]
+        head = {"created": int(time.time()), "model": self.llm.config.model}
+        if isinstance(self.request, ChatRequest):
+            body = chat_body(self.request, self.answers, self.llm.tokenizer)
+            return {"id": f"chatcmpl-{self.row.key}", **head, **body}
         return {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.row.key}",
-            "object": "chat.completion" if self.chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.llm.config.model,
-            "choices": choices,
-            "usage": usage(self.answers, 0 if self._scores_only else self.tokens),
+            "id": f"cmpl-{self.row.key}",
+            **head,
+            **completion_body(self.request, self.answers, self.llm.tokenizer),
         }
-
-    @property
-    def _scores_only(self) -> bool:
-        return isinstance(self.request, CompletionRequest) and scores_only(self.request)
 
     def _prepare(self) -> list[Answer]:
         request, llm = self.request, self.llm
@@ -81,8 +72,8 @@ class Call:
         if isinstance(request, ChatRequest):
             params = chat_params(request, llm.default_params)
             generation = request.add_generation_prompt is not False
-            variables = request.chat_template_kwargs or {}
-            given = [llm.tokenizer.apply_chat_template(messages(request.messages), generation, None, **variables)]
+            variables = template_variables(request)
+            given = [llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)]
         else:
             params = completion_params(request, llm.default_params)
             given = prompts(request.prompt)
@@ -99,36 +90,6 @@ class Call:
                 stream.request.salt = request.cache_salt or ""
             answers.append(answer)
         return answers
-
-    def _chat_choice(self, stream: Stream) -> dict[str, Any]:
-        known = logprobs.chat_logprobs(stream.logprobs, self.llm.tokenizer) if self.request.logprobs else None
-        return {
-            "index": stream.request.index,
-            "message": {"role": "assistant", "content": stream.text},
-            "logprobs": known,
-            "finish_reason": stream.finish_reason,
-            "stop_reason": stream.stop_reason,
-        }
-
-    def _text_choice(self, index: int, answer: Answer, stream: Stream) -> dict[str, Any]:
-        request, tokenizer = self.request, self.llm.tokenizer
-        echo = isinstance(request, CompletionRequest) and bool(request.echo)
-        only = self._scores_only
-        text, known = "" if only else stream.text, None
-        if request.logprobs is not None:
-            lists = logprobs.CompletionLogprobs(tokenizer)
-            before = lists.take_prompt(answer.prompt_token_ids, answer.prompt_scores) if echo else None
-            known = lists.take([] if only else stream.logprobs)
-            known = known if before is None else logprobs.joined(before, known)
-        if echo:
-            text = (tokenizer.decode(answer.prompt_token_ids) if answer.prompt is None else answer.prompt) + text
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": known,
-            "finish_reason": "length" if only else stream.finish_reason,
-            "stop_reason": None if only else stream.stop_reason,
-        }
 
 
 def _with_defaults(body: dict[str, Any], defaults: Mapping[str, Any], chat: bool) -> dict[str, Any]:

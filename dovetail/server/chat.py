@@ -6,13 +6,14 @@ import time
 import uuid
 from typing import Any
 
-from dovetail.outputs import Answer, Stream
+from dovetail.outputs import Answer
 from dovetail.server import logprobs
+from dovetail.server.bodies import chat_body, usage
 from dovetail.server.exchange import Reply, event
 from dovetail.server.job import Delta, Job
 from dovetail.server.params import chat_params, messages, template_variables
 from dovetail.server.protocol import ChatRequest
-from dovetail.server.service import Service, usage
+from dovetail.server.service import Service
 
 
 class Chat:
@@ -51,28 +52,7 @@ class Chat:
         return self.service.prepare([ids], params, request)
 
     def _whole(self, answer: Answer) -> dict[str, Any]:
-        tokenizer = self.service.llm.tokenizer
-        out = {
-            **self.head,
-            "object": "chat.completion",
-            "choices": [self._choice(i, s) for i, s in enumerate(answer.streams)],
-            "usage": usage([answer], sum(len(s.token_ids) for s in answer.streams)),
-        }
-        if self.request.prompt_logprobs is not None:
-            out["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
-        return out
-
-    def _choice(self, index: int, stream: Stream) -> dict[str, Any]:
-        known = None
-        if self.request.logprobs:
-            known = logprobs.chat_logprobs(stream.logprobs, self.service.llm.tokenizer)
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": stream.text},
-            "logprobs": known,
-            "finish_reason": stream.finish_reason,
-            "stop_reason": stream.stop_reason,
-        }
+        return {**self.head, **chat_body(self.request, [answer], self.service.llm.tokenizer)}
 
     async def _stream(self, job: Job, reply: Reply) -> None:
         options = self.request.stream_options

@@ -33,6 +33,7 @@ class CompletionLogprobs:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.offset = 0
+        self.begun = False  # whether the choice has been shown something
 
     def take(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

@@ -112,15 +112,3 @@ class Service:
             raise RequestError(
                 f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
             )
-
-
-def usage(answers: Sequence[Answer], completion_tokens: int) -> dict[str, Any]:
-    """The usage object. Prompts are counted once, however many answers they get."""
-    prompt = sum(len(a.prompt_token_ids) for a in answers)
-    cached = sum(max(0, a.streams[0].request.cached_tokens) for a in answers)
-    return {
-        "prompt_tokens": prompt,
-        "total_tokens": prompt + completion_tokens,
-        "completion_tokens": completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

@@ -1,0 +1,95 @@
+"""Finished answers as OpenAI response bodies, for the server and for batch files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dovetail.outputs import Answer, Stream
+from dovetail.server import logprobs
+from dovetail.server.job import Delta
+from dovetail.server.logprobs import CompletionLogprobs, joined
+from dovetail.server.params import scores_only
+from dovetail.server.protocol import ChatRequest, CompletionRequest
+from dovetail.tokenizer import Tokenizer
+
+
+def usage(answers: Sequence[Answer], completion_tokens: int) -> dict[str, Any]:
+    """The usage object of a whole HTTP request."""
+    prompt = sum(len(a.prompt_token_ids) for a in answers)
+    cached = sum(max(0, a.streams[0].request.cached_tokens) for a in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def chat_body(request: ChatRequest, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A chat.completion without id, created and model; there is one answer."""
+    (answer,) = answers
+    out: dict[str, Any] = {
+        "object": "chat.completion",
+        "choices": [_chat_choice(request, s, tokenizer) for s in answer.streams],
+        "usage": usage(answers, sum(len(s.token_ids) for s in answer.streams)),
+    }
+    if request.prompt_logprobs is not None:
+        out["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
+    return out
+
+
+def _chat_choice(request: ChatRequest, stream: Stream, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "index": stream.request.index,
+        "message": {"role": "assistant", "content": stream.text},
+        "logprobs": logprobs.chat_logprobs(stream.logprobs, tokenizer) if request.logprobs else None,
+        "finish_reason": stream.finish_reason,
+        "stop_reason": stream.stop_reason,
+    }
+
+
+def completion_body(request: CompletionRequest, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:
+    """A text_completion without id, created and model. Choice i belongs to prompt i // n."""
+    choices: list[dict[str, Any]] = []
+    tokens = 0
+    for answer in answers:
+        for stream in answer.streams:
+            delta = Delta(
+                len(choices),
+                stream.text,
+                stream.token_ids,
+                stream.logprobs,
+                stream.finish_reason,
+                stream.stop_reason,
+            )
+            choice = text_choice(request, delta, answer, CompletionLogprobs(tokenizer))
+            if request.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
+            choices.append(choice)
+            tokens += 0 if scores_only(request) else len(stream.token_ids)
+    return {"object": "text_completion", "choices": choices, "usage": usage(answers, tokens)}
+
+
+def text_choice(
+    request: CompletionRequest, delta: Delta, answer: Answer, builder: CompletionLogprobs
+) -> dict[str, Any]:
+    """A choice, whole or its next part. A builder that has not been used yet brings the echoed prompt."""
+    only, echo = scores_only(request), bool(request.echo) and not builder.begun
+    builder.begun = True
+    text = "" if only else delta.text
+    known: dict[str, Any] | None = None
+    if request.logprobs is not None:
+        before = builder.take_prompt(answer.prompt_token_ids, answer.prompt_scores) if echo else None
+        known = builder.take([] if only else delta.logprobs)
+        known = known if before is None else joined(before, known)
+    if echo:
+        prompt = answer.prompt if answer.prompt is not None else builder.tokenizer.decode(answer.prompt_token_ids)
+        text = prompt + text
+    return {
+        "index": delta.choice,
+        "text": text,
+        "logprobs": known,
+        "finish_reason": "length" if delta.finish_reason and only else delta.finish_reason,
+        "stop_reason": None if only else delta.stop_reason,
+    }
