@@ -14,6 +14,7 @@ from dovetail.options import Options
 GIB = 1 << 30
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_BLOCK_SIZE = 4096
+MAX_THREADS = 1024
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
 
@@ -56,8 +57,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class KVBudget:
-    """Pages, bytes and the longest sequence that they allow."""
+    """Tokens per page, pages, bytes and the longest sequence that they allow."""
 
+    block_size: int
     pages: int
     bytes: int
     max_model_len: int
@@ -78,9 +80,9 @@ def resolve_dtype(asked: str, stored: str, device: str) -> str:
 def resolve_device(asked: str, cuda: bool) -> str:
     if asked == "auto":
         return "cuda" if cuda else "cpu"
-    kind = asked.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{asked}' is unknown; use auto, cpu or cuda")
+    kind, _, number = str(asked).partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
+        raise ConfigError(f"device '{asked}' is unknown; use auto, cpu, cuda or cuda:0")
     if kind == "cuda" and not cuda:
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use --device cpu")
     return asked
@@ -89,7 +91,7 @@ def resolve_device(asked: str, cuda: bool) -> str:
 def resolve_kv_dtype(asked: str, dtype: str) -> str:
     """ "auto" keeps KV in the compute type's precision."""
     if asked == "auto":
-        return {"float64": "float64", "float32": "float32"}.get(dtype, "bf16")
+        return {"bfloat16": "bf16"}.get(dtype, dtype)
     return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
 
 
@@ -128,7 +130,7 @@ def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memo
         length = pages * size
     if length < 2:
         raise CapacityError(f"{memory} bytes of KV memory hold {length} token; at least 2 are needed")
-    return KVBudget(pages, pages * page_bytes, length)
+    return KVBudget(size, pages, pages * page_bytes, length)
 
 
 def positive(name: str, value: int | None, default: int) -> int:
@@ -137,6 +139,27 @@ def positive(name: str, value: int | None, default: int) -> int:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _threads(asked: int | None, found: int) -> int:
+    threads = positive("threads", asked, found)
+    if threads > MAX_THREADS:
+        raise ConfigError(
+            f"threads must be at most {MAX_THREADS}, got {threads}; this machine has {found} to give"
+        )
+    return threads
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def _seed(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"seed must be a whole number, got {value!r}")
     return value
 
 
@@ -153,18 +176,18 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         use=found.use,
         dtype=dtype,
         device=device,
-        threads=positive("threads", options.threads, machine.threads),
+        threads=_threads(options.threads, machine.threads),
         kv_cache_dtype=kv_dtype,
         kv_memory=kv.bytes,
-        block_size=options.block_size,
+        block_size=kv.block_size,
         num_kv_pages=kv.pages,
         max_model_len=kv.max_model_len,
         max_num_batched_tokens=positive(
             "max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS
         ),
         max_num_seqs=positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS),
-        enable_prefix_caching=options.enable_prefix_caching,
-        seed=options.seed,
+        enable_prefix_caching=_flag("enable_prefix_caching", options.enable_prefix_caching),
+        seed=_seed(options.seed),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from dovetail.config import Config, Found, Machine, Options, resolve
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
+from dovetail.interrupts import uninterrupted
 from dovetail.outputs import Answer, RequestOutput
 from dovetail.session import Session
 from dovetail.units import parse_size
@@ -38,14 +39,15 @@ class LLM:
     ) -> None:
         from dovetail.checkpoint import open_checkpoint
         from dovetail.hub import resolve as find
-        from dovetail.models import geometry
+        from dovetail.models import facts, geometry
         from dovetail.runtime.kv import bytes_per_token
         from dovetail.runtime.loader import build_engine, stored_format
         from dovetail.techniques import technique
 
         asked = _options(options)
-        composition = compose(*(t if isinstance(t, Technique) else technique(t) for t in use))
+        parts = [t if isinstance(t, Technique) else technique(t) for t in use]
         checkpoint = open_checkpoint(find(str(model)))
+        composition = compose(*parts, facts=facts(checkpoint.config))
         self.config: Config = resolve(
             asked,
             checkpoint.config,
@@ -70,7 +72,7 @@ class LLM:
         A bad prompt raises RequestError before anything runs. `progress` shows a bar on a terminal's stderr.
         """
         many = _prompts(prompts)
-        each = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else list(params)
+        each = [_params(p) for p in params] if isinstance(params, Sequence) else [_params(params)] * len(many)
         if len(each) != len(many):
             raise RequestError(f"{len(many)} prompts but {len(each)} sets of parameters", param="params")
         answers = [self.session.prepare(p, s) for p, s in zip(many, each, strict=True)]
@@ -85,17 +87,26 @@ class LLM:
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template."""
-        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if not isinstance(messages, Sequence) or not messages:
+            raise RequestError("messages must be a list with at least one message", param="messages")
+        many = [messages] if isinstance(messages[0], Mapping) else messages
         ids = [self.chat_tokens(m, **template) for m in many]  # type: ignore[arg-type]
         return self.generate(ids, params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the growing output after each step. Stopping early frees its pages."""
-        answer = self.session.submit(self.session.prepare(prompt, params or SamplingParams()))
+        answer = self.session.submit(self.session.prepare(prompt, _params(params)))
+        shown: object = None
         try:
-            while not answer.finished:
-                if answer in self.session.step():
+            while True:  # others may step the session too, so what counts is what has not been shown yet
+                state = [(len(s.token_ids), s.finish_reason) for s in answer.streams]
+                if state != shown and (shown is not None or any(n for n, _ in state) or answer.finished):
                     yield answer.output()
+                shown = state
+                if answer.finished:
+                    return
+                with uninterrupted():
+                    self.session.step()
         finally:
             if not answer.finished:
                 self.session.abort(answer)
@@ -126,14 +137,18 @@ class LLM:
 
         try:
             with counter("answers", len(answers), enabled=progress) as advance:
-                for answer in answers:
-                    self.session.submit(answer)
-                while self.session.busy:
-                    advance(sum(a.finished for a in self.session.step()))
+                with uninterrupted():
+                    for answer in answers:
+                        self.session.submit(answer)
+                while not all(a.finished for a in answers):
+                    with uninterrupted():
+                        changed = self.session.step()
+                    advance(sum(a.finished for a in changed))
         finally:  # an interrupt or a refusal leaves nothing behind
-            for answer in answers:
-                if not answer.finished:
-                    self.session.abort(answer)
+            with uninterrupted():
+                for answer in answers:
+                    if not answer.finished:
+                        self.session.abort(answer)
         return [a.output() for a in answers]
 
 
@@ -156,12 +171,24 @@ def _options(options: Mapping[str, Any]) -> Options:
     return Options(**options)
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _params(given: SamplingParams | None) -> SamplingParams:
+    if given is None:
+        return SamplingParams()
+    if not isinstance(given, SamplingParams):
+        raise RequestError(f"params must be SamplingParams, got {type(given).__name__}", param="params")
+    return given
+
+
+def _prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or many: token ids are whole numbers, everything else in a list is a prompt of its own."""
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        kind = type(prompts).__name__
+        raise RequestError(f"prompts must be text, token ids or a list of them, got {kind}", param="prompts")
+    many = list(prompts)
+    single = bool(many) and hasattr(many[0], "__index__") and not getattr(many[0], "shape", ())
+    return [many] if single else many
 
 
 def _machine() -> Machine:

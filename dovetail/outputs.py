@@ -74,6 +74,8 @@ class Stream:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self._names: list[dict[int, Logprob]] = []
+        self._stoppable = 0  # where text that stop strings may be found in begins
         self._margin = max((len(s) for s in p.stops), default=1) - 1
 
     def push(self, progress: Progress) -> None:
@@ -98,7 +100,8 @@ class Stream:
     def output(self) -> CompletionOutput:
         logprobs, total = None, None
         if self.request.params.logprobs is not None:
-            logprobs = [named(entry, self.tokenizer) for entry in self.logprobs]
+            self._names += [named(entry, self.tokenizer) for entry in self.logprobs[len(self._names) :]]
+            logprobs = list(self._names)
             total = sum(entry.logprob for entry in self.logprobs)
         return CompletionOutput(
             self.request.index, self.text[: self.ready], list(self.token_ids), logprobs, total,
@@ -112,9 +115,12 @@ class Stream:
 
     def _add(self, piece: str) -> None:
         params = self.request.params
-        start = max(0, len(self.text) - self._margin)
+        start = max(self._stoppable, len(self.text) - self._margin)
         self.text += piece
-        if params.stops and len(self.token_ids) > params.min_tokens:
+        if len(self.token_ids) <= params.min_tokens:  # shown already, so it cannot be taken back later
+            self._stoppable = self.ready = len(self.text)
+            return
+        if params.stops:
             found = [(at, s) for s in params.stops if (at := self.text.find(s, start)) >= 0]
             if found:
                 at, stop = min(found)
@@ -125,7 +131,7 @@ class Stream:
 
     def _held(self) -> int:
         """Length of the longest tail that begins a stop string."""
-        for n in range(min(self._margin, len(self.text)), 0, -1):
+        for n in range(min(self._margin, len(self.text) - self._stoppable), 0, -1):
             if any(s.startswith(self.text[-n:]) for s in self.request.params.stops if len(s) > n):
                 return n
         return 0

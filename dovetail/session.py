@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import operator
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dovetail.config import Config
 from dovetail.core.engine import Engine
@@ -40,7 +43,7 @@ class Session:
         Safe to call from any thread.
         """
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         self._check(ids, params)
         number = next(self._count)
         request_id = request_id or f"request-{number}"
@@ -66,6 +69,7 @@ class Session:
                 for earlier in requests[:i]:
                     self.engine.abort(earlier)
                 raise
+        answer.arrival = time.monotonic()
         self.answers[answer.request_id] = answer
         return answer
 
@@ -91,12 +95,14 @@ class Session:
             self.engine.abort(stream.request, reason)
             if stream.finish_reason is None:
                 stream.close(reason)
-        self.answers.pop(answer.request_id, None)
+        if self.answers.get(answer.request_id) is answer:
+            del self.answers[answer.request_id]
 
     def _request(self, request_id: str, ids: list[int], params: SamplingParams, seed: int) -> Request:
         limit = self.config.max_model_len
         total = limit if params.max_tokens is None else len(ids) + params.max_tokens
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_ids)
+        stops &= frozenset(range(self.vocab_size)) if max(stops, default=0) >= self.vocab_size else stops
         return Request(
             request_id, ids, params, PageTable(self.engine.pool), max_total=total, seed=seed, stop_ids=stops
         )
@@ -111,6 +117,25 @@ class Session:
             for t in values:
                 if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
                     raise RequestError(f"{name}: token id {t!r} is not in the vocabulary of {size}", param=name)
+
+
+def token_ids(values: Iterable[Any]) -> list[int]:
+    """Token ids from any sequence of whole numbers (numpy's and torch's too). RequestError names what is none."""
+    if isinstance(values, (bytes, Mapping)):
+        raise RequestError(f"a prompt is a string or token ids, got {type(values).__name__}", param="prompt")
+    try:
+        items = list(values)
+    except TypeError:
+        raise RequestError(f"a prompt is a string or token ids, got {values!r}", param="prompt") from None
+    out = []
+    for item in items:
+        try:
+            if isinstance(item, bool):
+                raise TypeError
+            out.append(operator.index(item))
+        except TypeError:
+            raise RequestError(f"prompt: {item!r} is no token id", param="prompt") from None
+    return out
 
 
 def mix(seed: int, number: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -244,3 +245,49 @@ def test_an_id_that_is_running_is_refused() -> None:
     s.submit(s.prepare("a", params, "same"))
     with pytest.raises(RequestError, match="same"):
         s.submit(s.prepare("b", params, "same"))
+
+
+def test_refusing_a_duplicate_leaves_the_running_one_alone() -> None:
+    s = session()
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    first = s.submit(s.prepare("a", params, "same"))
+    second = s.prepare("b", params, "same")
+    with pytest.raises(RequestError):
+        s.submit(second)
+    s.abort(second)
+    while s.busy:
+        s.step()
+    assert first.output().outputs[0].finish_reason == "length"
+
+
+def test_an_end_of_sequence_id_outside_the_vocabulary_harms_nobody() -> None:
+    s = session()
+    s.eos_ids = frozenset({5000})
+    out = answer(s, "x", SamplingParams(temperature=0, max_tokens=4, min_tokens=2)).outputs[0]
+    assert len(out.token_ids) == 4
+
+
+def test_text_that_was_shown_before_min_tokens_is_not_taken_back() -> None:
+    params = SamplingParams(stop=["abcd", "b"], min_tokens=2, max_tokens=None)
+    request = Request("r", [1], params, PageTable(PagePool(1, 4)), 999, seed=0)
+    stream = Stream(request, TOKENIZER)
+    seen = []
+    for char in "zbxb":
+        stream.push(Progress(request, TOKENIZER.encode(char)))
+        seen.append(stream.output().text)
+    assert seen == ["z", "zb", "zbx", "zbx"]
+    assert stream.finish_reason == "stop"
+
+
+TYPES = [np.array([65, 66]), torch.tensor([65, 66]), (65, 66), iter([65, 66]), [np.int64(65), 66]]
+
+
+@pytest.mark.parametrize("ids", TYPES, ids=lambda x: type(x).__name__)
+def test_token_ids_come_in_many_types(ids) -> None:
+    assert session().prepare(ids, SamplingParams()).prompt_token_ids == [65, 66]
+
+
+@pytest.mark.parametrize("prompt", [b"ab", {"prompt": "x"}, None, 5, [1.5], ["a"], [None]])
+def test_what_is_no_prompt_is_refused_by_name(prompt) -> None:
+    with pytest.raises(RequestError, match="prompt"):
+        session().prepare(prompt, SamplingParams())

@@ -50,7 +50,11 @@ class Engine:
         plan = self.last_plan = self.scheduler.schedule()
         if not plan.spans:
             return []
-        result = self.executor.run(plan)
+        try:
+            result = self.executor.run(plan)
+        except BaseException:  # the caller decides; until then nothing is lost but the work
+            self.scheduler.undo(plan)
+            raise
         self.steps += 1
         progress = [self._commit(s, r) for s, r in zip(plan.spans, result.spans, strict=True)]
         return [p for p in progress if p is not None]
@@ -61,10 +65,8 @@ class Engine:
 
     def _commit(self, span: Span, result: SpanResult) -> Progress | None:
         request = span.request
-        if result.error is not None:
-            request.finish_reason = "error"
-            self.scheduler.leave(request)  # not stored: its KV is not to be trusted
-            return Progress(request, error=result.error)
+        if result.error is not None and not result.tokens:
+            return self._fail(request, result.error)
         request.stage = (span.stage + 1) % self.executor.num_stages
         if request.stage:
             return None
@@ -73,11 +75,19 @@ class Engine:
             self.scheduler.commit(request, span.stop)
             scored = result.prompt_logprobs
             return Progress(request, prompt_logprobs=scored) if scored else None
+        failed = result.error is not None and request.drafts[: len(result.tokens)] == list(result.tokens)
         tokens = self._accept(request, list(result.tokens))
+        if failed and request.finish_reason is None:  # not so if the failed row lies behind a wrong draft
+            return self._fail(request, result.error or "", tokens)
         self.scheduler.commit(request, len(request.tokens) - 1)
         if request.finish_reason is not None:
             self._end(request, request.finish_reason)
         return Progress(request, tokens, result.logprobs[: len(tokens)], result.prompt_logprobs)
+
+    def _fail(self, request: Request, error: str, tokens: Sequence[int] = ()) -> Progress:
+        request.finish_reason = "error"
+        self.scheduler.leave(request)  # not stored: its KV is not to be trusted
+        return Progress(request, tokens, error=error)
 
     def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
@@ -87,9 +97,10 @@ class Engine:
     def _accept(self, request: Request, sampled: list[int]) -> list[int]:
         """The one acceptance rule: drafts are right as long as they equal the tokens that were chosen."""
         drafts, n = request.drafts, 0
-        while n < len(drafts) and drafts[n] == sampled[n]:
+        while n < min(len(drafts), len(sampled)) and drafts[n] == sampled[n]:
             n += 1
         self.seams.drafter.observe(request, drafts, n)
+        self.scheduler.stats.drafted += len(drafts)
         self.scheduler.stats.accepted += n
         request.drafts = []
         tokens = sampled[: n + 1]

@@ -19,7 +19,8 @@ def pages_for(tokens: int, page_size: int) -> int:
 class PagePool:
     """`num_pages` pages of `page_size` tokens. A page is free exactly when nobody holds a reference.
 
-    `evict(n)` is asked for pages when the free list runs short; it returns how many it freed.
+    `evict(n)` is asked for pages when the free list runs short; it returns how many it freed. `reopened`
+    collects the pages handed out, for those who remember something about what a page held before.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -27,6 +28,7 @@ class PagePool:
         self.page_size = page_size
         self.refs = [0] * num_pages
         self.evict: Callable[[int], int] = lambda n: 0
+        self.reopened: list[int] = []
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property
@@ -42,6 +44,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(n)]
         for p in pages:
             self.refs[p] = 1
+        self.reopened += pages
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:

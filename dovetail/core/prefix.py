@@ -7,20 +7,22 @@ import itertools
 from collections.abc import Iterator
 
 from dovetail.core.pages import PagePool
-from dovetail.core.types import Request
+from dovetail.core.types import Request, Stored
 
 
 class Node:
     """An edge of whole pages: `tokens` (a multiple of the page size) and the `pages` that hold their KV."""
 
-    __slots__ = ("children", "pages", "parent", "tokens", "used")
+    __slots__ = ("children", "key", "pages", "parent", "queued", "tokens", "used")
 
     def __init__(self, tokens: tuple[int, ...], pages: list[int], parent: Node | None) -> None:
         self.tokens = tokens
         self.pages = pages
         self.parent = parent
         self.children: dict[tuple[int, ...], Node] = {}  # by the tokens of the child's first page
+        self.key: tuple[int, ...] = ()  # under which the parent knows it
         self.used = 0
+        self.queued = False  # whether the eviction queue has an entry for it
 
 
 class RadixPrefix:
@@ -33,12 +35,10 @@ class RadixPrefix:
         self.pool = pool
         self.roots: dict[str, Node] = {}
         self._clock = itertools.count(1)
+        self._queue: list[tuple[int, int, Node]] = []  # leaves by an earlier `used`, corrected when popped
 
-    def match(self, request: Request, limit: int) -> list[int]:
-        """Pages of the longest stored prefix of the request's tokens within `limit` tokens.
-
-        The caller gets one reference to each page.
-        """
+    def match(self, request: Request, limit: int) -> Stored:
+        """The longest stored prefix of the request's tokens within `limit` tokens."""
         size = self.pool.page_size
         pages: list[int] = []
         node = self.roots.get(request.salt)
@@ -54,7 +54,7 @@ class RadixPrefix:
                     node.used = next(self._clock)
                     break
         self.pool.retain(pages)
-        return pages
+        return Stored(pages, at)
 
     def store(self, request: Request, limit: int) -> None:
         """Keep the whole pages of the request's first `limit` tokens; all of them must be committed."""
@@ -72,7 +72,9 @@ class RadixPrefix:
                 pages = [int(p) for p in request.table.pages[at // size : count]]
                 self.pool.retain(pages)
                 child = Node(tuple(tokens[at : count * size]), pages, node)
+                child.key, child.used = key, next(self._clock)
                 node.children[key] = child
+                self._enqueue(child)
             n = self._common(child, tokens, at, count * size)
             if n < len(child.pages):
                 child = self._split(child, n)
@@ -82,27 +84,48 @@ class RadixPrefix:
 
     def evict(self, n: int) -> int:
         """Free up to n pages that only the tree holds, oldest leaves first; returns how many."""
-        heap = [(leaf.used, id(leaf), leaf) for leaf in self._leaves()]
-        heapq.heapify(heap)
-        freed = 0
-        while heap and freed < n:
-            _, _, leaf = heapq.heappop(heap)
+        freed, busy = 0, []
+        while self._queue and freed < n:
+            used, _, leaf = heapq.heappop(self._queue)
+            leaf.queued = False
+            if leaf.children:
+                continue  # queued again when it becomes a leaf
+            if leaf.used > used:
+                self._enqueue(leaf)
+                continue
             while leaf.pages and freed < n and self.pool.refs[leaf.pages[-1]] == 1:
                 freed += self.pool.release([leaf.pages.pop()])
             leaf.tokens = leaf.tokens[: len(leaf.pages) * self.pool.page_size]
-            parent = leaf.parent
-            if leaf.pages or parent is None:
-                continue
-            parent.children = {k: c for k, c in parent.children.items() if c is not leaf}
-            if not parent.children and parent.parent is not None:
-                heapq.heappush(heap, (parent.used, id(parent), parent))
-        self._drop_empty_roots()
+            if leaf.pages:
+                busy.append(leaf)
+            else:
+                self._remove(leaf)
+        for leaf in busy:
+            self._enqueue(leaf)
         return freed
+
+    def _enqueue(self, leaf: Node) -> None:
+        if not leaf.queued:
+            leaf.queued = True
+            heapq.heappush(self._queue, (leaf.used, next(self._clock), leaf))
+
+    def _remove(self, leaf: Node) -> None:
+        parent = leaf.parent
+        if parent is None:
+            return
+        del parent.children[leaf.key]
+        if parent.children:
+            return
+        if parent.parent is not None:
+            self._enqueue(parent)
+        else:
+            self.roots = {salt: root for salt, root in self.roots.items() if root is not parent}
 
     def clear(self) -> None:
         for node in self._nodes():
             self.pool.release(node.pages)
         self.roots.clear()
+        self._queue.clear()
 
     @property
     def held(self) -> Iterator[list[int]]:
@@ -122,10 +145,11 @@ class RadixPrefix:
         size = self.pool.page_size
         assert node.parent is not None  # only edges below a root have pages
         upper = Node(node.tokens[: n * size], node.pages[:n], node.parent)
-        upper.used = node.used
-        node.parent.children[upper.tokens[:size]] = upper
+        upper.used, upper.key = node.used, node.key
+        node.parent.children[upper.key] = upper
         node.tokens, node.pages, node.parent = node.tokens[n * size :], node.pages[n:], upper
-        upper.children[node.tokens[:size]] = node
+        node.key = node.tokens[:size]
+        upper.children[node.key] = node
         return upper
 
     def _nodes(self) -> Iterator[Node]:
@@ -134,9 +158,3 @@ class RadixPrefix:
             node = stack.pop()
             stack += node.children.values()
             yield node
-
-    def _leaves(self) -> Iterator[Node]:
-        return (n for n in self._nodes() if not n.children and n.parent is not None)
-
-    def _drop_empty_roots(self) -> None:
-        self.roots = {salt: root for salt, root in self.roots.items() if root.children}

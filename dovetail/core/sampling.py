@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dovetail.core.errors import RequestError
 
@@ -88,9 +90,9 @@ _INT_RANGES = (
 
 
 def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RequestError(f"{name} must be a number, got {value!r}", param=name)
-    if math.isnan(value) or not low <= value <= high:
+    if value != value or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value!r}", param=name)
 
 
@@ -103,8 +105,14 @@ def _check_int(name: str, value: object, bounds: tuple[int, int], optional: bool
         raise RequestError(f"{name} must be between {bounds[0]} and {bounds[1]}, got {value}", param=name)
 
 
+def _items(name: str, values: object) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} must be a list, got {values!r}", param=name)
+    return tuple(values)
+
+
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else _items("stop", stop)
     for s in stops:
         if not isinstance(s, str) or not s:
             raise RequestError(f"stop must be non-empty strings, got {s!r}", param="stop")
@@ -112,7 +120,7 @@ def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _token_ids(ids: Sequence[int] | None) -> tuple[int, ...]:
-    ids = tuple(ids or ())
+    ids = () if ids is None else _items("stop_token_ids", ids)
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
             raise RequestError(f"stop_token_ids must be token ids, got {i!r}", param="stop_token_ids")
@@ -127,7 +135,7 @@ def _bias(bias: Mapping[int, float] | None) -> dict[int, float]:
     out: dict[int, float] = {}
     for key, value in (bias or {}).items():
         try:
-            token = int(key)
+            token = int(key) if isinstance(key, str) else operator.index(key)
         except (TypeError, ValueError):
             raise RequestError(f"logit_bias keys must be token ids, got {key!r}", param="logit_bias") from None
         _check_float("logit_bias", value, -100.0, 100.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, pages_for
 from dovetail.core.prefix import RadixPrefix
 from dovetail.core.seams import Reuse, Seams
-from dovetail.core.types import UNLIMITED, Request, Span, StepPlan
+from dovetail.core.types import UNLIMITED, Request, Sealed, Span, StepPlan, Stored
 
 MAX_DRAFTS = 32  # per request and step; longer guesses are hardly ever right
 
@@ -23,6 +24,7 @@ class Limits:
     max_num_batched_tokens: int
     max_num_seqs: int
     prefix_caching: bool = True
+    vocab_size: int = UNLIMITED
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Scheduler:
         self.reuse: Reuse = seams.reuse or RadixPrefix(pool)
         pool.evict = self.reuse.evict
         self._released: list[str] = []
-        self._sealed: list[int] = []
+        self._sealed: list[Sealed] = []
 
     # -- entering and leaving ------------------------------------------------------------------------
 
@@ -104,23 +106,38 @@ class Scheduler:
         """The next step. Empty when there is nothing to do."""
         step = _Step(self.limits.max_num_batched_tokens)
         self._draft()
+        for request in self.running:
+            if request.stage:  # in the middle of the program: its rows and pages are given
+                self._span(request, request.computed + request.flying, step)
         i, preemptions = 0, self.stats.preemptions
         while i < len(self.running) and step.left > 0:
-            i += self._advance(self.running[i], step)
+            i += self.running[i].stage > 0 or self._advance(self.running[i], step)
         if self.stats.preemptions == preemptions:  # else the freed pages would go round in a circle
             self._admit(step)
         if not step.spans:  # what is sealed waits for a step that runs
             return StepPlan(())
-        plan = StepPlan(tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self._released))
-        self._sealed, self._released = [], []
+        plan = StepPlan(
+            tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self.pool.reopened),
+            tuple(self._released),
+        )  # fmt: skip
+        self._sealed, self._released, self.pool.reopened = [], [], []
         return plan
+
+    def undo(self, plan: StepPlan) -> None:
+        """A plan that was not carried out to its end: its requests start over, its page moves are kept."""
+        self._sealed = [*plan.sealed, *self._sealed]
+        self._released = [*plan.released, *self._released]
+        self.pool.reopened = [*plan.reopened, *self.pool.reopened]
+        for span in reversed(plan.spans):
+            if span.request in self.running:
+                self._reset(span.request)
 
     def _advance(self, request: Request, step: _Step) -> bool:
         """Plan a span of a running request; False if it was preempted itself."""
         stop = self._stop(request, step.left)
         copies = request.table.grow(request.computed, stop)
         while copies is None:
-            victim = self.running[-1]
+            victim = next(r for r in reversed(self.running) if not r.stage)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -142,8 +159,6 @@ class Scheduler:
 
     def _stop(self, request: Request, left: int) -> int:
         """Where the next span of a request ends."""
-        if request.stage:
-            return request.computed + request.flying
         start, goal = request.computed, len(request.tokens) + len(request.drafts)
         stop = min(goal, start + max(1, min(left, self.seams.policy.share(request, left))))
         if stop > request.dense_until:  # a row's droppable pages must all be sealed before the step
@@ -156,11 +171,13 @@ class Scheduler:
         if not ready:
             return
         spare = max(0, self.limits.max_num_batched_tokens - len(self.running))
-        cap = min(MAX_DRAFTS, self.seams.selector.window - 1, spare // len(ready))
+        cap = min(MAX_DRAFTS, self.seams.selector.window - 1)
         limits = [max(0, min(cap, r.max_total - len(r.tokens) - 1)) for r in ready]
-        for r, limit, drafts in zip(ready, limits, self.seams.drafter.propose(ready, limits), strict=True):
-            r.drafts = list(drafts[:limit])
-            self.stats.drafted += len(r.drafts)
+        proposed = self.seams.drafter.propose(ready, limits, spare)
+        for r, limit, drafts in zip(ready, limits, proposed, strict=True):
+            known = itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, drafts[: min(limit, spare)])
+            r.drafts = list(known)
+            spare -= len(r.drafts)
 
     # -- admission and preemption --------------------------------------------------------------------
 
@@ -196,24 +213,26 @@ class Scheduler:
 
         False if pages are short; then nothing has changed.
         """
-        if request.fork_of is not None:
-            request.computed = len(request.prompt) - 1
-            request.table.share(request.fork_of.table, request.computed)
+        parent = request.fork_of
+        if parent is not None:
+            request.computed = self._fork_point(parent)
+            request.table.share(parent.table, request.computed)
         else:
-            request.table.append(self._stored(request))
-            request.computed = len(request.table) * self.pool.page_size
+            pages, request.computed = self._stored(request)
+            request.table.append(pages)
         stop = self._stop(request, step.left)
         copies = request.table.grow(request.computed, len(request.tokens))
-        if copies is None:
+        if copies is None or not self._headroom():
             request.table.clear()
             request.computed = 0
-            if not self.running and not step.spans:
+            if not self.running:
                 raise RuntimeError("a request that was admitted as fitting does not fit the empty pool")
             return False
         if request.cached_tokens < 0:
             request.cached_tokens = request.computed
-            self.stats.cached_tokens += request.computed
-            self.stats.queried_tokens += len(request.prompt)
+            if parent is None:
+                self.stats.cached_tokens += request.computed
+                self.stats.queried_tokens += len(request.prompt)
         request.fork_of = None
         self._dequeue(request)
         self.running.append(request)
@@ -221,19 +240,39 @@ class Scheduler:
         self._span(request, stop, step)
         return True
 
-    def _stored(self, request: Request) -> list[int]:
+    def _fork_point(self, parent: Request) -> int:
+        """Tokens that a fork takes over: all but the last of the prompt, whose row yields its first token.
+
+        Its page is copied when it is written, unless it is sealed: sealed pages are never copied, so that
+        whatever keeps them elsewhere need not bring them back; then the page is computed again.
+        """
+        size, point = self.pool.page_size, len(parent.prompt) - 1
+        return point if parent.computed < (point // size + 1) * size else point // size * size
+
+    def _headroom(self) -> bool:
+        """Whether every running request could take another page: else an admission ends in preemption."""
+        pages = self.pool.allocate(len(self.running))
+        if pages is None:
+            return not self.running
+        self.pool.release(pages)
+        return True
+
+    def _stored(self, request: Request) -> Stored:
         if not self.limits.prefix_caching or request.params.prompt_logprobs is not None:
-            return []
+            return Stored([], 0)
         return self.reuse.match(request, min(len(request.tokens) - 1, self._reusable(request)))
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's pages; it keeps its tokens and waits at the head of the queue."""
-        self.running.remove(request)
         self.store(request)
-        request.drafts = []
-        request.computed = request.stage = request.flying = 0
+        self._reset(request)
         request.preemptions += 1
         self.stats.preemptions += 1
+
+    def _reset(self, request: Request) -> None:
+        self.running.remove(request)
+        request.drafts = []
+        request.computed = request.stage = request.flying = 0
         self._let_go(request)
         self.waiting.appendleft(request)
 
@@ -250,7 +289,8 @@ class Scheduler:
         first, last = request.computed // size, computed // size
         request.computed = computed
         if last > first:
-            self._sealed += [int(p) for p in request.table.pages[first:last]]
+            pages = tuple(int(p) for p in request.table.pages[first:last])
+            self._sealed.append(Sealed(request.id, first, pages))
             if computed <= len(request.prompt):
                 self.store(request)
 

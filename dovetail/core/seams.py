@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dovetail.core.types import ALL, UNLIMITED, Array, PageSet, Request, StepPlan, StepResult
+from dovetail.core.types import (
+    ALL,
+    UNLIMITED,
+    Array,
+    PageSet,
+    Request,
+    Sealed,
+    StepPlan,
+    StepResult,
+    Stored,
+)  # fmt: skip
 
 EVERY_ROW = slice(None)
 
@@ -30,8 +40,11 @@ class Policy:
 class Drafter:
     """What might come next? Default: no guess. Never changes the text, only how many steps it takes."""
 
-    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[list[int]]:
-        """For each request, at most its limit of guessed tokens that follow `request.tokens`."""
+    def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> Sequence[list[int]]:
+        """For each request, guessed tokens that follow `request.tokens`: at most its limit, and `total` in all.
+
+        What is beyond either, or no token of the vocabulary, is cut off.
+        """
         return [[] for _ in requests]
 
     def observe(self, request: Request, drafts: Sequence[int], accepted: int) -> None:
@@ -44,7 +57,8 @@ class Drafter:
 class Reuse(Protocol):
     """What is already computed? Default: `core.prefix.RadixPrefix`.
 
-    `match`: pages of what is stored of the request's first `limit` tokens, a reference to each handed over.
+    `match`: what is stored of the request's first `limit` tokens; a place to compute some of it again is one
+    whose `computed` is below what its pages hold.
     `store`: keep the committed whole pages of the first `limit` tokens. `evict`: free up to n pages.
     `held` is what `PagePool.check` is told: the lists of pages that this store holds a reference to.
     """
@@ -52,13 +66,17 @@ class Reuse(Protocol):
     @property
     def held(self) -> Iterable[Sequence[int]]: ...
 
-    def match(self, request: Request, limit: int) -> list[int]: ...
+    def match(self, request: Request, limit: int) -> Stored: ...
     def store(self, request: Request, limit: int) -> None: ...
     def evict(self, n: int) -> int: ...
 
 
 class RowFilter:
-    """Which rows continue past a cut? Default: all. A dropped row keeps its hidden state of that layer."""
+    """Which rows continue past a cut? Default: all.
+
+    A dropped row keeps its hidden state of that layer, and writes no K and V in later layers: later rows read
+    what its slots hold, so whoever drops a row sees to it that they hold something (stored KV, say).
+    """
 
     def keep(self, layer: int, hidden: Array, batch: Any) -> Any:
         """EVERY_ROW, or the int64 indices of the rows of `hidden` [rows, width] that go on after `layer`."""
@@ -68,12 +86,19 @@ class RowFilter:
 class Codec:
     """How is a sealed run of pages stored? Default: as written. The numeric KV type is configuration."""
 
-    def seal(self, pages: Array, kv: Any) -> None:
-        """`pages` [n] (int64) will not be written again; `kv.keys(layer, pages)` reads them."""
+    def seal(self, runs: Sequence[Sealed], kv: Any) -> None:
+        """The pages of `runs` stay as they are until they are dropped; `kv.keys(layer, pages)` reads them."""
 
     def open(self, layer: int, pages: Array, kv: tuple[Array, Array]) -> tuple[Array, Array]:
-        """K and V [..., page_size, KV heads, head_dim] of `pages` [...] as attention shall see them."""
+        """K and V of physical `pages` as attention shall see them.
+
+        Either pages [n, p] of whole rows, with K and V [n, p, page_size, KV heads, head_dim], or lists per
+        head, pages [n, KV heads, p] with K and V [n, KV heads, p, page_size, head_dim].
+        """
         return kv
+
+    def drop(self, pages: Array) -> None:
+        """`pages` [n] (int64) will hold something else."""
 
 
 class Selector:
@@ -86,10 +111,13 @@ class Selector:
     window: int = UNLIMITED
 
     def seal(self, pages: Array, kv: Any) -> None:
-        """Summarise the completed `pages` [n] (int64), by physical page."""
+        """Summarise the completed `pages` [n] (int64), by physical page; a page is sealed again when reused."""
 
     def select(self, layer: int, q: Array, batch: Any) -> PageSet:
-        """For rows `batch.sparse_rows`, with queries q [rows, heads, head_dim]: the droppable pages to read."""
+        """The droppable pages to read, for rows `batch.sparse_rows`, of which there is at least one.
+
+        q: queries [rows, heads, head_dim] of the whole batch.
+        """
         return ALL
 
     def ahead(self, layer: int, hidden: Array, batch: Any) -> PageSet:
@@ -103,11 +131,11 @@ class Residency:
     def put(self, pages: Array) -> None:
         """The completed `pages` [n] may be moved away from the device."""
 
-    def fetch(self, layer: int, pages: PageSet, batch: Any) -> None:
-        """Have `pages` on the device before this returns."""
+    def fetch(self, layer: int, pages: PageSet, batch: Any, wait: bool) -> None:
+        """Bring `pages` to the device: before this returns, or (a guess, `wait` false) by the time it can."""
 
-    def prefetch(self, layer: int, pages: PageSet, batch: Any) -> None:
-        """Start to bring `pages`."""
+    def drop(self, pages: Array) -> None:
+        """`pages` [n] (int64) will hold something else; what is stored of them elsewhere is void."""
 
 
 class Format(Protocol):
@@ -130,6 +158,7 @@ class Variant:
     """Score and mask expression of attention. Default: causal.
 
     Written with operators only, so that one definition can be evaluated on tensors and printed as a kernel.
+    No mask can make a query read a later key: attention adds causality to whatever this says.
     """
 
     def score(self, score: Array, q_pos: Array, k_pos: Array) -> Array:
@@ -143,12 +172,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class SlidingWindow(Variant):
-    """Causal, and only the last `window` keys, the query's own included (Mistral 7B, section 2)."""
+    """Only the last `window` keys, the query's own included (Mistral 7B, section 2), of those `inner` allows."""
 
     window: int
+    inner: Variant = field(default_factory=Variant)
+
+    def score(self, score: Array, q_pos: Array, k_pos: Array) -> Array:
+        return self.inner.score(score, q_pos, k_pos)
 
     def mask(self, q_pos: Array, k_pos: Array) -> Array:
-        return (k_pos <= q_pos) & (k_pos > q_pos - self.window)
+        return self.inner.mask(q_pos, k_pos) & (k_pos > q_pos - self.window)
 
 
 class Executor(Protocol):
@@ -173,7 +206,11 @@ class Geometry:
 
 @dataclass
 class Site:
-    """Where a technique is built. `model` and `kv` are the device side's; a host-only run has none."""
+    """Where a technique is built.
+
+    `model` and `kv` are the device side's. They are set once everything is built, so a filler that needs them
+    keeps the site and looks when it is asked; a host-only run has none.
+    """
 
     geometry: Geometry
     page_size: int

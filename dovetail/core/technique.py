@@ -61,7 +61,7 @@ class Composition:
 def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Composition:
     """Put techniques together, or refuse with ConfigError naming both parties.
 
-    `facts` is what the engine itself offers (a slow tier, a vocabulary, ...).
+    `facts` is what the model and the engine themselves offer (a slow tier, sliding-window layers, ...).
     """
     owner: dict[str, Technique] = {}
     for t in techniques:
@@ -78,7 +78,9 @@ def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Comp
     for t in techniques:
         if missing := t.needs - offered:
             raise ConfigError(f"{t.name} needs {', '.join(sorted(missing))}, which nothing here provides")
+        if clash := t.excludes & facts:
+            raise ConfigError(f"{t.name} cannot be used here: {', '.join(sorted(clash))}")
         for other in techniques:
-            if clash := t.excludes & other.provides:
+            if other is not t and (clash := t.excludes & other.provides):
                 raise ConfigError(f"{t.name} cannot be used with {other.name}: {', '.join(sorted(clash))}")
     return Composition(techniques)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
@@ -67,17 +67,35 @@ class Span:
     sample: int = 0
 
 
+class Stored(NamedTuple):
+    """What is stored of a request: its first pages, a reference to each handed over, and the tokens of them
+    that need not be computed."""
+
+    pages: list[int]
+    computed: int
+
+
+class Sealed(NamedTuple):
+    """A run of pages of one request that commit has completed: they hold its tokens from page `first` on."""
+
+    request: str
+    first: int
+    pages: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Everything that crosses from host to device in a step.
 
-    `copies`: (source, target) pages to copy before the step. `sealed`: pages that the last commit
-    completed. `released`: ids of requests whose device-side state may be forgotten.
+    In the order in which they count: `sealed`, runs of pages that the last commit completed; `reopened`, pages
+    handed out since the last plan, about which nothing may be remembered; `copies`, (source, target) pages to
+    copy, never sealed ones; `released`, ids of requests whose device-side state may be forgotten; `spans`.
     """
 
     spans: tuple[Span, ...]
     copies: tuple[tuple[int, int], ...] = ()
-    sealed: tuple[int, ...] = ()
+    sealed: tuple[Sealed, ...] = ()
+    reopened: tuple[int, ...] = ()
     released: tuple[str, ...] = ()
 
     @property
@@ -90,14 +108,16 @@ class StepPlan:
             {"request": s.request.id, "start": s.start, "stop": s.stop, "stage": s.stage, "sample": s.sample}
             for s in self.spans
         ]
-        return {"spans": spans, "copies": self.copies, "sealed": self.sealed, "released": self.released}
+        moves = {"sealed": self.sealed, "reopened": self.reopened, "copies": self.copies}
+        return {"spans": spans, **moves, "released": self.released}
 
 
 @dataclass(frozen=True, slots=True)
 class PageSet:
     """Which droppable pages each (row, KV head) reads; the others of a row are always read.
 
-    `pages`: [rows, KV heads, k] page numbers within the row's sequence, -1 where there are fewer than k.
+    `pages`: [rows, KV heads, k] page numbers within the row's sequence, each at most once, -1 where there are
+    fewer than k.
     `ALL` (pages is None) reads everything and costs nothing.
     """
 
@@ -119,7 +139,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SpanResult:
-    """What a span produced: a token per sampled row, and what was asked to be known about it."""
+    """What a span produced: a token per sampled row, and what was asked to be known about it.
+
+    With an error, `tokens` are those of the rows before the one that failed: a failure behind a wrong draft
+    does not count.
+    """
 
     tokens: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] = ()

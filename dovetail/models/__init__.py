@@ -1,7 +1,7 @@
 """Architectures by the name that checkpoints give them."""
 
-from dovetail.models.llama import Llama, Loader, Stage, geometry
+from dovetail.models.llama import Llama, Loader, Stage, facts, geometry
 
 MODELS = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
 
-__all__ = ["MODELS", "Llama", "Loader", "Stage", "geometry"]
+__all__ = ["MODELS", "Llama", "Loader", "Stage", "facts", "geometry"]

@@ -141,15 +141,15 @@ class Blocks:
 class Llama:
     """Embedding, program, head. `program` is a list of callables; tied models repeat one."""
 
-    def __init__(self, load: Loader, rows: RowFilter, variant: Variant, max_position: int) -> None:
+    def __init__(self, load: Loader, rows: RowFilter, variant: Variant) -> None:
         c = load.checkpoint.config
         if c.hidden_act not in ACTIVATIONS:
             raise ModelError(f"activation '{c.hidden_act}' is unknown; known: {', '.join(ACTIVATIONS)}")
         self.config = c
         self.geometry = geometry(c)
-        rope = Rope(c.rope, c.head_dim, max_position, load.device)
+        rope = Rope(c.rope, c.head_dim, load.device)
         windows = c.sliding_windows or (None,) * c.num_layers
-        variants = [variant if w is None else SlidingWindow(w) for w in windows]
+        variants = [variant if w is None else SlidingWindow(w, variant) for w in windows]
         self.embedding = load.tensor("model.embed_tokens.weight")
         blocks = [Block(load, i, rope, variants[i]) for i in range(c.num_layers)]
         self.program: list[Stage] = [Blocks(blocks, rows)]
@@ -164,6 +164,18 @@ class Llama:
         """hidden [rows, width] -> [rows, vocabulary] in float32, or float64 for a float64 model."""
         out = self.head(self.norm(hidden))
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def facts(c: ModelConfig) -> frozenset[str]:
+    """What a technique may need, or exclude, of a model."""
+    found = {f"{c.architecture} architecture", "rotary positions"}
+    if any(w is not None for w in c.sliding_windows):
+        found.add("sliding-window layers")
+    if c.num_heads > c.num_kv_heads:
+        found.add("grouped-query attention")
+    if c.qk_norm:
+        found.add("normalised queries and keys")
+    return frozenset(found)
 
 
 def geometry(c: ModelConfig) -> Geometry:

@@ -16,7 +16,7 @@ from dovetail.checkpoint.config import RopeConfig
 from dovetail.core.errors import ModelError
 
 
-def frequencies(rope: RopeConfig, head_dim: int, max_position: int) -> tuple[Tensor, float]:
+def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Frequencies [head_dim / 2] (float32) and the factor on cos and sin that a scaling asks for."""
     base = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     p = rope.parameters
@@ -27,7 +27,7 @@ def frequencies(rope: RopeConfig, head_dim: int, max_position: int) -> tuple[Ten
     if rope.kind == "llama3":
         return _llama3(base, p), 1.0
     if rope.kind == "yarn":
-        return _yarn(base, rope, max_position)
+        return _yarn(base, rope)
     if rope.kind == "factors":
         return base / torch.tensor(rope.factors, dtype=torch.float32), 1.0
     raise ModelError(f"rope scaling '{rope.kind}' is unknown; known: default linear dynamic llama3 yarn factors")
@@ -41,11 +41,10 @@ def _llama3(base: Tensor, p: Mapping[str, float]) -> Tensor:
     return base / p["factor"] * (1 - blend) + base * blend
 
 
-def _yarn(base: Tensor, rope: RopeConfig, max_position: int) -> tuple[Tensor, float]:
+def _yarn(base: Tensor, rope: RopeConfig) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071), sections 3.2 to 3.4: interpolate by wavelength, and temper the logits."""
     p, half = rope.parameters, len(base)
-    original = p.get("original_max_position_embeddings") or max_position
-    factor = p.get("factor") or max_position / original
+    original, factor = p["original_max_position_embeddings"], p["factor"]
 
     def pair(turns: float) -> float:
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(rope.theta)
@@ -73,8 +72,8 @@ def _yarn_temper(p: Mapping[str, float], factor: float) -> float:
 class Rope:
     """cos and sin for a batch, and their application."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> None:
-        freqs, self.temper = frequencies(rope, head_dim, max_position)
+    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+        freqs, self.temper = frequencies(rope, head_dim)
         self.freqs = freqs.to(device)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class ModelExecutor:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self.kv.begin(plan.copies, plan.sealed)
+        self.kv.begin(plan)
         for request_id in plan.released:
             self._carry.pop(request_id, None)
         hidden: dict[int, Tensor] = {}

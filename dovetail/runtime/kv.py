@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dovetail.core.seams import Geometry, Seams, Variant
-from dovetail.core.types import PageSet
+from dovetail.core.types import ALL, Sealed, StepPlan
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.store import Store, store_type
@@ -41,22 +40,33 @@ class KV:
         self.k: Store = kind(shape, dtype, device)
         self.v: Store = kind(shape, dtype, device)
         self.page_size = config.page_size
+        self.num_stages = config.num_stages
+        self.stage_pages = geometry.num_layers * config.num_pages
         self.device = device
         self.own_window = frozenset(geometry.sliding_layers)
         self.seams = Seams()
 
-    def begin(self, copies: Sequence[tuple[int, int]], sealed: Sequence[int]) -> None:
+    def begin(self, plan: StepPlan) -> None:
         """Apply a plan's page moves, before any of its rows is computed."""
-        if sealed:
-            pages = torch.as_tensor(sealed, device=self.device)
+        if plan.sealed:
+            runs = [self._at_stage(run, s) for run in plan.sealed for s in range(self.num_stages)]
+            pages = torch.tensor([p for run in runs for p in run.pages], device=self.device)
             self.seams.selector.seal(pages, self)
-            self.seams.codec.seal(pages, self)
+            self.seams.codec.seal(runs, self)
             self.seams.residency.put(pages)
-        if copies:
-            moves = torch.as_tensor(copies, device=self.device)
+        if plan.reopened:
+            pages = torch.tensor(plan.reopened, device=self.device)
+            pages = torch.cat([pages + s * self.stage_pages for s in range(self.num_stages)])
+            self.seams.codec.drop(pages)
+            self.seams.residency.drop(pages)
+        if plan.copies:
+            moves = torch.tensor(plan.copies, device=self.device)
             source, target = (self._slots(moves[:, i]).flatten() for i in (0, 1))
             self.k.copy(source, target)
             self.v.copy(source, target)
+
+    def _at_stage(self, run: Sealed, stage: int) -> Sealed:
+        return run._replace(pages=tuple(p + stage * self.stage_pages for p in run.pages))
 
     def keys(self, layer: int, pages: Tensor) -> Tensor:
         """Keys [..., page_size, KV heads, head_dim] of physical pages [...], as written (rotated)."""
@@ -72,14 +82,18 @@ class KV:
 
     def ahead(self, layer: int, hidden: Tensor, batch: Batch) -> None:
         """Let the selector guess the pages of `layer`, and have them moved meanwhile."""
-        pages = self.seams.selector.ahead(layer, hidden, batch)
-        self.seams.residency.prefetch(layer, pages, batch)
+        if self._selects(layer, batch):
+            pages = self.seams.selector.ahead(layer, hidden, batch)
+            self.seams.residency.fetch(layer, pages, batch, wait=False)
+
+    def _selects(self, layer: int, batch: Batch) -> bool:
+        """Whether there is anything to choose: layers with a window of their own are left to it."""
+        return len(batch.sparse_rows) > 0 and layer not in self.own_window
 
     def attend(self, layer: int, q: Tensor, batch: Batch, variant: Variant) -> Tensor:
         """Attention of q [rows, heads, head_dim] over each row's own sequence -> the same shape."""
-        select = layer not in self.own_window
-        pages = self.seams.selector.select(layer, q, batch) if select else PageSet()
-        self.seams.residency.fetch(layer, pages, batch)
+        pages = self.seams.selector.select(layer, q, batch) if self._selects(layer, batch) else ALL
+        self.seams.residency.fetch(layer, pages, batch, wait=True)
         if pages.pages is None:
             return attend_dense(q, KVReader(self, layer, batch), variant, Rows(batch.positions, batch.groups))
         out = torch.empty_like(q)
@@ -89,18 +103,17 @@ class KV:
             out[batch.dense_rows] = dense[batch.dense_rows]
         rows = batch.sparse_rows
         physical, logical = self._always_read(pages.pages, batch)
-        keys = Keys(
-            self._open_heads(self.k, layer, physical),
-            self._open_heads(self.v, layer, physical),
-            (logical * self.page_size)[..., None] + torch.arange(self.page_size, device=q.device),
-        )
+        both = self._read_heads(self.k, layer, physical), self._read_heads(self.v, layer, physical)
+        k, v = self.seams.codec.open(layer, physical, both)
+        offsets = torch.arange(self.page_size, device=q.device)
+        keys = Keys(k, v, (logical * self.page_size)[..., None] + offsets)
         out[rows] = attend_pages(q[rows], keys, variant, batch.positions[rows])
         return out
 
     def _slots(self, pages: Tensor) -> Tensor:
         return pages[..., None] * self.page_size + torch.arange(self.page_size, device=pages.device)
 
-    def _open_heads(self, store: Store, layer: int, pages: Tensor) -> Tensor:
+    def _read_heads(self, store: Store, layer: int, pages: Tensor) -> Tensor:
         """pages [rows, KV heads, n] -> [rows, KV heads, n, page_size, head_dim]."""
         slots = self._slots(pages)
         return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])

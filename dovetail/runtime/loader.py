@@ -29,15 +29,17 @@ def build_engine(checkpoint: Checkpoint, config: Config, composition: Compositio
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)
-    kv = KV(shape, KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype), device)
-    seams = composition.build(Site(shape, config.block_size, pool, kv=kv, device=device))
-    kv.seams = seams
+    site = Site(shape, config.block_size, pool, device=device)
+    seams = composition.build(site)
     load = Loader(checkpoint, seams.format or Dense(dtype, device), dtype, device)
-    model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant, config.max_model_len)
-    stage_pages = shape.num_layers * config.num_kv_pages
-    builder = BatchBuilder(config.block_size, seams.selector.window, stage_pages, device)
+    site.model = model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant)
+    sizes = KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program))
+    site.kv = kv = KV(shape, sizes, device)
+    kv.seams = seams
+    builder = BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, device)
     executor = seams.executor or ModelExecutor(model, kv, builder)
     limits = Limits(
-        config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching
-    )
+        config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
+        shape.vocab_size,
+    )  # fmt: skip
     return Engine(executor, pool, seams, limits)

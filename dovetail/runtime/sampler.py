@@ -15,6 +15,7 @@ from torch import Tensor
 from dovetail.core.types import Request, SpanResult, TokenLogprobs
 
 _MASK = 2**64 - 1
+UNSOUND = "no token can be chosen: the logits are NaN or infinite, or every token is forbidden"
 
 
 class Row(NamedTuple):
@@ -45,7 +46,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLo
     if all(r.plain for r in rows):
         return index.tolist(), [None] * len(rows), sound
     shaped = _shape(logits, rows)
-    tokens = shaped.argmax(-1)
+    highest, tokens = shaped.max(dim=-1)
+    sound = [s and h for s, h in zip(sound, torch.isfinite(highest).tolist(), strict=True)]
     random = [i for i, r in enumerate(rows) if not r.request.params.greedy and sound[i]]
     if random:
         at = torch.tensor(random, device=logits.device)
@@ -102,7 +104,9 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Inverse-transform sampling; whether a row is sorted depends on its own options only."""
     params = [r.request.params for r in rows]
     column = lambda values: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # noqa: E731
-    probs = torch.softmax(logits.to(torch.float64) / column([p.temperature for p in params]), -1)
+    wide = logits.to(torch.float64)
+    wide = wide - wide.amax(-1, keepdim=True)  # first, so that no temperature makes it overflow
+    probs = torch.softmax(wide / column([p.temperature for p in params]), -1)
     least = column([p.min_p for p in params]) * probs.amax(-1, keepdim=True)
     probs = torch.where(probs < least, 0, probs)
     noise = column([uniform(r.request.seed, r.position) for r in rows])
@@ -124,7 +128,7 @@ def _cut(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     ordered = torch.where(rank < top_k, ordered, 0)
     before = ordered.cumsum(-1) - ordered
-    return torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0)
+    return torch.where((before < top_p * ordered.sum(-1, keepdim=True)) | (rank == 0), ordered, 0)
 
 
 def _invert(probs: Tensor, noise: Tensor) -> Tensor:
@@ -166,12 +170,12 @@ def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
 def by_span(
     counts: Sequence[int], tokens: Sequence[int], known: Sequence[TokenLogprobs | None], sound: Sequence[bool]
 ) -> list[SpanResult]:
-    """Cut the sampled rows into one result per span with `counts` rows."""
+    """Cut the sampled rows into one result per span with `counts` rows, up to its first unsound row."""
     out, at = [], 0
     for n in counts:
-        rows = slice(at, at + n)
+        good = next((i for i in range(n) if not sound[at + i]), n)
+        rows = slice(at, at + good)
         at += n
-        error = None if all(sound[rows]) else "the model produced NaN or infinite logits for this request"
         logprobs = [k for k in known[rows] if k is not None]
-        out.append(SpanResult(tuple(tokens[rows]), tuple(logprobs), error=error))
+        out.append(SpanResult(tuple(tokens[rows]), tuple(logprobs), error=None if good == n else UNSOUND))
     return out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dovetail.core.errors import ConfigError
 
-KV_DTYPES = ("float32", "bf16", "int8", "float64")
+KV_DTYPES = ("float32", "bf16", "float16", "int8", "float64")
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,7 +104,7 @@ Store = FloatStore | Int8Store
 
 def store_type(kv_cache_dtype: str) -> tuple[type[FloatStore] | type[Int8Store], torch.dtype]:
     """The class and element type that a `--kv-cache-dtype` names. Raises ConfigError for an unknown one."""
-    floats = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+    floats = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if kv_cache_dtype in floats:
         return FloatStore, floats[kv_cache_dtype]
     if kv_cache_dtype == "int8":

@@ -32,6 +32,8 @@ def technique(spec: str) -> Technique:
 
 
 def _parse(name: str, key: str, value: str, kind: type) -> Any:
+    if kind is Technique:
+        return technique(value)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]

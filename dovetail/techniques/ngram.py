@@ -48,12 +48,13 @@ class NgramDrafter(Drafter):
         self.proposed = self.accepted = 0
         self._histories: dict[str, History] = {}
 
-    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+    def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> list[list[int]]:
         out = []
         for request, limit in zip(requests, limits, strict=True):
             history = self._histories.setdefault(request.id, History(self.sizes))
             history.update(request.tokens)
-            out.append(history.follow(request.tokens, min(limit, self.tokens)))
+            out.append(history.follow(request.tokens, min(limit, self.tokens, total)))
+            total -= len(out[-1])
         return out
 
     def observe(self, request: Request, drafts: Sequence[int], accepted: int) -> None:

@@ -30,8 +30,6 @@ class SinkWindowSelector(Selector):
 
     def select(self, layer: int, q: Any, batch: Any) -> PageSet:
         rows = batch.sparse_rows
-        if len(rows) == 0:
-            return PageSet()
         if layer == 0:
             self.dropped += int((batch.eligible[rows] - self.sink_pages).clamp_min(0).sum())
         pages = torch.arange(self.sink_pages, device=q.device)

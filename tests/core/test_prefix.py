@@ -38,7 +38,8 @@ def test_match_is_the_longest_stored_prefix_of_whole_pages(
         r.table.clear()
         pool.check(pages(tree))
     for salt in ("", "other"):
-        found = tree.match(request(pool, query, salt), len(query))
+        found, computed = tree.match(request(pool, query, salt), len(query))
+        assert computed == len(found) * SIZE
         shared = [
             sum(1 for a, b in zip(s[: i * SIZE], query, strict=False) if a == b) == i * SIZE and i
             for s, at in stored
@@ -63,13 +64,13 @@ def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]
         tree.store(r, len(text))
         r.table.clear()
     text = stored[reader % len(stored)]
-    held = tree.match(request(pool, text), len(text))
+    held = tree.match(request(pool, text), len(text)).pages
     total = sum(map(len, tree.held))
     freed = tree.evict(n)
     assert freed == min(n, total - len(held))
     assert total - freed == sum(map(len, tree.held))
     pool.check([*pages(tree), held])
-    again = tree.match(request(pool, text), len(text))
+    again = tree.match(request(pool, text), len(text)).pages
     assert again[: len(held)] == held
     pool.release(again + held)
     tree.clear()
@@ -84,10 +85,10 @@ def test_least_recently_used_goes_first() -> None:
         r.table.grow(0, 4)
         tree.store(r, 4)
         r.table.clear()
-    pool.release(tree.match(request(pool, [1, 1, 2, 2]), 4))
+    pool.release(tree.match(request(pool, [1, 1, 2, 2]), 4).pages)
     assert tree.evict(1) == 1
-    assert len(tree.match(request(pool, [1, 1, 2, 2]), 4)) == 2
-    assert len(tree.match(request(pool, [1, 1, 3, 3]), 4)) == 1
+    assert len(tree.match(request(pool, [1, 1, 2, 2]), 4).pages) == 2
+    assert len(tree.match(request(pool, [1, 1, 3, 3]), 4).pages) == 1
 
 
 def test_the_limit_cuts_a_match() -> None:
@@ -97,6 +98,20 @@ def test_the_limit_cuts_a_match() -> None:
     r.table.grow(0, 6)
     tree.store(r, 6)
     for limit in range(7):
-        found = tree.match(r, limit)
+        found = tree.match(r, limit).pages
         assert len(found) == limit // SIZE
         pool.release(found)
+
+
+def test_evicting_one_page_does_not_walk_the_tree() -> None:
+    pool = PagePool(4000, SIZE)
+    tree = RadixPrefix(pool)
+    for i in range(2000):
+        r = request(pool, [i, i, i, i])
+        r.table.grow(0, 4)
+        tree.store(r, 4)
+        r.table.clear()
+    for oldest in range(5):
+        assert tree.evict(2) == 2
+        assert len(tree._queue) == 2000 - oldest - 1
+        assert not tree.match(request(pool, [oldest] * 4), 4).pages

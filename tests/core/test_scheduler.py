@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import dataclass, field
 
@@ -31,9 +32,21 @@ class FakeExecutor:
     num_stages: int = 1
     memory: dict[int, tuple[int, ...]] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
+    sealed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # page -> the text to its end
+    raises: set[int] = field(default_factory=set)  # calls that fail
+    calls: int = 0
 
     def run(self, plan: StepPlan) -> StepResult:
+        self.calls += 1
+        if self.calls in self.raises:
+            raise MemoryError
         self.plans.append(plan)
+        for run in plan.sealed:
+            for p in run.pages:
+                self.sealed[p] = self.memory[(p + 1) * self.page_size - 1]
+        for p in plan.reopened:
+            self.sealed.pop(p, None)
+        assert not {source for source, _ in plan.copies} & self.sealed.keys(), "a sealed page is copied"
         assert 0 < plan.num_tokens <= self.budget
         for source, target in plan.copies:
             for i in range(self.page_size):
@@ -49,6 +62,8 @@ class FakeExecutor:
         for i in range(span.start, span.stop):
             assert r.table.pool.refs[int(r.table.pages[i // self.page_size])] == 1, "a shared page is written"
             self.memory[slot(i)] = tuple(text[: i + 1])
+        for i in range(self.page_size, span.start, self.page_size):  # whole pages before the span are sealed
+            assert self.sealed[slot(i - 1) // self.page_size] == tuple(text[:i])
         rows = range(span.stop - span.sample, span.stop)
         return SpanResult(tuple(next_token(text[: i + 1]) for i in rows))
 
@@ -59,13 +74,14 @@ class Guesser(Drafter):
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
-    def propose(self, requests, limits):
+    def propose(self, requests, limits, total):
         out = []
-        for r, limit in zip(requests, limits, strict=True):
+        for r in requests:
             text = list(r.tokens)
             for _ in range(self.random.randint(0, 6)):
-                text.append(next_token(text) if self.random.random() < 0.7 else 16)
-            out.append(text[len(r.tokens) :][:limit])
+                wrong = self.random.choice([16, -3, 10**6])
+                text.append(next_token(text) if self.random.random() < 0.7 else wrong)
+            out.append(text[len(r.tokens) :])  # limits, total and vocabulary are for the core to keep
         return out
 
 
@@ -82,7 +98,7 @@ class Shuffled(Policy):
 
 def build(pages: int, budget: int, seqs: int, seams: Seams | None = None, size: int = 4, **more) -> Engine:
     pool = PagePool(pages, size)
-    limits = Limits(pages * size, budget, seqs, **more)
+    limits = Limits(pages * size, budget, seqs, vocab_size=17, **more)
     return Engine(FakeExecutor(size, budget), pool, seams or Seams(), limits)
 
 
@@ -105,11 +121,22 @@ jobs = st.lists(
 )
 
 
-@given(jobs, st.integers(10, 30), st.integers(1, 24), st.integers(1, 5), st.integers(0, 99), st.booleans())
+@given(
+    jobs,
+    st.integers(10, 30),
+    st.integers(1, 24),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sets(st.integers(1, 60), max_size=6),
+)
 @settings(max_examples=150, deadline=None)
-def test_every_request_gets_its_text_whatever_the_schedule(jobs, pages, budget, seqs, seed, caching) -> None:
+def test_every_request_gets_its_text_whatever_the_schedule(
+    jobs, pages, budget, seqs, seed, caching, raises
+) -> None:
     seams = Seams(drafter=Guesser(seed), policy=Shuffled(seed))
     engine = build(pages, budget, seqs, seams, prefix_caching=caching)
+    engine.executor.raises = raises
     arrivals = sorted(enumerate(jobs), key=lambda j: j[1][2])
     requests: dict[int, Request] = {}
     step = 0
@@ -118,10 +145,17 @@ def test_every_request_gets_its_text_whatever_the_schedule(jobs, pages, budget, 
             i, (prompt, n, _) = arrivals.pop(0)
             requests[i] = make(engine, str(i), prompt, n)
             engine.add(requests[i])
-        engine.step()
+            if prompt[0] == 1 and len(prompt) > 2:  # some come with a sibling that shares their prompt
+                fork = requests[i + 100] = make(engine, f"{i}/1", prompt, n)
+                fork.fork_of = requests[i]
+                engine.add(fork)
+        with contextlib.suppress(MemoryError):
+            engine.step()
         engine.check()
         step += 1
         assert step < 3000
+    for i, r in requests.items():
+        assert r.output == expected(jobs[i % 100][0], jobs[i % 100][1])
     for i, (prompt, n, _) in enumerate(jobs):
         assert requests[i].output == expected(prompt, n)
         assert requests[i].finish_reason == "length"

@@ -145,3 +145,20 @@ def test_unsound_logits_are_reported_for_their_row_only(bad: float) -> None:
         tokens, _, sound = sample(logits, [row(**params) for _ in range(3)])
         assert sound == [True, False, True]
         assert tokens[0] == tokens[2]
+
+
+def test_extreme_temperatures_neither_overflow_nor_choose_at_random() -> None:
+    for params in ({"temperature": 1e-308}, {"temperature": 5e-324}, {"temperature": 1e-6, "top_k": 4}):
+        assert draw(LOGITS * 5, 20, **params) == {0: 20}
+    assert draw(LOGITS, 20, top_p=5e-324, top_k=1) == {0: 20}
+    assert len(draw(LOGITS, 400, temperature=100.0)) == V
+
+
+def test_a_row_with_every_token_forbidden_is_an_error_and_not_a_token() -> None:
+    forbidden = row(temperature=0, stop_token_ids=list(range(V)), min_tokens=1)
+    _, _, sound = sample(LOGITS.expand(2, -1), [forbidden, row(temperature=0)])
+    assert sound == [False, True]
+
+
+def test_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
+    assert len(draw(LOGITS, 2000, top_k=10**6, temperature=3.0)) == V

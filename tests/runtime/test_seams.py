@@ -9,11 +9,12 @@ import torch
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.seams import EVERY_ROW, Codec, Experts, Policy, Residency, RowFilter, Selector, Variant
+from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Experts, Policy, Residency, RowFilter, Selector, Variant
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import PageSet
 from dovetail.layers.linear import Dense
-from tests.tiny import TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
+from dovetail.models import MODELS, Llama
+from tests.tiny import TinyCheckpoint, finish, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
 PROMPTS = [tuple((i * 5 + j) % 7 for i in range(18)) for j in range(3)]
@@ -41,9 +42,11 @@ def test_a_codec_sees_sealed_pages_once_and_what_it_opens_is_read() -> None:
     class Doubling(Codec):
         sealed: list[int] = []
 
-        def seal(self, pages, kv):
-            assert kv.keys(0, pages).shape == (len(pages), 4, 2, 8)
-            self.sealed += pages.tolist()
+        def seal(self, runs, kv):
+            for run in runs:
+                assert kv.keys(0, torch.tensor(run.pages)).shape == (len(run.pages), 4, 2, 8)
+                assert run.first * 4 + len(run.pages) * 4 <= 18 + 20
+                self.sealed += run.pages
 
         def open(self, layer, pages, kv):
             return kv[0] * 2, kv[1]
@@ -59,15 +62,118 @@ def test_a_codec_sees_sealed_pages_once_and_what_it_opens_is_read() -> None:
     assert run_all(tiny_engine(fill(codec=Same())), PROMPTS, PARAMS) == PLAIN
 
 
+def test_a_codec_is_asked_for_chosen_pages_too() -> None:
+    class Scaled(Codec):
+        """Keeps K at half its size; opening doubles it again."""
+
+        def seal(self, runs, kv):
+            for run in runs:
+                slots = kv._slots(torch.tensor(run.pages)).flatten()
+                for layer in range(2):
+                    kv.k.data[slots + layer * kv.k.slots] *= 0.5
+
+        def open(self, layer, pages, kv):
+            return torch.where(self.halved(pages), kv[0] * 2, kv[0]), kv[1]
+
+    class Tracking(Scaled):
+        def __init__(self):
+            self.sealed = torch.zeros(64, dtype=torch.bool)
+
+        def seal(self, runs, kv):
+            super().seal(runs, kv)
+            self.sealed[[p for r in runs for p in r.pages]] = True
+
+        def drop(self, pages):
+            self.sealed[pages] = False
+
+        def halved(self, pages):
+            return self.sealed[pages].reshape(*pages.shape, *[1] * (5 - pages.ndim))
+
+    for use in ((), ("sink-window:sink=4,window=8",)):
+        want = run_all(tiny_engine(*use), PROMPTS * 3, PARAMS)
+        engine = tiny_engine(*use, fill(codec=Tracking()), pages=24)  # few pages, so that they are used again
+        assert run_all(engine, PROMPTS * 3, PARAMS) == want
+
+
+def test_a_residency_that_takes_pages_away_is_asked_to_bring_them_back() -> None:
+    class Away(Residency):
+        """Keeps sealed pages elsewhere and spoils them on the device until they are fetched."""
+
+        def __init__(self, site):
+            self.site, self.store = site, {}
+
+        def slots(self, page):
+            kv = self.site.kv
+            return [kv._slots(torch.tensor([page])).flatten() + layer * kv.k.slots for layer in range(2)]
+
+        def put(self, pages):
+            for p in pages.tolist():
+                self.store[p] = [self.site.kv.k.data[s].clone() for s in self.slots(p)]
+                for s in self.slots(p):
+                    self.site.kv.k.data[s] = float("nan")
+
+        def fetch(self, layer, pages, batch, wait):
+            for p in set(batch.tables.flatten().tolist()) & self.store.keys() if wait else ():
+                self.site.kv.k.data[self.slots(p)[layer]] = self.store[p][layer]
+
+        def drop(self, pages):
+            for p in pages.tolist():
+                self.store.pop(p, None)
+
+    away = Technique("away", ("residency",), lambda site: {"residency": Away(site)})
+    assert run_all(tiny_engine(away, pages=24), PROMPTS * 2, PARAMS) == PLAIN * 2
+    engine = tiny_engine(away, pages=40)
+    requests = [make_request(engine, f"r/{i}", (1, 2, 3, 4) * 3, PARAMS) for i in range(3)]
+    for r in requests[1:]:
+        r.fork_of = requests[0]
+    for r in requests:
+        engine.add(r)
+    finish(engine)
+    assert {tuple(r.output) for r in requests} == {tuple(run_all(tiny_engine(), [(1, 2, 3, 4) * 3], PARAMS)[0])}
+
+
+def test_a_variant_cannot_look_ahead_and_counts_in_sliding_layers() -> None:
+    class Blocks(Variant):
+        def mask(self, q_pos, k_pos):
+            return k_pos // 8 == q_pos // 8
+
+    texts = []
+    for dirt in (0.0, 9.0):
+        engine = tiny_engine(fill(variant=Blocks()))
+        engine.executor.kv.k.data.fill_(dirt)
+        texts.append(run_all(engine, PROMPTS, PARAMS))
+    assert texts[0] == texts[1]
+    sliding = TinyCheckpoint(tiny_config(sliding_windows=(6, 6)))
+    with_window = run_all(tiny_engine(checkpoint=sliding), PROMPTS, PARAMS)
+    assert run_all(tiny_engine(fill(variant=Blocks()), checkpoint=sliding), PROMPTS, PARAMS) != with_window
+
+
+def test_a_failure_behind_a_wrong_draft_does_not_count() -> None:
+    class Garbage(Drafter):
+        def propose(self, requests, limits, total):
+            return [[50, 50][:limit] for limit in limits]
+
+    engine = tiny_engine(fill(drafter=Garbage()))
+    engine.executor.model.embedding = engine.executor.model.embedding.clone()
+    engine.executor.model.embedding[50] = float("nan")
+    assert run_all(engine, PROMPTS[:1], PARAMS) == PLAIN[:1]
+
+
+def test_the_site_knows_the_model_and_the_kv_once_built() -> None:
+    sites = []
+    engine = tiny_engine(Technique("curious", (), lambda site: sites.append(site) or {}))
+    assert sites[0].model is engine.executor.model
+    assert sites[0].kv is engine.executor.kv
+
+
 def test_selection_is_predicted_a_layer_ahead_and_both_reach_residency() -> None:
     class Everything(Selector):
         window = 6
 
         def select(self, layer, q, batch):
             rows = batch.sparse_rows
-            count = int(batch.eligible.max()) if len(rows) else 0
-            pages = torch.arange(count).expand(len(rows), 2, -1)
-            return PageSet(pages) if count else PageSet()
+            pages = torch.arange(int(batch.eligible.max())).expand(len(rows), 2, -1)
+            return PageSet(pages)
 
         def ahead(self, layer, hidden, batch):
             return PageSet(torch.full((len(batch.sparse_rows), 2, 1), layer))
@@ -79,28 +185,20 @@ def test_selection_is_predicted_a_layer_ahead_and_both_reach_residency() -> None
         def put(self, pages):
             self.events.append(("put", None))
 
-        def fetch(self, layer, pages, batch):
-            self.events.append(("fetch", layer))
-
-        def prefetch(self, layer, pages, batch):
-            self.events.append(("prefetch", layer))
+        def fetch(self, layer, pages, batch, wait):
+            self.events.append(("fetch" if wait else "prefetch", layer))
 
     log = Log()
     assert run_all(tiny_engine(fill(selector=Everything()), fill(residency=log)), PROMPTS, PARAMS) == PLAIN
     assert ("put", None) in log.events
     moves = [e for e in log.events if e[0] != "put"]
-    assert moves[:3] == [("prefetch", 1), ("fetch", 0), ("fetch", 1)]
+    assert moves[-3:] == [("prefetch", 1), ("fetch", 0), ("fetch", 1)]  # one step, all rows past the window
 
 
 def test_a_row_filter_stops_rows_at_a_layer_and_keeps_their_state() -> None:
     class Skip(RowFilter):
-        def __init__(self, layer):
-            self.layer = layer
-
         def keep(self, layer, hidden, batch):
-            if layer != self.layer:
-                return EVERY_ROW
-            return (batch.positions % 3 != 0).nonzero().flatten()
+            return EVERY_ROW if layer else (batch.positions % 3 != 0).nonzero().flatten()
 
     class All(RowFilter):
         def keep(self, layer, hidden, batch):
@@ -109,10 +207,20 @@ def test_a_row_filter_stops_rows_at_a_layer_and_keeps_their_state() -> None:
     checkpoint = TinyCheckpoint(tiny_config(num_layers=3))
     plain = run_all(tiny_engine(checkpoint=checkpoint), PROMPTS, PARAMS)
     assert run_all(tiny_engine(fill(rows=All()), checkpoint=checkpoint), PROMPTS, PARAMS) == plain
-    use = {"enable_prefix_caching": False, "checkpoint": checkpoint}
-    skipped = run_all(tiny_engine(fill(rows=Skip(0)), **use), PROMPTS, PARAMS)
-    assert skipped != plain
-    assert run_all(tiny_engine(fill(rows=Skip(0)), max_num_batched_tokens=5, **use), PROMPTS, PARAMS) == skipped
+
+    # Rows that read only themselves: nobody misses the K and V that a dropped row does not write.
+    class OnlySelf(Variant):
+        def mask(self, q_pos, k_pos):
+            return k_pos == q_pos
+
+    def run(rows: RowFilter, dirt: float = 0.0, **more: Any) -> list[list[int]]:
+        engine = tiny_engine(fill(rows=rows), fill(variant=OnlySelf()), checkpoint=checkpoint, **more)
+        engine.executor.kv.k.data.fill_(dirt)
+        return run_all(engine, PROMPTS, PARAMS)
+
+    skipped = run(Skip())
+    assert skipped != run(All())
+    assert skipped == run(Skip(), dirt=7.0, max_num_batched_tokens=5)
 
 
 def test_a_variant_changes_scores_and_masks() -> None:
@@ -152,21 +260,32 @@ def test_experts_default_to_the_device() -> None:
 
 
 @pytest.mark.parametrize("use", [(), ("sink-window:sink=4,window=8",), ("ngram:min_n=1",)])
-def test_a_tied_program_batches_requests_at_different_depths(use: tuple[str, ...]) -> None:
+def test_a_tied_program_batches_requests_at_different_depths(use: tuple[str, ...], monkeypatch) -> None:
     def looped(loops: int, **more: Any):
-        engine = tiny_engine(*use, pages=128, **more)
-        executor = engine.executor
-        executor.model.program *= loops
-        kv = executor.kv
-        for store in (kv.k, kv.v):
-            store.data = store.data.repeat(loops, 1, 1)
-        executor.num_stages = engine.scheduler.num_stages = loops
-        return engine
+        class Looped(Llama):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                self.program *= loops
+
+        monkeypatch.setitem(MODELS, "llama", Looped)
+        return tiny_engine(*use, pages=128, **more)
 
     one_by_one = [run_all(looped(3), [p], PARAMS)[0] for p in PROMPTS]
     engine = looped(3, max_num_batched_tokens=11)  # so that requests fall out of step
-    assert run_all(engine, PROMPTS, PARAMS) == one_by_one
+    requests = [make_request(engine, str(i), p, PARAMS) for i, p in enumerate(PROMPTS)]
+    for r in requests:
+        engine.add(r)
+    sealed: list[int] = []
+    engine.seams.codec.seal = lambda runs, kv: sealed.extend(p for r in runs for p in r.pages)
+    largest = 0
+    while engine.busy:
+        engine.step()
+        engine.check()
+        largest = max(largest, engine.last_plan.num_tokens)
+    assert largest <= 11
+    assert [r.output for r in requests] == one_by_one
     assert engine.executor.calls == engine.steps
+    assert {p // engine.executor.kv.stage_pages for p in sealed} == {0, 1, 2}
     assert one_by_one != [run_all(looped(2), [p], PARAMS)[0] for p in PROMPTS]
 
 

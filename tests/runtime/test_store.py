@@ -47,7 +47,7 @@ def test_every_store_writes_reads_and_copies(name: str, tolerance: float) -> Non
 
 
 def test_unknown_types_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"int3.*float32, bf16, int8"):
+    with pytest.raises(ConfigError, match=r"int3.*float32, bf16, float16, int8"):
         store_type("int3")
 
 

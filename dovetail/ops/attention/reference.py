@@ -45,12 +45,11 @@ def attend_dense(q: Tensor, read: ReadSpans, variant: Variant, layout: Rows) -> 
         heads = k.shape[2]
         q_pos = layout.positions[rows]
         k_pos = torch.arange(k.shape[1], device=q.device)
-        mask = variant.mask(q_pos[:, :, None], k_pos[None, None, :])  # [n, c, t]
+        mask = _readable(variant, q_pos[:, :, None], k_pos[None, None, :])  # [n, c, t]
         grouped = q[rows].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # [n, heads, group, c, d]
         positions = (q_pos[:, None, None, :, None], k_pos[None, None, None, None, :])
         weights = _softmax(_scores(grouped, k.permute(0, 2, 1, 3)), mask[:, None, None], (variant, positions))
-        v = _clean(v, k_pos[None, :] > q_pos.amax(1)[:, None])
-        mixed = torch.matmul(weights.flatten(2, 3), v.permute(0, 2, 1, 3).to(weights.dtype))
+        mixed = _mix(weights.flatten(2, 3), v.permute(0, 2, 1, 3))
         mixed = mixed.unflatten(2, (-1, c)).permute(0, 3, 1, 2, 4).reshape(n, c, *q.shape[1:])
         out[rows] = mixed.to(q.dtype)
     return out
@@ -60,12 +59,16 @@ def attend_pages(q: Tensor, keys: Keys, variant: Variant, positions: Tensor) -> 
     """Rows q [rows, heads, head_dim] at `positions` [rows] over their own lists of pages -> the same shape."""
     k, v, k_pos = keys.k.flatten(2, 3), keys.v.flatten(2, 3), keys.positions.flatten(2, 3)
     grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, None]  # [rows, KV heads, group, 1, d]
-    mask = variant.mask(positions[:, None, None], k_pos)[:, :, None, None]
+    mask = _readable(variant, positions[:, None, None], k_pos)[:, :, None, None]
     where = (positions[:, None, None, None, None], k_pos[:, :, None, None])
     weights = _softmax(_scores(grouped, k), mask, (variant, where))
-    v = _clean(v.transpose(1, 2), (k_pos > positions[:, None, None]).transpose(1, 2)).transpose(1, 2)
-    mixed = torch.matmul(weights.squeeze(3), v.to(weights.dtype))
-    return mixed.flatten(1, 2).to(q.dtype)
+    return _mix(weights.squeeze(3), v).flatten(1, 2).to(q.dtype)
+
+
+def _readable(variant: Variant, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """What the variant allows, but never a later key: what lies there is not committed."""
+    allowed: Tensor = variant.mask(q_pos, k_pos)
+    return allowed & (k_pos <= q_pos)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -81,6 +84,13 @@ def _softmax(scores: Tensor, mask: Tensor, how: tuple[Variant, tuple[Tensor, Ten
     return torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
 
 
-def _clean(v: Tensor, unread: Tensor) -> Tensor:
-    """Zero the values [n, t, ...] that no query reads: stale memory may hold NaN, and 0 * NaN is NaN."""
-    return v.masked_fill(unread.reshape(*unread.shape, *[1] * (v.ndim - unread.ndim)), 0)
+def _mix(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [n, KV heads, rows, t], v [n, KV heads, t, d] -> [n, KV heads, rows, d].
+
+    0 * NaN is NaN, and memory that a row does not read may hold anything: such values count only where they
+    have weight, and there the result is NaN.
+    """
+    broken = ~torch.isfinite(v).all(-1, keepdim=True)
+    mixed = torch.matmul(weights, v.masked_fill(broken, 0).to(weights.dtype))
+    read = torch.matmul(weights, broken.to(weights.dtype)) > 0
+    return mixed.masked_fill(read, float("nan"))
