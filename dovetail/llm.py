@@ -96,17 +96,18 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the growing output after each step. Stopping early frees its pages."""
         answer = self.session.submit(self.session.prepare(prompt, _params(params)))
-        shown: object = None
+        shown: list[tuple[int, str | None]] = [(0, None)] * len(answer.streams)
         try:
             while True:  # others may step the session too, so what counts is what has not been shown yet
                 state = [(len(s.token_ids), s.finish_reason) for s in answer.streams]
-                if state != shown and (shown is not None or any(n for n, _ in state) or answer.finished):
+                if state != shown:
+                    shown = state
                     yield answer.output()
-                shown = state
-                if answer.finished:
+                elif answer.finished:
                     return
-                with uninterrupted():
-                    self.session.step()
+                else:
+                    with uninterrupted():
+                        self.session.step()
         finally:
             if not answer.finished:
                 self.session.abort(answer)

@@ -28,7 +28,8 @@ def test_defaults_come_from_the_model_and_the_machine() -> None:
 @pytest.mark.parametrize(
     ("stored", "cuda", "dtype", "kv"),
     [("F32", False, "float32", "float32"), ("BF16", False, "bfloat16", "bf16"),
-     ("Q4_1", False, "float32", "float32"), ("Q4_1", True, "bfloat16", "bf16"), ("F16", False, "float16", "float16")],
+     ("Q4_1", False, "float32", "float32"), ("Q4_1", True, "bfloat16", "bf16"),
+     ("F16", False, "float16", "float16")],
 )  # fmt: skip
 def test_the_compute_type_follows_the_weights(stored: str, cuda: bool, dtype: str, kv: str) -> None:
     c = settle(replace(FOUND, stored_format=stored, machine=replace(FOUND.machine, cuda=cuda)))
