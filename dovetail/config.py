@@ -14,7 +14,6 @@ from dovetail.options import Options
 GIB = 1 << 30
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_BLOCK_SIZE = 4096
-MAX_THREADS = 1024
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
 
@@ -48,9 +47,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine offers: threads, free bytes for KV, and whether there is a CUDA device."""
+    """What the machine offers: threads worth starting, CPUs, free bytes for KV, and whether there is CUDA."""
 
     threads: int
+    cpus: int
     free_memory: int
     cuda: bool
 
@@ -68,6 +68,7 @@ class KVBudget:
 def resolve_dtype(asked: str, stored: str, device: str) -> str:
     """The compute type. "auto": what the checkpoint stores, float32 for quantized blocks on a CPU."""
     if asked != "auto":
+        asked = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(asked, asked)
         if asked not in DTYPES:
             raise ConfigError(f"dtype '{asked}' is unknown; the known ones are auto, {', '.join(DTYPES)}")
         return asked
@@ -114,6 +115,10 @@ def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memo
     if options.kv_memory is None:
         wanted = seqs * pages_for(length, size) * page_bytes
         memory = min(wanted, max(free_memory // 4, page_bytes), 4 * GIB)
+    elif memory > free_memory:
+        raise CapacityError(
+            f"kv_memory of {memory} bytes was asked for, but {free_memory} bytes are free; lower --kv-memory"
+        )
     pages = memory // page_bytes
     if pages < 1:
         raise CapacityError(
@@ -142,12 +147,10 @@ def positive(name: str, value: int | None, default: int) -> int:
     return value
 
 
-def _threads(asked: int | None, found: int) -> int:
-    threads = positive("threads", asked, found)
-    if threads > MAX_THREADS:
-        raise ConfigError(
-            f"threads must be at most {MAX_THREADS}, got {threads}; this machine has {found} to give"
-        )
+def _threads(asked: int | None, machine: Machine) -> int:
+    threads = positive("threads", asked, machine.threads)
+    if threads > machine.cpus:  # threads that take turns on a core wait for each other at every operation
+        raise ConfigError(f"threads must be at most {machine.cpus}, the CPUs of this process, got {threads}")
     return threads
 
 
@@ -176,7 +179,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         use=found.use,
         dtype=dtype,
         device=device,
-        threads=_threads(options.threads, machine.threads),
+        threads=_threads(options.threads, machine),
         kv_cache_dtype=kv_dtype,
         kv_memory=kv.bytes,
         block_size=kv.block_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.config import Config, Found, Machine, Options, resolve
-from dovetail.core.errors import ConfigError, RequestError
+from dovetail.core.errors import ConfigError, ModelError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.interrupts import uninterrupted
@@ -33,26 +33,36 @@ class LLM:
         self,
         model: str | Path,
         *,
-        use: Sequence[str | Technique] = (),
+        use: str | Technique | Sequence[str | Technique] = (),
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
         from dovetail.checkpoint import open_checkpoint
+        from dovetail.hub import architecture
         from dovetail.hub import resolve as find
-        from dovetail.models import facts, geometry
+        from dovetail.models import MODELS, facts, geometry
         from dovetail.runtime.kv import bytes_per_token
         from dovetail.runtime.loader import build_engine, stored_format
         from dovetail.techniques import technique
 
         asked = _options(options)
+        use = [use] if isinstance(use, (str, Technique)) else use
         parts = [t if isinstance(t, Technique) else technique(t) for t in use]
+        if (kind := architecture(str(model))) not in (None, *MODELS):
+            raise ModelError(f"{model}: architecture '{kind}' cannot be run yet; known: {', '.join(MODELS)}")
         checkpoint = open_checkpoint(find(str(model)))
         composition = compose(*parts, facts=facts(checkpoint.config))
         self.config: Config = resolve(
             asked,
             checkpoint.config,
             geometry(checkpoint.config),
-            Found(str(model), stored_format(checkpoint), tuple(composition.specs), _machine(), bytes_per_token),
+            Found(
+                str(model),
+                stored_format(checkpoint),
+                tuple(composition.specs),
+                _machine(asked.device),
+                bytes_per_token,
+            ),
         )
         self.checkpoint = checkpoint
         self.techniques = composition.techniques
@@ -192,9 +202,12 @@ def _prompts(prompts: Any) -> list[Prompt]:
     return [many] if single else many
 
 
-def _machine() -> Machine:
+def _machine(device: str) -> Machine:
     import torch
 
-    from dovetail.machine import cpu_budget, memory
+    from dovetail.machine import cores, memory
 
-    return Machine(cpu_budget(), memory().available, torch.cuda.is_available())
+    found, cuda = cores(), torch.cuda.is_available()
+    on_gpu = cuda and device != "cpu"
+    free = torch.cuda.mem_get_info()[0] if on_gpu else memory().available
+    return Machine(found.budget, found.affinity, free, cuda)

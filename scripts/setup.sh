@@ -101,7 +101,8 @@ target=.
 say "installing dovetail and what it needs (a few minutes the first time)"
 quiet=()
 [ -t 2 ] || quiet=(--quiet)
-"$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input --editable "$target" 9<&-
+"$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check --no-input \
+    --config-settings editable_mode=compat --editable "$target" 9<&-
 printf '%s\n' "$PWD" "$hash" "$want" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 rm -f "$marker"

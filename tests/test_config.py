@@ -11,7 +11,7 @@ from dovetail.runtime.kv import bytes_per_token
 from tests.tiny import tiny_config
 
 MODEL = tiny_config(max_position_embeddings=1024)  # 2 layers of 2 KV heads of 8: 256 bytes a token in float32
-FOUND = Found("tiny", "F32", (), Machine(threads=3, free_memory=64 << 20, cuda=False), bytes_per_token)
+FOUND = Found("tiny", "F32", (), Machine(threads=3, cpus=4, free_memory=64 << 20, cuda=False), bytes_per_token)
 
 
 def settle(found: Found = FOUND, **options):
@@ -59,12 +59,14 @@ def test_int8_kv_takes_a_quarter_of_the_bytes_and_a_scale() -> None:
         ({"block_size": 10**6}, "block_size"),
         ({"block_size": 1.5}, "block_size"),
         ({"threads": 0}, "threads"),
+        ({"threads": 5}, "at most 4"),
         ({"max_num_seqs": -1}, "max_num_seqs"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens"),
         ({"max_model_len": 1}, "max_model_len"),
         ({"max_model_len": 2048}, "2 and the model's 1024"),
         ({"kv_memory": 0}, "kv_memory"),
         ({"kv_memory": 100}, "no page"),
+        ({"kv_memory": 1 << 40}, "are free"),
     ],
 )
 def test_impossible_options_are_refused_with_what_to_change(options, words) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dovetail.core.seams import Variant
 
+BLOCK = 1 << 20  # scores at a time: what is larger is given back to the system and faulted in again each time
+
 
 class ReadSpans(Protocol):
     """K and V [n, tokens, KV heads, head_dim] of spans [n], at least `length` tokens from position 0."""
@@ -40,19 +42,23 @@ def attend_dense(q: Tensor, read: ReadSpans, variant: Variant, layout: Rows) -> 
     """
     out = torch.empty_like(q)
     for spans, rows, length in layout.groups:
-        k, v = read(spans, length)
-        n, c = rows.shape
-        heads = k.shape[2]
-        q_pos = layout.positions[rows]
-        k_pos = torch.arange(k.shape[1], device=q.device)
-        mask = _readable(variant, q_pos[:, :, None], k_pos[None, None, :])  # [n, c, t]
-        grouped = q[rows].unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # [n, heads, group, c, d]
-        positions = (q_pos[:, None, None, :, None], k_pos[None, None, None, None, :])
-        weights = _softmax(_scores(grouped, k.permute(0, 2, 1, 3)), mask[:, None, None], (variant, positions))
-        mixed = _mix(weights.flatten(2, 3), v.permute(0, 2, 1, 3))
-        mixed = mixed.unflatten(2, (-1, c)).permute(0, 3, 1, 2, 4).reshape(n, c, *q.shape[1:])
-        out[rows] = mixed.to(q.dtype)
+        k, v = (t.permute(0, 2, 1, 3) for t in read(spans, length))
+        block = max(1, BLOCK // (len(spans) * q.shape[1] * k.shape[2]))
+        for some in rows.split(block, dim=1):
+            out[some] = _attend_block(q[some], (k, v), variant, layout.positions[some])
     return out
+
+
+def _attend_block(q: Tensor, kv: tuple[Tensor, Tensor], variant: Variant, q_pos: Tensor) -> Tensor:
+    """q [n, c, heads, d] at q_pos [n, c]; k, v [n, KV heads, t, d] from position 0 -> [n, c, heads, d]."""
+    k, v = kv
+    k_pos = torch.arange(k.shape[2], device=q.device)
+    mask = _readable(variant, q_pos[:, :, None], k_pos)  # [n, c, t]
+    grouped = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [n, KV heads, group, c, d]
+    positions = (q_pos[:, None, None, :, None], k_pos)
+    weights = _softmax(_scores(grouped, k), mask[:, None, None], (variant, positions))
+    mixed = _mix(weights.flatten(2, 3), v).unflatten(2, weights.shape[2:4])
+    return mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
 
 def attend_pages(q: Tensor, keys: Keys, variant: Variant, positions: Tensor) -> Tensor:
@@ -91,6 +97,8 @@ def _mix(weights: Tensor, v: Tensor) -> Tensor:
     have weight, and there the result is NaN.
     """
     broken = ~torch.isfinite(v).all(-1, keepdim=True)
+    if not broken.any():
+        return torch.matmul(weights, v.to(weights.dtype))
     mixed = torch.matmul(weights, v.masked_fill(broken, 0).to(weights.dtype))
     read = torch.matmul(weights, broken.to(weights.dtype)) > 0
     return mixed.masked_fill(read, float("nan"))
