@@ -114,7 +114,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Any) -> None:
-    """RequestError unless `messages` is a non-empty list of objects that have a role."""
+    """RequestError unless `messages` is a non-empty list of objects with a role and content (or tool calls)."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise RequestError("messages must be a non-empty list", param="messages")
     for index, message in enumerate(messages):
@@ -122,6 +122,9 @@ def check_messages(messages: Any) -> None:
             raise RequestError(
                 f"messages[{index}] must be an object with a string role", param=f"messages[{index}]"
             )
+        calls = message["role"] == "assistant" and message.get("tool_calls")
+        if message.get("content") is None and not calls:
+            raise RequestError(f"messages[{index}] needs content", param=f"messages[{index}].content")
 
 
 class Shield:

@@ -18,6 +18,7 @@ from dovetail.units import format_size
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 DISK_ERRORS = _FULL + _REFUSED
+_REMEDY = "set DOVETAIL_HOME to a folder you own, on a disk with room"
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as file:
             yield file
             # mkstemp makes files private; a written result follows the user's umask like any other.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fchmod(file.fileno(), user_mode())
         publish(Path(temporary), path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -62,24 +63,22 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(_existing(directory)).free
 
 
-def require_space(directory: Path, needed: int, what: str) -> None:
-    """Raise ModelError with both numbers unless `needed` bytes are free in `directory`."""
+def require_space(directory: Path, needed: int, what: str, remedy: str = _REMEDY) -> None:
+    """Raise ModelError with both numbers and `remedy` unless `needed` bytes are free in `directory`."""
     free = free_bytes(directory)
     if free < needed:
-        raise ModelError(_full_message(directory, needed, free, what))
+        raise ModelError(_full_message(directory, needed, free, what, remedy))
 
 
 @contextlib.contextmanager
-def explaining(directory: Path, needed: int, what: str) -> Iterator[None]:
-    """Turn the system's refusals to write in `directory` into a ModelError that says what to change."""
+def explaining(directory: Path, needed: int, what: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn the system's refusals to write in `directory` into a ModelError that ends in `remedy`."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise ModelError(_full_message(directory, needed, free_bytes(directory), what)) from error
-        raise ModelError(
-            f"cannot write {what} to {directory}: {error.strerror or error}; set DOVETAIL_HOME to a folder you own"
-        ) from error
+            raise ModelError(_full_message(directory, needed, free_bytes(directory), what, remedy)) from error
+        raise ModelError(f"cannot write {what} to {directory}: {error.strerror or error}; {remedy}") from error
 
 
 def tree_bytes(path: Path) -> int:
@@ -92,10 +91,10 @@ def tree_bytes(path: Path) -> int:
     return total
 
 
-def _full_message(directory: Path, needed: int, free: int, what: str) -> str:
+def _full_message(directory: Path, needed: int, free: int, what: str, remedy: str) -> str:
     return (
         f"not enough disk space for {what}: {format_size(needed)} needed, {format_size(free)} free "
-        f"in {directory}; free some (`dovetail list`, `dovetail rm`) or set DOVETAIL_HOME to a larger disk"
+        f"in {directory}; free some (`dovetail list`, `dovetail rm`) or {remedy}"
     )
 
 
@@ -113,8 +112,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def user_mode() -> int:
+    """The permissions that the user's umask gives a new file."""
     # The mask can only be read by setting it.
     mask = os.umask(0o077)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dovetail.checkpoint.architectures import ARCHITECTURES
@@ -17,9 +20,11 @@ from dovetail.checkpoint.checkpoint import Checkpoint
 from dovetail.checkpoint.config import ModelConfig, RopeConfig
 from dovetail.checkpoint.layout import expected_shapes
 from dovetail.core.errors import ConfigError, ModelError
+from dovetail.files import explaining, require_space, user_mode
 from dovetail.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
+_REMEDY = "choose another folder"
 
 
 def export(
@@ -32,24 +37,46 @@ def export(
 
     `dtype` is bfloat16, float16 or float32; weights are split into files of at most `shard_bytes`.
     config.json is written last, so a directory left by a crash is not taken for a model. ConfigError if the
-    directory exists and is not empty, ModelError if the checkpoint cannot be read or its rope factors have
-    no Hugging Face counterpart.
+    directory exists and is not empty, ModelError if the checkpoint cannot be read, its rope factors have no
+    Hugging Face counterpart, or the directory cannot be written. What was made is removed again on failure.
     """
     directory = Path(directory)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"export dtype must be bfloat16, float16 or float32, not {dtype}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists and is not an empty directory")
+    needed = sum(math.prod(shape) for _, shape in expected_shapes(checkpoint.config)) * dtype.itemsize
+    with explaining(directory, needed, "the model", _REMEDY):
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ConfigError(f"{directory} exists and is not an empty directory")
     config = hf_config(checkpoint.config, dtype)
     tokenizer = checkpoint.tokenizer()
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_weights(checkpoint, directory, dtype, shard_bytes)
-    _write_tokenizer(tokenizer, checkpoint.config, directory)
     generation = checkpoint.generation_config or _generation(checkpoint.config, tokenizer)
-    _write_json(directory / "generation_config.json", generation)
-    _write_json(directory / "config.json", config)
-    _sync_directory(directory)
+    with explaining(directory, needed, "the model", _REMEDY), _making(directory):
+        require_space(directory, needed, "the model", _REMEDY)
+        _write_weights(checkpoint, directory, dtype, shard_bytes)
+        _write_tokenizer(tokenizer, checkpoint.config, directory)
+        _write_json(directory / "generation_config.json", generation)
+        _write_json(directory / "config.json", config)
+        _sync_directory(directory)
     return directory
+
+
+@contextlib.contextmanager
+def _making(directory: Path) -> Iterator[None]:
+    """Make `directory`, empty or missing before; if the body fails, remove its files and the folders made."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=not missing)
+        try:
+            yield
+        except BaseException:
+            for path in list(directory.iterdir()):
+                path.unlink(missing_ok=True)
+            raise
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -58,6 +85,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), user_mode())  # safetensors makes its files private
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -79,6 +107,16 @@ def _write_text(path: Path, text: str) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; the system's refusals come as the OSError that they are."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise ModelError(f"{path.parent}: the weights cannot be written: {error}") from error
 
 
 def _shards(config: ModelConfig, itemsize: int, limit: int) -> Iterator[list[str]]:
@@ -105,7 +143,7 @@ def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, 
         tensors = {name: checkpoint.tensor(name).dequantize(dtype).clone() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map.update(dict.fromkeys(names, file))
-        _write(directory / file, lambda path, t=tensors: save_file(t, path, {"format": "pt"}))  # type: ignore[misc]
+        _write(directory / file, lambda path, t=tensors: _save(t, path))  # type: ignore[misc]
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.checkpoint.tensor import CUT_SHORT, StoredTensor
 from dovetail.core.errors import ModelError
 from dovetail.ops.dequant import BLOCKS
 
@@ -78,7 +78,7 @@ def _map(path: Path) -> mmap.mmap:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
-                raise ModelError(f"{path}: {size} bytes, but a GGUF header alone has 24")
+                raise ModelError(f"{path}: {size} bytes, but a GGUF header alone has 24; {CUT_SHORT}")
             if hasattr(mmap, "MAP_PRIVATE"):
                 # No swap is reserved, or the kernel would refuse files larger than memory.
                 reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -103,7 +103,7 @@ class _Cursor:
         """Claim the next `count` bytes; return where they begin."""
         start = self.at
         if count > self.size - start:
-            raise self.fail(what, f"needs {count} bytes, {self.size - start} are left")
+            raise self.fail(what, f"needs {count} bytes, {self.size - start} are left; {CUT_SHORT}")
         self.at = start + count
         return start
 
@@ -134,9 +134,9 @@ class _Cursor:
             for _ in range(count):
                 at += 8 + unpack(buffer, at)[0]
         except (struct.error, OverflowError, IndexError, ValueError) as error:
-            raise self.fail(what, "a string runs past the end of the file") from error
+            raise self.fail(what, f"a string runs past the end of the file; {CUT_SHORT}") from error
         if at > self.size:
-            raise self.fail(what, "a string runs past the end of the file")
+            raise self.fail(what, f"a string runs past the end of the file; {CUT_SHORT}")
         self.at = at
 
     def value(self, kind: int, what: str) -> Entry:
@@ -326,7 +326,8 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
                 what, f"data offset is {offset}, the tensors before it end at {expected}", cursor.at - 8
             )
         if nbytes > cursor.size:
-            raise cursor.fail(what, f"{kind} {list(shape)} needs {nbytes} bytes, the file has {cursor.size}")
+            why = f"{kind} {list(shape)} needs {nbytes} bytes, the file has {cursor.size}; {CUT_SHORT}"
+            raise cursor.fail(what, why)
         rows[name] = (kind, shape, nbytes)
         expected += -(-nbytes // alignment) * alignment
     base = at = -(-cursor.at // alignment) * alignment
@@ -334,7 +335,8 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
     for name, (kind, shape, nbytes) in rows.items():
         end = at + nbytes
         if end > cursor.size:
-            raise cursor.fail(f"tensor {name!r}", f"data ends at {end}, the file at {cursor.size}", at)
+            why = f"data ends at {end}, the file at {cursor.size}; {CUT_SHORT}"
+            raise cursor.fail(f"tensor {name!r}", why, at)
         table[name] = TensorInfo(name, kind, shape, at, nbytes)
         at = -(-end // alignment) * alignment
     if cursor.size > at:
@@ -355,7 +357,7 @@ class GGUFFile:
         self.bytes = len(self._map)
         cursor = _Cursor(memoryview(self._map), self.path)
         if bytes(cursor.buffer[:4]) != b"GGUF":
-            raise cursor.fail("magic", f"is {bytes(cursor.buffer[:4])!r}, not b'GGUF'")
+            raise cursor.fail("magic", f"is {bytes(cursor.buffer[:4])!r}, not b'GGUF'; this is no GGUF file")
         cursor.at = 4
         self.version = cursor.u32("version")
         if self.version not in (2, 3):

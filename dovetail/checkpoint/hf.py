@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dovetail.checkpoint.hf_config import Fields, parse_hf_config
-from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.checkpoint.tensor import CUT_SHORT, StoredTensor
 from dovetail.core.errors import ModelError
 from dovetail.json_file import parse_json_object, read_json_object
 from dovetail.tokenizer import Tokenizer
@@ -44,7 +44,9 @@ def read_header(path: Path) -> dict[str, Any]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length == 0 or length > size - 8:
-                raise ModelError(f"{path}: header length {length} does not fit a file of {size} bytes")
+                raise ModelError(
+                    f"{path}: header length {length} does not fit a file of {size} bytes; {CUT_SHORT}"
+                )
             if length > _HEADER_LIMIT:
                 raise ModelError(f"{path}: header length {length} exceeds {_HEADER_LIMIT} bytes")
             text = file.read(length)
@@ -54,7 +56,16 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: header does not begin with '{{'")
     header = parse_json_object(text, f"{path}: header")
     header.pop("__metadata__", None)
+    end = 8 + length + _data_bytes(header)
+    if end > size:
+        raise ModelError(f"{path}: its tensors end at {end}, the file at {size}; {CUT_SHORT}")
     return header
+
+
+def _data_bytes(header: dict[str, Any]) -> int:
+    """Where the last tensor ends; entries that are malformed are left to the safetensors library."""
+    ranges = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
+    return max((r[1] for r in ranges if isinstance(r, list) and len(r) == 2 and type(r[1]) is int), default=0)
 
 
 def _open(path: Path) -> Any:

@@ -9,6 +9,8 @@ import torch
 from dovetail.core.errors import ModelError
 from dovetail.ops.dequant import BLOCKS
 
+CUT_SHORT = "the file is cut short; fetch it again"  # how errors about missing bytes end
+
 _NATIVE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 18  # values decoded at a time, so that the float32 intermediate stays in cache
 

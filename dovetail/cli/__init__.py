@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
@@ -37,11 +37,22 @@ class _Commands(TyperGroup):
             _abandon_stdout()
             raise SystemExit(EXIT_OK) from None
         except DovetailError as error:
-            print(f"dovetail: {error}", file=sys.stderr)
-            raise SystemExit(EXIT_BAD_INPUT) from None
+            raise _failure(str(error)) from None
         except KeyboardInterrupt:
             print("\ndovetail: interrupted", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+class _PromptCommand(TyperCommand):
+    """A command whose last argument is a prompt, which the shell splits unless it is quoted."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if rest:
+            usage = f'{ctx.command_path} MODEL "..."'
+            ctx.fail(f"there is more than MODEL and PROMPT; put the prompt in quotes: {usage}")
+        return rest
 
 
 def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -59,18 +70,34 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_options)
     for name in names:
-        app.command(name)(import_module(f"dovetail.cli.{name}").command)
+        kind = _PromptCommand if name == "run" else None
+        app.command(name, cls=kind)(import_module(f"dovetail.cli.{name}").command)
     return app
 
 
 def main() -> None:
     """Entry point of the `dovetail` script: exit 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     first = sys.argv[1] if len(sys.argv) > 1 else ""
+    # None if the program was started with stdout closed.
+    if cast("TextIO | None", sys.stdout) is None:
+        raise _failure("stdout is closed")
     try:
-        # One command's imports are enough to run it; help and mistyped names need them all.
-        build([first] if first in COMMANDS else COMMANDS)()
+        try:
+            # One command's imports are enough to run it; help and mistyped names need them all.
+            build([first] if first in COMMANDS else COMMANDS)()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        _abandon_stdout()
+        raise SystemExit(EXIT_OK) from None
+    except OSError:
+        why = _stdout_trouble()
+        if why is None:
+            raise
+        _abandon_stdout()
+        raise _failure(f"stdout cannot be written: {why}") from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -87,6 +114,21 @@ def _options(
     ),
 ) -> None:
     """Options before the command."""
+
+
+def _failure(message: str) -> SystemExit:
+    print(f"dovetail: {message}", file=sys.stderr)
+    return SystemExit(EXIT_BAD_INPUT)
+
+
+def _stdout_trouble() -> str | None:
+    # Only trying tells whether it was stdout that failed: the error itself does not name its file.
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _abandon_stdout() -> None:

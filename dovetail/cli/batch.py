@@ -36,12 +36,13 @@ def command(
     sampling: SamplingOptions,
     json_file: JsonOption = None,
 ) -> None:
-    """Answer every request of INPUT, in OpenAI's batch file format, and write OUTPUT in INPUT's order.
+    """Answer a file of requests in OpenAI's batch format.
 
-    Rows have custom_id, method, url (/v1/chat/completions or /v1/completions) and body. A row that cannot be
-    answered gets an error in OUTPUT and stops nothing. Finished rows go to OUTPUT.partial at once: after a crash
-    or Ctrl-C the same command goes on where it was. A row in OUTPUT or OUTPUT.partial that was answered under the
-    same settings is never answered again. Sampling options hold for rows that do not say.
+    Every request of INPUT is answered and OUTPUT written in INPUT's order. Rows have custom_id, method, url
+    (/v1/chat/completions or /v1/completions) and body. A row that cannot be answered gets an error in OUTPUT and
+    stops nothing. Finished rows go to OUTPUT.partial at once: after a crash or Ctrl-C the same command goes on
+    where it was. A row in OUTPUT or OUTPUT.partial that was answered under the same settings is never answered
+    again. Sampling options hold for rows that do not say.
 
     \b
     Example:

@@ -13,7 +13,9 @@ _PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "huggingface_hub", "
 
 
 def command(json_file: JsonOption = None) -> None:
-    """Show processor, threads, memory and its speed, packages, GPU, kernels and caches.
+    """Show what this machine offers.
+
+    That is processor, threads, memory and its speed, packages, GPU, kernels and caches.
 
     \b
     Examples:

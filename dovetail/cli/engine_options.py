@@ -20,6 +20,7 @@ import typer
 
 from dovetail.core.errors import ConfigError
 from dovetail.options import Options
+from dovetail.techniques import MODULES
 from dovetail.units import parse_size
 
 if TYPE_CHECKING:
@@ -93,7 +94,15 @@ class SamplingOptions:
     def collect(cls, values: dict[str, Any]) -> SamplingOptions:
         """Take this bundle's values out of a command's."""
         taken = {name: values.pop(name) for name in _SAMPLING}
-        return cls({name: value for name, value in taken.items() if value is not None and value != []})
+        options = cls({name: value for name, value in taken.items() if value is not None and value != []})
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Raise RequestError for what is impossible whatever the model: it is known before one is loaded."""
+        from dovetail.core.sampling import SamplingParams
+
+        SamplingParams(**{"max_tokens": None, **self.given})
 
 
 _BUNDLES: tuple[type[EngineOptions] | type[SamplingOptions], ...] = (EngineOptions, SamplingOptions)
@@ -141,12 +150,12 @@ def _size(text: str | int) -> int:
 _SIZES = ("kv_memory",)
 
 _ENGINE_HELP = {
-    "use": "Switch a technique on, as in ngram:tokens=4. Repeat to combine several.",
-    "dtype": "Type to compute in: auto, float32, bfloat16, float16 or float64.",
+    "use": f"Switch on {', '.join(sorted(MODULES))}, with options as in ngram:tokens=4. Repeat to combine.",
+    "dtype": "Type to compute in: auto, float32, bfloat16 (bf16), float16 or float64.",
     "device": "Where to run: auto, cpu or cuda.",
     "threads": "Threads to compute with. Default: the cores that this process may use.",
     "kv_memory": "Memory for keys and values, as in 512MiB. Default: a quarter of what is free, at most 4GiB.",
-    "kv_cache_dtype": "Type to keep keys and values in: auto, float32, bf16 or int8.",
+    "kv_cache_dtype": "Type to keep keys and values in: auto, float32, bf16, float16 or int8.",
     "block_size": "Tokens in a page of keys and values.",
     "max_model_len": "Longest context in tokens. Default: the model's, or what fits the KV memory.",
     "max_num_batched_tokens": "Most tokens computed in one step. Default: 512.",

@@ -24,7 +24,9 @@ def command(
     dtype: Annotated[Dtype, typer.Option(help="Number format of the weights.")] = Dtype.BFLOAT16,
     json_file: JsonOption = None,
 ) -> None:
-    """Write MODEL, dequantized, to DIRECTORY in the Hugging Face format, for other programs to run.
+    """Write MODEL as a Hugging Face folder for other programs.
+
+    Quantized weights are dequantized. DIRECTORY must be empty or not there yet; a failed export leaves nothing.
 
     \b
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,29 @@ import typer
 from dovetail.core.errors import ConfigError
 from dovetail.files import replacing
 
+
+def _checked(destination: str | None) -> str | None:
+    """`destination`, refused before any work is done for a result that could not be written."""
+    if destination is None or destination == "-":
+        return destination
+    path = Path(destination).expanduser()
+    why = None
+    if path.is_dir():
+        why = "it is a folder"
+    elif not path.parent.is_dir():
+        why = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        why = "permission denied"
+    if why is not None:
+        raise ConfigError(f"--json {destination}: cannot be written: {why}")
+    return destination
+
+
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - prints it as the last line."),
+    typer.Option(
+        "--json", metavar="FILE", callback=_checked, help="Write the result as JSON; - prints it as the last line."
+    ),
 ]
 
 
@@ -27,8 +48,14 @@ def write_json(destination: str | None, value: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
         return
+    _checked(destination)  # again: what was there at the start may be gone
+    path = Path(destination).expanduser()
+    data = (json.dumps(value, indent=2) + "\n").encode()
     try:
-        with replacing(Path(destination).expanduser()) as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)  # a device or a pipe is written to, never replaced
+            return
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
         raise ConfigError(f"--json {destination}: cannot be written: {error.strerror or error}") from error

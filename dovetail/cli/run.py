@@ -48,7 +48,11 @@ def command(
     """
     if raw and system is not None:
         raise ConfigError("--system is part of the chat template, which --raw leaves out; write it into PROMPT")
-    text = read_prompt() if prompt == "-" else prompt
+    text = read_prompt() if prompt == "-" else _utf8("prompt", prompt)
+    if not (text if raw else text.strip()):
+        raise RequestError("the prompt is empty", param="prompt")
+    if system is not None:
+        _utf8("system message", system)
     llm = terminal.load(model, engine)
     if raw:
         ids = llm.tokenizer.encode(text)
@@ -75,6 +79,15 @@ def read_prompt() -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin is not valid UTF-8: {error}", param="prompt") from error
+
+
+def _utf8(what: str, text: str) -> str:
+    """`text` of the command line, where bytes that are not UTF-8 come as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the {what} is not valid UTF-8", param="prompt") from error
+    return text
 
 
 def _answer(llm: LLM, ids: list[int], params: SamplingParams, quiet: bool) -> RequestOutput:

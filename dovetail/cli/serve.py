@@ -14,9 +14,10 @@ import typer
 from dovetail.cli.engine_options import EngineOptions, spliced
 from dovetail.core.errors import ConfigError
 from dovetail.progress import note
-from dovetail.units import parse_duration
+from dovetail.units import format_size, parse_duration
 
 if TYPE_CHECKING:
+    from dovetail.config import Config
     from dovetail.llm import LLM
     from dovetail.server.service import ServiceOptions
 
@@ -50,9 +51,10 @@ def command(
         float, typer.Option(parser=_seconds, metavar="DURATION", help="Time for open requests after SIGTERM.")
     ] = 30.0,
 ) -> None:
-    """Serve MODEL over HTTP with the OpenAI API: /v1/chat/completions, /v1/completions, /v1/models.
+    """Serve MODEL over HTTP with the OpenAI API.
 
-    Also /health, /metrics (Prometheus), /version and /docs. The first Ctrl-C or SIGTERM finishes open requests,
+    It answers /v1/chat/completions, /v1/completions and /v1/models, and /health, /metrics (Prometheus), /version
+    and /docs. The first Ctrl-C or SIGTERM finishes open requests,
     a second one ends at once.
 
     \b
@@ -87,10 +89,17 @@ async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str)
     return code
 
 
+def _settings(config: Config) -> str:
+    """The resolved configuration for reading, a value a line."""
+    shown = {"use": " ".join(config.use) or "none", "kv_memory": format_size(config.kv_memory)}
+    return "\n".join(f"{name}: {value}" for name, value in (config.to_dict() | shown).items())
+
+
 def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if options.api_key else ""
-    body = {"model": options.names[0], "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": options.names[0], "messages": messages, "temperature": 0}
     note(
-        f"{llm.config}\n\nServing {options.names[0]} at {address}\n\n"
+        f"{_settings(llm.config)}\n\nServing {options.names[0]} at {address}\n\n"
         f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
     )

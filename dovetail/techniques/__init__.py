@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.technique import Technique
+
+if TYPE_CHECKING:
+    from dovetail.core.technique import Technique
 
 MODULES = {"ngram": "ngram", "sink-window": "sink_window"}
 
@@ -16,14 +18,16 @@ def technique(spec: str) -> Technique:
     """The technique that a `--use` text names. ConfigError lists the known names, or the technique's options."""
     name, _, rest = spec.partition(":")
     if name not in MODULES:
-        raise ConfigError(f"technique '{name}' is unknown; the known ones are {', '.join(sorted(MODULES))}")
+        known_names = f"the known ones are {', '.join(sorted(MODULES))}"
+        raise ConfigError(f"technique '{name}' is unknown; {known_names}{_several(name)}")
     factory = getattr(importlib.import_module(f"dovetail.techniques.{MODULES[name]}"), MODULES[name])
     known = inspect.signature(factory, eval_str=True).parameters
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if key not in known or not equals:
-            raise ConfigError(f"'{part}' is no option of {name}; write key=value with {', '.join(known)}")
+            wanted = f"write key=value with {', '.join(known)}"
+            raise ConfigError(f"'{part}' is no option of {name}; {wanted}{_several(part)}")
         if key in options:
             raise ConfigError(f"{name}: {key} is given twice")
         options[key] = _parse(name, key, value, known[key].annotation)
@@ -31,7 +35,17 @@ def technique(spec: str) -> Technique:
     return built
 
 
+def _several(text: str) -> str:
+    """Advice for a text that joins techniques by a comma, which separates options."""
+    named = any(part.partition(":")[0] in MODULES for part in text.split(","))
+    return "; repeat --use to combine techniques" if named else ""
+
+
 def _parse(name: str, key: str, value: str, kind: type) -> Any:
+    from dovetail.core.technique import (
+        Technique,  # here, because `--help` reads this module and that one needs numpy
+    )
+
     if kind is Technique:
         return technique(value)
     try:
@@ -39,4 +53,8 @@ def _parse(name: str, key: str, value: str, kind: type) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
         return kind(value)
     except (ValueError, KeyError):
-        raise ConfigError(f"{name}: {key} must be a {kind.__name__}, got '{value}'") from None
+        raise ConfigError(f"{name}: {key} must be {_article(kind.__name__)}, got '{value}'") from None
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

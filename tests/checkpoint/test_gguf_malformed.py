@@ -311,8 +311,11 @@ def test_1_truncated_at_every_byte(tmp_path: Path) -> None:
     end = len(data) - (32 - last)
     for length in range(end):
         path.write_bytes(data[:length])
-        with pytest.raises(ModelError):
+        with pytest.raises(ModelError, match=r"does not fit in the file|do not fit|fetch it again$"):
             GGUFFile(path)
+    path.write_bytes(b"PK" + data)
+    with pytest.raises(ModelError, match="this is no GGUF file"):
+        GGUFFile(path)
     path.write_bytes(data[:end])
     GGUFFile(path)
 

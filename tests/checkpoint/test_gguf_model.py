@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from ggufs import HEADS, HIDDEN, KV_HEADS, metadata, permuted, tensors, write
 from hf_models import save_model
+from safetensors import SafetensorError
 
 from dovetail.checkpoint import RopeConfig, open_checkpoint
 from dovetail.checkpoint.export import export, llama3_factors
@@ -184,12 +186,32 @@ def test_crash_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf"))
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("dovetail.checkpoint.export.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        export(checkpoint, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    for target in (tmp_path / "out", tmp_path / "new" / "out"):
+        with pytest.raises(ModelError, match=r"not enough disk space for the model.*choose another folder"):
+            export(checkpoint, target)
     assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_export_explains_what_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"cannot write the model to .*Not a directory; choose another folder"):
+        export(checkpoint, tmp_path / "file" / "out")
+    before = os.umask(0o027)
+    try:
+        export(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    monkeypatch.setattr("dovetail.files.free_bytes", lambda directory: 7)
+    with pytest.raises(ModelError, match="needed, 7B free"):
+        export(checkpoint, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_big_vocabulary_is_parsed_fast(tmp_path: Path) -> None:

@@ -289,6 +289,13 @@ def test_broken_safetensors(case: str, model: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("case", ["1 empty", "1 header past end", "7 short"])
+def test_truncation_is_called_that(case: str, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(SAFETENSORS_CASES[case])
+    with pytest.raises(ModelError, match=r"the file is cut short; fetch it again$"):
+        open_checkpoint(model)
+
+
 def test_6_dtype_that_cannot_be_used(model: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -173,6 +173,14 @@ def test_wrong_usage(tiny_model, tmp_path, monkeypatch, arguments, says):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
 
 
+def test_options_and_result_file_are_checked_before_the_model_is_loaded(tmp_path):
+    source = write(tmp_path / "in.jsonl", [chat_row(0)])
+    for options, says in [(["--max-tokens", 0], "max_tokens"), (["--json", "no/x.json"], "there is no folder no")]:
+        result = call("batch", "no-such-model", source, "-o", tmp_path / "out.jsonl", *options)
+        assert result.exit_code == 2
+        assert says in result.stderr
+
+
 def test_an_empty_file_has_an_empty_result(tiny_model, tmp_path):
     summary, results, _ = batch(tiny_model, write(tmp_path / "in.jsonl", []))
     assert (summary["rows"], results) == (0, [])

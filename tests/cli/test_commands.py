@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dovetail import aliases, cli, hub
+from dovetail.cli import serve
 from dovetail.core.errors import ModelError
+from dovetail.llm import LLM
+from dovetail.units import format_size
 
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "fastapi", "transformers", "tokenizers"}
 PROGRAM = "import sys; from dovetail.cli import main; sys.argv[0] = 'dovetail'; main()"
@@ -105,6 +109,29 @@ def test_a_reader_that_leaves_is_no_error(home):
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("arguments", [("list", "--json", "-"), ("list", "--help"), ("--help",), ("--version",)])
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stdout_that_cannot_be_written(home, arguments, redirection, unbuffered):
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", PROGRAM, *arguments]
+    settings = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=settings)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("dovetail: stdout ")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_does_not_cut_summaries():
+    assert "..." not in invoke("--help").stdout.partition("Commands:")[2]
+
+
+def test_help_lists_techniques_and_types():
+    text = " ".join(invoke("run", "--help").stdout.split())
+    assert "Switch on ngram, sink-window" in text
+    assert "auto, float32, bf16, float16 or int8." in text
+
+
 def test_pull_list_rm(home, monkeypatch, tmp_path):
     model = tmp_path / "some.gguf"
     model.write_bytes(b"GGUF")
@@ -135,6 +162,33 @@ def test_json_that_cannot_be_written(home, tmp_path):
     result = invoke("list", "--json", str(tmp_path / "file" / "x.json"))
     assert result.exit_code == 2
     assert "cannot be written" in result.stderr
+
+
+@pytest.mark.parametrize(("name", "says"), [("no/x.json", "there is no folder"), ("", "it is a folder")])
+def test_json_is_checked_before_any_work(home, tmp_path, name, says):
+    result = invoke("run", "no-such-model", "Hi", "--json", f"{tmp_path}/{name}")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_to_a_pipe_does_not_replace_it(home, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert invoke("list", "--json", str(pipe)).exit_code == 0
+        assert "models" in json.loads(os.read(reader, 1 << 16))
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_serve_shows_sizes_and_no_techniques_for_reading(tiny_model):
+    llm = LLM(tiny_model, kv_memory=4 << 20, threads=1)
+    shown = serve._settings(llm.config).splitlines()
+    assert "use: none" in shown
+    assert f"kv_memory: {format_size(llm.config.kv_memory)}" in shown
 
 
 def test_export_reads_its_options_first():

@@ -85,6 +85,10 @@ def test_logprobs(tiny_model):
         (["--use", "nonsense"], "the known ones are"),
         (["--use", "ngram:speed=9"], "tokens, min_n, max_n"),
         (["--use", "ngram", "--use", "ngram"], "both fill"),
+        (["--use", "ngram,sink-window"], "repeat --use to combine"),
+        (["--use", "ngram:tokens=4,sink-window"], "repeat --use to combine"),
+        (["--use", "ngram:tokens=x"], "tokens must be an int"),
+        (["more", "words"], "put the prompt in quotes"),
         (["--temperature", "nan"], "temperature must be between"),
         (["--top-p", "1.5"], "top_p must be between"),
         (["--max-tokens", "0"], "max_tokens must be between"),
@@ -108,11 +112,23 @@ def test_bad_prompts(tiny_model):
     for arguments, stdin, says in [
         (["x" * 5000], None, "the context holds 4096"),
         (["", "--raw"], None, "the prompt is empty"),
+        (["  "], None, "the prompt is empty"),
+        (["-"], "\n", "the prompt is empty"),
+        (["\udcff"], None, "the prompt is not valid UTF-8"),
         (["-"], b"\xff\xfe", "stdin is not valid UTF-8"),
     ]:
         result = run(tiny_model, *arguments, stdin=stdin)
         assert result.exit_code == 2
         assert says in result.stderr
+
+
+@pytest.mark.parametrize("command", [["run", "no-such-model", "Hi"], ["chat", "no-such-model"]])
+@pytest.mark.parametrize("option", [("--max-tokens", "0"), ("--temperature", "-1"), ("--stop", "")])
+def test_sampling_is_checked_before_the_model_is_loaded(command, option):
+    result = call(*command, *option)
+    assert result.exit_code == 2
+    assert option[0].strip("-").replace("-", "_") in result.stderr
+    assert "no-such-model" not in result.stderr
 
 
 def test_a_model_without_a_template_needs_raw(tiny_model, tmp_path):

@@ -15,7 +15,7 @@ import transformers
 from ggufs import write
 from vocabularies import byte_level_keys, sentencepiece_keys
 
-from dovetail.chat import ChatTemplate
+from dovetail.chat import ChatTemplate, check_messages
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
 from dovetail.core.errors import ModelError, RequestError
@@ -171,6 +171,13 @@ def test_tool_use_template() -> None:
 def test_malformed_messages(messages: Any) -> None:
     with pytest.raises(RequestError):
         ByteTokenizer().apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "assistant", "content": None, "tool_calls": []}])
+def test_content_is_needed(message: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\] needs content"):
+        check_messages([USER, message])
+    check_messages([USER, {"role": "assistant", "tool_calls": [{"type": "function"}]}])
 
 
 @pytest.mark.parametrize(
