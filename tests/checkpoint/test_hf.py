@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -279,11 +278,9 @@ def test_broken_safetensors(case: str, model: Path) -> None:
     data = SAFETENSORS_CASES[case]
     (model / "model.safetensors").write_bytes(data)
     tracemalloc.start()
-    begin = time.perf_counter()
     try:
         with pytest.raises(ModelError, match=r"model"):
             open_checkpoint(model)
-        assert time.perf_counter() - begin < 1
         assert tracemalloc.get_traced_memory()[1] < 2 * len(data) + (16 << 20)
     finally:
         tracemalloc.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +102,10 @@ def test_other_decoders_use_a_window() -> None:
     assert len("".join(stream(tokenizer, [0x80] * 1000))) > 900
 
 
+@pytest.mark.timeout(30)  # it would take hours if the work grew
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_per_token_does_not_grow(kind: str) -> None:
     tokenizer = BUILT[kind]
     detokenizer = Detokenizer(tokenizer)
-    begin = time.perf_counter()
     for token in [200, 201, 202, 97, 255] * 20000:  # mostly bytes that never become a character
         detokenizer.push(token)
-    assert time.perf_counter() - begin < 2
