@@ -161,6 +161,7 @@ class Answer:
     first_token: float | None = None
     last_token: float | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    prompt_names: list[dict[int, Logprob]] = field(default_factory=list)  # of prompt_scores, as far as shown
     error: str | None = None
 
     @property
@@ -182,7 +183,9 @@ class Answer:
         """A snapshot; safe to keep."""
         scores: list[dict[int, Logprob] | None] | None = None
         if self.params.prompt_logprobs is not None:
-            scores = [None, *(named(entry, self.tokenizer) for entry in self.prompt_scores)]
+            new = self.prompt_scores[len(self.prompt_names) :]
+            self.prompt_names += [named(entry, self.tokenizer) for entry in new]
+            scores = [None, *self.prompt_names]
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, [s.output() for s in self.streams], scores,
             max(0, self.streams[0].request.cached_tokens), self.metrics(), self.finished, self.error,

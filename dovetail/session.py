@@ -102,9 +102,9 @@ class Session:
         limit = self.config.max_model_len
         total = limit if params.max_tokens is None else len(ids) + params.max_tokens
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_ids)
-        stops &= frozenset(range(self.vocab_size)) if max(stops, default=0) >= self.vocab_size else stops
+        known = frozenset(t for t in stops if t < self.vocab_size)  # a tokenizer may know more than the model
         return Request(
-            request_id, ids, params, PageTable(self.engine.pool), max_total=total, seed=seed, stop_ids=stops
+            request_id, ids, params, PageTable(self.engine.pool), max_total=total, seed=seed, stop_ids=known
         )
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:

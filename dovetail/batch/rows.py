@@ -67,17 +67,11 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    from pydantic_core import from_json
+    from dovetail.server.protocol import json_object
 
     if len(line) >= MAX_LINE:
         raise RequestError(f"the line is longer than {MAX_LINE} bytes")
-    try:
-        value = from_json(line, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the line is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RequestError("the line must be a JSON object with custom_id, method, url and body")
-    return value
+    return json_object(line, "line")
 
 
 def _row(value: dict[str, Any], key: str, seen: set[str]) -> Row:

@@ -66,6 +66,8 @@ def command(
     finally:
         journal.close()
     write_json(json_file, _result(llm, model, runner))
+    if runner.totals.rows and not runner.totals.answered + runner.totals.reused:
+        raise typer.Exit(1)  # a script that looks at nothing else must see that no row was answered
 
 
 def _run(llm: LLM, journal: Journal, source: Path, total: int, sampling: SamplingOptions) -> Runner:

@@ -13,7 +13,7 @@ import typer
 
 from dovetail.cli import EXIT_INTERRUPTED, terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
-from dovetail.core.errors import RequestError
+from dovetail.core.errors import ConfigError, RequestError
 from dovetail.progress import note
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def command(
     """
     from dovetail.cli.conversation import Conversation
 
+    if "logprobs" in sampling.given:
+        raise ConfigError("a chat has no place to show --logprobs; `dovetail run --json -` reports them")
     conversation = Conversation(terminal.load(model, engine), sampling, system)
     sampling.params(conversation.llm)  # an impossible value is better known before the first question
     person = sys.stdin.isatty()

@@ -48,6 +48,8 @@ def command(
     """
     if raw and system is not None:
         raise ConfigError("--system is part of the chat template, which --raw leaves out; write it into PROMPT")
+    if "logprobs" in sampling.given and json_file is None:
+        raise ConfigError("--logprobs are part of the JSON result; add --json - or --json FILE")
     text = read_prompt() if prompt == "-" else _utf8("prompt", prompt)
     if not (text if raw else text.strip()):
         raise RequestError("the prompt is empty", param="prompt")

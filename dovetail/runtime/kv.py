@@ -16,7 +16,7 @@ from dovetail.runtime.store import Store, store_type
 
 @dataclass(frozen=True)
 class KVConfig:
-    """`kv_cache_dtype` is float32, bf16, int8 or float64. Every stage of the program has KV of its own."""
+    """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own."""
 
     num_pages: int
     page_size: int

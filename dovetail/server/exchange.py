@@ -9,12 +9,12 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dovetail.core.errors import RequestError
 from dovetail.server import errors
+from dovetail.server.protocol import json_object
 
 MAX_BODY = 16 << 20
 BODY_SECONDS = 60.0  # to send a whole body
@@ -133,17 +133,11 @@ def _too_large() -> RequestError:
 
 
 def parse(scope: Scope, data: bytes) -> dict[str, Any]:
-    """A JSON object. Numbers must be numbers, text must be Unicode, nesting is bounded."""
+    """The body of a request that says it is JSON."""
     kind = dict(scope["headers"]).get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
     if kind != b"application/json":  # also keeps web pages from posting here without the browser asking first
         raise RequestError("the content type must be application/json", status=415)
-    try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object")
-    return value
+    return json_object(data, "body")
 
 
 def event(value: Mapping[str, Any]) -> bytes:

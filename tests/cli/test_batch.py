@@ -206,3 +206,11 @@ def test_one_writer_at_a_time(tmp_path):
     again.publish(["a"])
     again.close()
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_run_that_answered_nothing_ends_with_1(tiny_model, tmp_path):
+    source = write(tmp_path / "in.jsonl", ["no JSON\n", "neither\n"])
+    result = call("batch", tiny_model, source, "-o", tmp_path / "out.jsonl", *SMALL)
+    assert result.exit_code == 1
+    assert "2 errors" in result.stderr
+    assert all(r["error"] for r in read(tmp_path / "out.jsonl"))

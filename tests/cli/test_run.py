@@ -97,6 +97,7 @@ def test_logprobs(tiny_model):
         (["--kv-memory", "1KiB"], "raise --kv-memory"),
         (["--dtype", "float3"], "the known ones are"),
         (["--block-size", "0"], "block_size must be"),
+        (["--logprobs", "2"], "add --json"),
         (["--raw", "--system", "x"], "--system is part of the chat template"),
         (["--nonsense", "1"], "No such option"),
     ],
@@ -120,6 +121,12 @@ def test_bad_prompts(tiny_model):
         result = run(tiny_model, *arguments, stdin=stdin)
         assert result.exit_code == 2
         assert says in result.stderr
+
+
+def test_chat_has_no_place_for_logprobs(tiny_model):
+    result = call("chat", tiny_model, "--logprobs", 2)
+    assert result.exit_code == 2
+    assert "--json" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["run", "no-such-model", "Hi"], ["chat", "no-such-model"]])
