@@ -19,7 +19,7 @@ STRINGS = {"type": "array", "items": {"type": "string"}}
 
 
 def json_object(data: bytes, what: str) -> dict[str, Any]:
-    """`data` as a JSON object: numbers are numbers, text is Unicode, nesting is bounded. RequestError names `what`."""
+    """`data` as a JSON object: proper numbers, Unicode text, bounded nesting. RequestError names `what`."""
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
