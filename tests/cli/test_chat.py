@@ -77,10 +77,10 @@ def test_on_a_terminal_ctrl_c_stops_the_answer(tiny_model):
         terminal.wait_for(r"\(stopped\).*>>> ")
         terminal.type("/nonsense\n")
         terminal.wait_for("no command.*>>> ")
-        terminal.type("half a line\x03")
-        terminal.wait_for("Ctrl-C again.*>>> ")
-        terminal.type("\x03")
-        assert terminal.end() == 130
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.press("\x03", "Ctrl-C again.*>>> ")
+        assert terminal.end("\x03") == 130
 
 
 def test_ctrl_d_leaves(tiny_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -62,14 +63,33 @@ class Terminal:
         before, self.seen = self.seen[: match.end()], self.seen[match.end() :]
         return before
 
-    def end(self) -> int:
-        """The exit code, once the program has left."""
-        while True:
+    def press(self, key: str, pattern: str) -> str:
+        """Type `key` until `pattern` is seen.
+
+        A signal that comes just before CPython's readline begins to wait is only noticed with the next input,
+        so a person would press again; so does this, after five seconds of silence.
+        """
+        for _ in range(5):
+            self.type(key)
             try:
-                if not os.read(self.fd, 65536):
-                    break
-            except OSError:  # Linux says EIO when the other side is closed
-                break
+                return self.wait_for(pattern, seconds=5)
+            except AssertionError as error:
+                last = error
+        raise last
+
+    def end(self, key: str = "") -> int:
+        """The exit code, once the program has left; `key` is typed until it does."""
+        for _ in range(12):
+            with contextlib.suppress(OSError):  # Linux says EIO when the other side is closed
+                self.type(key)
+                while select.select([self.fd], [], [], 5)[0]:
+                    if not os.read(self.fd, 65536):
+                        break
+                else:
+                    continue
+            break
+        else:
+            raise AssertionError(f"the program does not end; last seen: {self.seen[-500:]!r}")
         self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.status
 
