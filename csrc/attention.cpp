@@ -1,0 +1,332 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace dovetail {
+
+namespace {
+
+constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and per query row and head
+constexpr int ITEM_ROWS = 32;         // rows of an item whose sequence has many, at most
+constexpr int PIECES = 4;             // items per thread to aim at
+
+int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
+
+// Memory that a thread keeps for the layers of a step.
+struct Scratch {
+    Aligned<float> states;
+    Aligned<uint8_t> q, k, v;
+};
+
+Scratch& scratch() {
+    thread_local Scratch s;
+    return s;
+}
+
+}  // namespace
+
+// The tiles of a chunk, and those to fetch next.
+struct Tiles {
+    const void *k[2 * CHUNK_TILES], *v[2 * CHUNK_TILES];
+};
+
+// ---- planning
+
+// Whether all keys of the chunk lie before the sequence's first row, so that no mask can differ between rows.
+bool AttentionPlan::past(int s, int chunk) const { return (chunk + 1) * CHUNK <= sequences_[s].start; }
+
+bool AttentionPlan::same_chunk(int a, int b, int chunk) const {
+    const int first = chunk * CHUNK / page_size_, last = ((chunk + 1) * CHUNK - 1) / page_size_;
+    const int32_t *p = sequences_[a].pages, *q = sequences_[b].pages;
+    for (int i = first; i <= last; i++)
+        if (p[i] != q[i]) return false;
+    return true;
+}
+
+int AttentionPlan::add_node(const int* members, int count, int first, int last, int piece) {
+    Node n{members[0], (int)row_lists_.size(), 0, first, last, piece, 1, false};
+    for (int i = 0; i < count; i++) {
+        const Sequence& s = sequences_[members[i]];
+        for (int r = 0; r < s.rows; r++) row_lists_.push_back(s.row + r);
+        n.rows += s.rows;
+    }
+    nodes_.push_back(n);
+    stats_.tokens_read += std::min(last * CHUNK, sequences_[members[0]].length) - first * CHUNK;
+    if (count > 1) stats_.shared_rows += n.rows;
+    return (int)nodes_.size() - 1;
+}
+
+void AttentionPlan::add_sequence(int s, int first, int piece) {
+    add_node(&s, 1, first, chunks_of(sequences_[s].length), piece);
+}
+
+// A trie of chunks: members share everything before `first`.
+void AttentionPlan::group(std::vector<int>& members, int first, int piece) {
+    std::vector<int> rest;
+    while (!members.empty()) {
+        const int lead = members[0];
+        std::vector<int> same{lead};
+        rest.clear();
+        const bool shareable = past(lead, first) && sequences_[lead].lists == 1;
+        for (size_t i = 1; i < members.size(); i++) {
+            const int m = members[i];
+            const bool joins = shareable && past(m, first) && sequences_[m].lists == 1 && same_chunk(lead, m, first);
+            (joins ? same : rest).push_back(m);
+        }
+        if (same.size() == 1) {
+            add_sequence(lead, first, piece);
+        } else {
+            int last = first + 1;
+            auto goes_on = [&](int m) { return past(m, last) && same_chunk(lead, m, last); };
+            while (std::all_of(same.begin(), same.end(), goes_on)) last++;
+            add_node(same.data(), (int)same.size(), first, last, piece);
+            group(same, last, piece + 1);
+        }
+        members.swap(rest);
+    }
+}
+
+void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& heads, int page_size, int threads,
+                          bool cascade, bool split) {
+    sequences_ = sequences, heads_ = heads, page_size_ = page_size, threads_ = split ? threads : 1;
+    padded_ = (heads.dim + 15) / 16 * 16;
+    nodes_.clear(), row_lists_.clear(), items_.clear(), merges_.clear();
+    stats_ = {};
+    int rows = 0;
+    for (const Sequence& s : sequences_) {
+        rows = std::max(rows, s.row + s.rows);
+        stats_.tokens_without_sharing += s.length;
+    }
+    row_position_.assign(rows, 0);
+    for (const Sequence& s : sequences_)
+        for (int r = 0; r < s.rows; r++) row_position_[s.row + r] = s.start + r;
+    std::vector<int> members;
+    for (int i = 0; i < (int)sequences_.size(); i++) {
+        if (cascade) members.push_back(i);
+        else add_sequence(i, 0, 0);
+    }
+    if (cascade) group(members, 0, 0);
+    row_pieces_.assign(rows, 0), row_state_.assign(rows, -1);
+    cut();
+    std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+    int states = 0;
+    for (int r = 0; r < rows; r++) {
+        if (row_pieces_[r] == 0) continue;
+        row_state_[r] = states;
+        merges_.push_back({r, states, row_pieces_[r]});
+        states += row_pieces_[r];
+    }
+    const size_t need = (size_t)states * heads.query * record();
+    if (states_.size() < need) states_.resize(need);
+    stats_.items = (int64_t)items_.size(), stats_.merged_rows = (int64_t)merges_.size();
+}
+
+void AttentionPlan::cut() {
+    double total = 0;
+    auto cost = [&](int tokens, int rows) { return tokens * (READ + ROW * rows * heads_.group()); };
+    for (const Node& n : nodes_) total += cost((n.last - n.first) * CHUNK, n.rows) * heads_.kv;
+    const double target = threads_ == 1 ? 1e30 : std::max(total / (threads_ * PIECES), cost(CHUNK, 1));
+    for (int i = 0; i < (int)nodes_.size(); i++) {
+        Node& n = nodes_[i];
+        const int chunks = n.last - n.first;
+        const int row_parts = (n.rows + ITEM_ROWS - 1) / ITEM_ROWS;
+        const double one = cost(chunks * CHUNK, std::min(n.rows, ITEM_ROWS));
+        n.parts = row_parts > 1 ? 1 : std::max(1, std::min(chunks, (int)std::ceil(one / target)));
+        const bool from_start = n.first == 0, to_end = n.last == chunks_of(sequences_[n.sequence].length);
+        n.whole = from_start && to_end && n.parts == 1;
+        int piece = row_pieces_[row_lists_[n.row_list]];  // its rows share all earlier nodes
+        n.piece = piece;
+        for (int p = 0; p < n.parts; p++) {
+            const int first = n.first + chunks * p / n.parts, last = n.first + chunks * (p + 1) / n.parts;
+            for (int h = 0; h < heads_.kv; h++)
+                for (int r = 0; r < n.rows; r += ITEM_ROWS) {
+                    const int some = std::min(ITEM_ROWS, n.rows - r);
+                    items_.push_back({i, h, r, some, first, last, piece, (float)cost((last - first) * CHUNK, some)});
+                }
+            piece += first == 0 ? 1 : last - first;
+        }
+        if (!n.whole)
+            for (int r = 0; r < n.rows; r++) row_pieces_[row_lists_[n.row_list + r]] = piece;
+    }
+}
+
+// ---- running
+
+void AttentionPlan::run(Member& member, const Kernels& kernels, const AttendArgs& args) {
+    member.share((int)items_.size(), [&](int i) { run_item(items_[i], kernels, args); });
+    if (merges_.empty()) return;
+    member.share((int)merges_.size() * heads_.kv,
+                 [&](int i) { run_merge(merges_[i / heads_.kv], i % heads_.kv, kernels, args); });
+}
+
+namespace {
+
+struct Reader {
+    const Sequence& s;
+    const KVMemory& kv;
+    int64_t first_page;
+    int head;
+
+    int64_t page(int i) const {
+        const int32_t* list = s.lists == 1 ? s.pages : s.pages + (size_t)head * s.num_pages;
+        return first_page + list[std::min(i, s.num_pages - 1)];
+    }
+
+    // Tile pointers of 16-token tiles [from, from + count) of the list.
+    void tiles(int from, int count, Tiles& out, int at) const {
+        const int per_page = kv.page_size / 16;
+        for (int i = 0; i < count; i++) {
+            const size_t tile = kv.tile(page((from + i) / per_page), head, (from + i) % per_page);
+            out.k[at + i] = kv.k + tile, out.v[at + i] = kv.v + tile;
+        }
+    }
+
+    void gather(int chunk, Scratch& mine, Tiles& out) const {
+        const size_t tile = (size_t)16 * kv.padded() * (kv.compute() == KV_F32 ? 4 : 2);
+        mine.k.assign(tile * CHUNK_TILES, 0), mine.v.assign(tile * CHUNK_TILES, 0);
+        const int end = std::min((chunk + 1) * CHUNK, std::min(s.length, s.num_pages * kv.page_size));
+        for (int t = chunk * CHUNK; t < end;) {
+            const int inside = t % kv.page_size, some = std::min(kv.page_size - inside, end - t);
+            gather_tokens(kv, page(t / kv.page_size), head, inside, some, t - chunk * CHUNK, mine.k.data(),
+                          mine.v.data());
+            t += some;
+        }
+        for (int i = 0; i < 2 * CHUNK_TILES; i++) {
+            out.k[i] = mine.k.data() + tile * (i % CHUNK_TILES);
+            out.v[i] = mine.v.data() + tile * (i % CHUNK_TILES);
+        }
+    }
+};
+
+void clear_state(float* state, int padded) {
+    memset(state, 0, (size_t)(padded + 16) * 4);
+    state[padded] = -INFINITY;
+}
+
+}  // namespace
+
+void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const AttendArgs& args) {
+    const Node& node = nodes_[item.node];
+    const Sequence& s = sequences_[node.sequence];
+    const Reader reader{s, *args.kv, args.first_page, item.head};
+    const int group = heads_.group(), packed = item.rows * group;
+    Scratch& mine = scratch();
+    mine.states.resize((size_t)packed * record());
+    for (int p = 0; p < packed; p++) clear_state(mine.states.data() + (size_t)p * record(), padded_);
+    const size_t q_row = (size_t)padded_ * (args.kv->compute() == KV_F32 ? 4 : 2);
+    mine.q.resize(packed * q_row);
+    const int* rows = row_lists_.data() + node.row_list + item.row;
+    int last_position = 0;
+    for (int p = 0; p < packed; p++) {
+        const size_t from = (size_t)rows[p / group] * heads_.query + item.head * group + p % group;
+        memcpy(mine.q.data() + p * q_row, (const uint8_t*)args.q + from * q_row, q_row);
+        last_position = std::max(last_position, row_position_[rows[p / group]]);
+    }
+    const bool listed = s.page_positions != nullptr;
+    const int length = listed ? s.length : std::min(s.length, last_position + 1);
+    Tiles tiles;
+    for (int c = item.first; c < item.last; c++) {
+        if (c * CHUNK < length) {
+            if (args.kv->layout == TILED) reader.tiles(c * CHUNK_TILES, 2 * CHUNK_TILES, tiles, 0);
+            else reader.gather(c, mine, tiles);
+            for (int p = 0; p < packed; p += MAX_QUERIES)
+                run_rows(item, kernels, args, p, std::min(MAX_QUERIES, packed - p), c, tiles, mine.states.data());
+        }
+        if (node.whole || (item.first == 0 && c + 1 < item.last)) continue;
+        const int piece = item.piece + (item.first == 0 ? 0 : c - item.first);
+        for (int p = 0; p < packed; p++) {
+            float* from = mine.states.data() + (size_t)p * record();
+            memcpy(state(row_state_[rows[p / group]], piece, item.head * group + p % group), from, record() * 4);
+            clear_state(from, padded_);
+        }
+    }
+    if (!node.whole) return;
+    for (int p = 0; p < packed; p++) {
+        float* mine_state = mine.states.data() + (size_t)p * record();
+        float* out = args.out + (size_t)rows[p / group] * args.out_stride + (item.head * group + p % group) * heads_.dim;
+        kernels.scale(mine_state, 1.0f / mine_state[padded_ + 1], padded_, mine_state);
+        memcpy(out, mine_state, (size_t)heads_.dim * 4);
+    }
+}
+
+// One chunk for a few packed rows (row and head of the group), merged into their states.
+void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
+                             int chunk, const Tiles& tiles, float* states) {
+    const Node& node = nodes_[item.node];
+    const Sequence& s = sequences_[node.sequence];
+    const int* rows = row_lists_.data() + node.row_list + item.row;
+    const int group = heads_.group();
+    const KVType type = args.kv->compute();
+    const size_t q_row = (size_t)padded_ * (type == KV_F32 ? 4 : 2);
+    alignas(64) float scores[MAX_QUERIES * KEYS];
+    alignas(64) float out[MAX_QUERIES * 512];
+    alignas(64) int32_t k_pos[KEYS];
+    State state{{}, {}, out};
+    int low[MAX_QUERIES], high[MAX_QUERIES], nearest = INT32_MAX, farthest = -1;
+    for (int r = 0; r < count; r++) {
+        const int at = row_position_[rows[(packed + r) / group]];
+        low[r] = args.window ? std::max(0, at - args.window + 1) : 0, high[r] = at;
+        nearest = std::min(nearest, low[r]), farthest = std::max(farthest, at);
+        state.max[r] = -INFINITY;
+    }
+    memset(out, 0, (size_t)count * padded_ * 4);
+    bool any = false;
+    for (int b = 0; b < CHUNK / KEYS; b++) {
+        const int first = chunk * CHUNK + b * KEYS;
+        const bool listed = s.page_positions != nullptr;
+        if (first >= s.length || (!listed && (first > farthest || first + KEYS <= nearest))) continue;
+        KeyBlock keys;
+        memcpy(keys.k, tiles.k + b * KEY_TILES, sizeof keys.k), memcpy(keys.v, tiles.v + b * KEY_TILES, sizeof keys.v);
+        memcpy(keys.next_k, tiles.k + (b + 1) * KEY_TILES, sizeof keys.k);
+        memcpy(keys.next_v, tiles.v + (b + 1) * KEY_TILES, sizeof keys.v);
+        kernels.scores[type](scratch().q.data() + packed * q_row, padded_, count, padded_, keys, scores);
+        const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)item.head * s.num_pages);
+        const bool explicit_positions = listed || args.variant;
+        if (explicit_positions)
+            for (int k = 0; k < KEYS; k++) {
+                const int t = first + k, p = t / page_size_;
+                k_pos[k] = !listed ? t : p < s.num_pages ? positions[p] + t % page_size_ : INT32_MAX;
+            }
+        for (int r = 0; r < count; r++) {
+            float* row = scores + r * KEYS;
+            const int head = item.head * group + (packed + r) % group;
+            if (args.variant) args.variant(row, k_pos, KEYS, high[r], head, args.params);
+            const int from = std::max(first, low[r]) - first, to = std::min(high[r], s.length - 1) - first;
+            if (listed) {
+                for (int k = 0; k < KEYS; k++)
+                    if (first + k >= s.length || k_pos[k] > high[r] || k_pos[k] < low[r]) row[k] = -INFINITY;
+            } else if (from > 0 || to < KEYS - 1) {
+                for (int k = 0; k < KEYS; k++)
+                    if (k < from || k > to) row[k] = -INFINITY;
+            }
+        }
+        kernels.fold[type](scores, count, padded_, keys, state);
+        any = true;
+    }
+    if (!any) return;
+    for (int r = 0; r < count; r++) {
+        float* to = states + (size_t)(packed + r) * record();
+        kernels.merge(&to[padded_], &to[padded_ + 1], to, state.max[r], state.sum[r], out + r * padded_, padded_);
+    }
+}
+
+void AttentionPlan::run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args) {
+    const int group = heads_.group();
+    Aligned<float>& mine = scratch().states;
+    mine.resize(record());
+    for (int g = 0; g < group; g++) {
+        const int q_head = head * group + g;
+        clear_state(mine.data(), padded_);
+        float &most = mine[padded_], &sum = mine[padded_ + 1];
+        for (int p = 0; p < merge.pieces; p++) {
+            const float* from = state(merge.state, p, q_head);
+            kernels.merge(&most, &sum, mine.data(), from[padded_], from[padded_ + 1], from, padded_);
+        }
+        kernels.scale(mine.data(), 1.0f / sum, padded_, mine.data());
+        memcpy(args.out + (size_t)merge.row * args.out_stride + q_head * heads_.dim, mine.data(), heads_.dim * 4);
+    }
+}
+
+}  // namespace dovetail

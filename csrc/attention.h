@@ -1,0 +1,102 @@
+// Attention over paged KV: a plan once per step on one thread, a run per layer on all.
+//
+// Keys are cut into chunks of CHUNK tokens, aligned to the start of each list. A chunk gives a partial state per
+// query row; states are merged in order of the chunks. How chunks are dealt out to threads therefore never changes a
+// result, and neither does reading a chunk once for several sequences that share its pages (a cascade).
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "aligned.h"
+#include "kv.h"
+#include "team.h"
+
+namespace dovetail {
+
+constexpr int CHUNK = 128;  // tokens
+constexpr int CHUNK_TILES = CHUNK / 16;
+
+// Rows [row, row + rows) of the batch. Row i is at position `start + i` and reads the keys before `length`, whose
+// pages are listed in `pages`; or, where `lists` is not 1, each KV head reads its own list of `num_pages` pages.
+struct Sequence {
+    int row, rows, start, length;
+    const int32_t* pages;
+    int num_pages, lists;
+    const int32_t* page_positions;  // where a list leaves pages out: position of each listed page's first token
+};
+
+struct Heads {
+    int query, kv, dim;
+    int group() const { return query / kv; }
+};
+
+// What one layer asks for.
+struct AttendArgs {
+    const KVMemory* kv;
+    int64_t first_page;  // of the layer
+    const void* q;       // [rows][query heads][padded dim] in the compute type, already scaled
+    float* out;          // [rows][out_stride]
+    int out_stride;
+    int window;          // only the last `window` keys; 0 for all
+    Variant variant;     // or null
+    const float* params;
+};
+
+struct PlanStats {
+    int64_t items, merged_rows, tokens_read, tokens_without_sharing, shared_rows;
+};
+
+class AttentionPlan {
+   public:
+    // cascade: read pages that several sequences share once. split: cut long sequences over threads.
+    void build(const std::vector<Sequence>& sequences, const Heads& heads, int page_size, int threads, bool cascade,
+               bool split);
+    void run(Member& member, const Kernels& kernels, const AttendArgs& args);
+    const PlanStats& stats() const { return stats_; }
+
+   private:
+    // Sequences that read the same chunks [first, last), with all their rows.
+    struct Node {
+        int sequence;  // whose pages to read
+        int row_list, rows;
+        int first, last;
+        int piece;     // states that the rows already have from earlier chunks
+        int parts;     // ranges of chunks that are computed apart
+        bool whole;    // first and only node of its rows, in one part
+    };
+    struct Item {
+        int node, head, row, rows, first, last, piece;
+        float cost;
+    };
+    struct Merge {
+        int row, state, pieces;
+    };
+
+    void add_sequence(int s, int first, int piece);
+    void group(std::vector<int>& members, int first, int piece);
+    bool same_chunk(int a, int b, int chunk) const;
+    bool past(int s, int chunk) const;
+    int add_node(const int* members, int count, int first, int last, int piece);
+    void cut();
+    void cut_rows(int node, double target);
+    void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
+    void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
+                  int chunk, const struct Tiles& tiles, float* states);
+    void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args);
+    int record() const { return padded_ + 16; }
+    float* state(int row_state, int piece, int query_head) {
+        return states_.data() + ((size_t)(row_state + piece) * heads_.query + query_head) * record();
+    }
+
+    std::vector<Sequence> sequences_;
+    Heads heads_;
+    int page_size_, threads_, padded_;
+    std::vector<Node> nodes_;
+    std::vector<int> row_lists_, row_start_, row_position_, row_state_, row_pieces_;
+    std::vector<Item> items_;
+    std::vector<Merge> merges_;
+    Aligned<float> states_;
+    PlanStats stats_;
+};
+
+}  // namespace dovetail

@@ -1,0 +1,159 @@
+// The Python module. Buffers cross as addresses: their owners on the Python side keep them alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+
+#include "bandwidth.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace dovetail;
+
+namespace {
+
+Format format_of(const std::string& name) {
+    for (int i = 0; i < NUM_FORMATS; i++)
+        if (name == FORMATS[i].name) return (Format)i;
+    throw std::invalid_argument("there is no native format '" + name + "'");
+}
+
+template <class T> T choice(const std::string& name, std::initializer_list<const char*> names) {
+    int i = 0;
+    for (const char* n : names) {
+        if (name == n) return (T)i;
+        i++;
+    }
+    throw std::invalid_argument("unknown choice '" + name + "'");
+}
+
+KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tuple addresses, nb::tuple sizes) {
+    KVMemory kv{};
+    kv.layout = choice<Layout>(layout, {"tiled", "NHD", "HND"});
+    kv.stored = choice<KVStored>(stored, {"float32", "bf16", "int8", "int4"});
+    kv.k = (uint8_t*)nb::cast<uintptr_t>(addresses[0]), kv.v = (uint8_t*)nb::cast<uintptr_t>(addresses[1]);
+    kv.k_scale = (float*)nb::cast<uintptr_t>(addresses[2]), kv.v_scale = (float*)nb::cast<uintptr_t>(addresses[3]);
+    kv.pages_per_layer = nb::cast<int64_t>(sizes[0]), kv.page_size = nb::cast<int>(sizes[1]);
+    kv.heads = nb::cast<int>(sizes[2]), kv.dim = nb::cast<int>(sizes[3]);
+    if (kv.layout == TILED && (kv.page_size % 16 || kv.stored > STORE_BF16))
+        throw std::invalid_argument("tiled KV takes pages of a multiple of 16 tokens, in float32 or bf16");
+    if (kv.dim % 2 || kv.dim > 512) throw std::invalid_argument("head_dim must be even and at most 512");
+    return kv;
+}
+
+// Append rows [start, stop) of one sequence: tokens and then drafts, its pages, and how many last rows to sample.
+void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts, nb::list pages, int64_t first_page,
+              int sample) {
+    Step& s = p.step;
+    const int row = s.rows(), size = p.page_size();
+    const int accepted = (int)nb::len(tokens), count = (stop + size - 1) / size;
+    if (count > (int)nb::len(pages)) throw std::invalid_argument("a span reaches past its pages");
+    const size_t table = s.tables.size();
+    s.table_start.push_back(table);
+    for (int i = 0; i < count; i++)
+        s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GET_ITEM(pages.ptr(), i)) + first_page));
+    for (int at = start; at < stop; at++) {
+        PyObject* token = at < accepted ? PyList_GET_ITEM(tokens.ptr(), at)
+                                        : PyList_GetItem(drafts.ptr(), at - accepted);
+        if (!token) throw nb::python_error();
+        s.tokens.push_back((int32_t)PyLong_AsLong(token));
+        s.positions.push_back(at);
+        s.pages.push_back(s.tables[table + at / size]);
+        s.offsets.push_back(at % size);
+    }
+    for (int i = stop - sample; i < stop; i++) s.sampled.push_back(row + i - start);
+    s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
+}
+
+std::vector<std::shared_ptr<Packed>> weights_of(nb::list list) {
+    std::vector<std::shared_ptr<Packed>> out;
+    for (nb::handle h : list) out.push_back(nb::cast<std::shared_ptr<Packed>>(h));
+    return out;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("isas", [] {
+        std::vector<std::string> out;
+        for (int i = 0; isa_name(i); i++)
+            if (kernels(isa_name(i))) out.push_back(isa_name(i));
+        return out;
+    });
+    m.def("formats", [] {
+        std::vector<std::string> out;
+        for (const FormatInfo& f : FORMATS) out.push_back(f.name);
+        return out;
+    });
+    m.def("read_bandwidth", [](size_t megabytes, int threads) {
+        nb::gil_scoped_release free;
+        return read_bandwidth(megabytes << 20, threads);
+    }, nb::arg("megabytes"), nb::arg("threads"));
+    m.def("dequantize_row", [](const std::string& format, uintptr_t row, int k, uintptr_t out) {
+        dequantize_row(format_of(format), (const uint8_t*)row, k, (float*)out);
+    });
+
+    nb::class_<Packed>(m, "Packed")
+        .def("__init__", [](Packed* self, const std::string& format, uintptr_t rows, size_t row_bytes, int n, int k,
+                            int threads) {
+            const Format f = format_of(format);
+            nb::gil_scoped_release free;
+            new (self) Packed(f, (const uint8_t*)rows, row_bytes, n, k, threads);
+        })
+        .def_ro("bytes", &Packed::bytes)
+        .def_ro("n", &Packed::n)
+        .def_ro("k", &Packed::k)
+        .def_prop_ro("format", [](const Packed& p) { return FORMATS[p.format].name; });
+
+    nb::class_<Program>(m, "Program")
+        .def("__init__", [](Program* self, const std::string& isa, int threads, nb::tuple heads, bool cascade, bool split) {
+            new (self) Program(isa, threads, {nb::cast<int>(heads[0]), nb::cast<int>(heads[1]), nb::cast<int>(heads[2])},
+                               cascade, split);
+        })
+        .def_prop_ro("isa", [](const Program& p) { return p.kernels().name; })
+        .def("slot", &Program::slot, nb::arg("width"), nb::arg("sampled") = false)
+        .def("mark", &Program::mark)
+        .def("set_kv", [](Program& p, const std::string& layout, const std::string& stored, nb::tuple addresses,
+                          nb::tuple sizes) { p.set_kv(kv_memory(layout, stored, addresses, sizes)); })
+        .def("embed", [](Program& p, int out, const std::string& format, uintptr_t rows, size_t row_bytes, int width,
+                         float scale) { p.embed(out, format_of(format), (const uint8_t*)rows, row_bytes, width, scale); })
+        .def("angles", &Program::angles)
+        .def("linear", [](Program& p, int in, int out, nb::list weights, const std::string& activation,
+                          std::vector<float> norm, float eps, std::vector<float> bias, bool add,
+                          const std::string& gate, bool sampled) {
+            p.linear({in, out, weights_of(weights), choice<Activation>(activation, {"exact", "int8", "bf16"}),
+                      std::move(norm), eps, std::move(bias), add,
+                      choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});
+        })
+        .def("rope", [](Program& p, int in, int angles, int q, int layer, std::vector<float> q_norm,
+                        std::vector<float> k_norm, float eps) {
+            p.rope({in, angles, q, layer, std::move(q_norm), std::move(k_norm), eps});
+        })
+        .def("attend", [](Program& p, int q, int out, int layer, int window, uintptr_t variant,
+                          std::vector<float> params) {
+            p.attend(q, out, layer, window, (Variant)variant, std::move(params));
+        })
+        .def("clear", [](Program& p) { p.step.clear(); })
+        .def("add", add_span)
+        .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
+        .def("plan", &Program::plan)
+        .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("profile", &Program::profile)
+        .def("argmax", &Program::argmax)
+        .def("num_rows", [](const Program& p) { return p.step.rows(); })
+        .def("view", [](Program& p, int slot, int rows) {  // valid until the program grows
+            const size_t shape[2] = {(size_t)rows, (size_t)p.stride(slot)};
+            return nb::ndarray<nb::numpy, float>(p.rows(slot), 2, shape, nb::find(p));
+        })
+        .def("attention_stats", [](const Program& p) {
+            const PlanStats& s = p.attention().stats();
+            nb::dict d;
+            d["items"] = s.items, d["merged_rows"] = s.merged_rows, d["tokens_read"] = s.tokens_read;
+            d["tokens_without_sharing"] = s.tokens_without_sharing, d["shared_rows"] = s.shared_rows;
+            return d;
+        });
+}

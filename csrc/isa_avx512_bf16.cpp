@@ -1,0 +1,5 @@
+#include "simd/avx512.h"
+
+#include "isa_table.h"
+
+DOVETAIL_TABLE(avx512_bf16)

@@ -1,0 +1,5 @@
+#include "simd/avx2.h"
+
+#include "isa_table.h"
+
+DOVETAIL_TABLE(avx_vnni)

@@ -1,0 +1,5 @@
+#include "simd/scalar.h"
+
+#include "isa_table.h"
+
+DOVETAIL_TABLE(scalar)

@@ -1,0 +1,19 @@
+// Included once by each instruction set's file, after its vector header: defines the table.
+#define UNROLL _Pragma("GCC unroll 16")
+
+#include "kernels/attention.h"
+#include "kernels/linear.h"
+#include "kernels/rows.h"
+
+#define DOVETAIL_TABLE(NAME)                                  \
+    namespace dovetail {                                      \
+    const Kernels* kernels_##NAME() {                         \
+        static Kernels table = {};                            \
+        if (!table.name) {                                    \
+            add_linear(table), add_rows_of(table);            \
+            add_attention(table);                             \
+            table.name = #NAME;                               \
+        }                                                     \
+        return &table;                                        \
+    }                                                         \
+    }

@@ -1,0 +1,70 @@
+// The kernels of one instruction set, as a table of functions. Plain types only: the files that fill a table are
+// compiled for different CPUs and share no inline code with the rest.
+#pragma once
+#include "formats.h"
+
+namespace dovetail {
+
+constexpr int MAX_ROWS = 6;    // rows of a register block of a linear
+constexpr int MAX_TILES = 3;   // tiles of one
+constexpr int KEYS = 64;       // keys that attention handles at a time
+constexpr int KEY_TILES = KEYS / 16;
+constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
+
+// out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
+using Gemm = void (*)(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
+                      float* out, int out_stride);
+
+enum KVType : int { KV_F32, KV_BF16, NUM_KV };
+enum Gate : int { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU };
+
+// The running softmax of query rows: maximum, sum of exponentials, and sum of exponentials times V.
+struct State {
+    float max[MAX_QUERIES], sum[MAX_QUERIES];
+    float* out;  // [rows][head_dim]
+};
+
+// Keys and values of at most 64 tokens, as four tiles of 16 tokens, in the attention layout.
+struct KeyBlock {
+    const void* k[KEY_TILES];
+    const void* v[KEY_TILES];
+    const void* next_k[KEY_TILES];  // to prefetch; null for none
+    const void* next_v[KEY_TILES];
+};
+
+// Called for one query row and n keys: replaces scores, -infinity where the key may not be read.
+using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t q_pos, int32_t head,
+                         const float* params);
+
+struct Kernels {
+    const char* name;
+    int rows_small, tiles_small;  // best register block for few rows, and for many
+    int rows_large, tiles_large;
+    Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
+
+    // y = x / sqrt(mean(x^2) + eps) * w
+    void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
+    // A row of floats, zero-padded to k_blocks * 32, into an activation row.
+    void (*activate[NUM_ACTIVATIONS])(const float* x, int k_blocks, uint8_t* row);
+    void (*add)(const float* x, int n, float* y);  // y += x
+    void (*gate)(Gate kind, const float* gate, const float* up, int n, float* out);
+    // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
+    void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);
+    void (*to_bf16)(const float* x, int n, uint16_t* y);
+    void (*argmax)(const float* x, int n, float* best, int* index);  // lowest index of the largest; NaN wins
+
+    // Scores of query rows [rows][head_dim] against a block: scores [rows][64].
+    void (*scores[NUM_KV])(const void* q, size_t q_stride, int rows, int head_dim, const KeyBlock& keys, float* scores);
+    // Fold scores (-infinity where masked) and V of a block into the state.
+    void (*fold[NUM_KV])(float* scores, int rows, int head_dim, const KeyBlock& keys, State& state);
+    // Merge `b` into `a` (log-sum-exp); an empty state (max = -infinity, sum = 0) is the identity.
+    void (*merge)(float* a_max, float* a_sum, float* a_out, float b_max, float b_sum, const float* b_out, int n);
+    void (*scale)(const float* x, float by, int n, float* y);
+};
+
+// The table of an instruction set, or null if this build or this CPU lacks it.
+const Kernels* kernels(const char* name);
+const Kernels* best_kernels();
+const char* isa_name(int i);  // of the i-th that this build has, best first; null beyond
+
+}  // namespace dovetail

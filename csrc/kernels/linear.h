@@ -1,0 +1,344 @@
+// Products of activation rows and packed weight tiles. Each output has one sequence of operations, whatever the
+// register block: blocks of 32 in order of K; inside one an exact integer sum (or a fixed float sequence), then one
+// or two fused multiply-adds. So a row's result depends neither on the other rows nor on the instruction set.
+#pragma once
+#include "../kernels.h"
+
+namespace {
+
+using dovetail::MAX_ROWS;
+using dovetail::MAX_TILES;
+
+constexpr int AHEAD = 4096;  // bytes that a prefetch runs ahead
+
+// ---- packed codes: `low(g)` and `high(g)` are the operands of k-quads g and g + 4, g in 0..3
+
+inline I nibble_low(I v) { return iand(v, ball(15)); }
+inline I nibble_high(I v) { return iand(right16<4>(v), ball(15)); }
+
+template <int G> inline I fifth_low(I h) {  // bit G of each byte, as 16
+    return iand(left16<4 - G>(h), ball(16));
+}
+template <int G> inline I fifth_high(I h) {  // bit G + 4
+    return iand(G ? right16<G>(h) : h, ball(16));
+}
+
+struct Nibbles {
+    static constexpr bool SMALL = true;
+    static constexpr int CODES = 256;
+    const uint8_t* p;
+    void open(const uint8_t* at) { p = at; }
+    template <int G> void operands(I& low, I& high) const {
+        const I v = iload(p + 64 * G);
+        low = nibble_low(v), high = nibble_high(v);
+    }
+};
+
+struct FiveBits {
+    static constexpr bool SMALL = true;
+    static constexpr int CODES = 320;
+    const uint8_t* p;
+    I top;
+    void open(const uint8_t* at) { p = at, top = iload(at + 256); }
+    template <int G> void operands(I& low, I& high) const {
+        const I v = iload(p + 64 * G);
+        low = ior(nibble_low(v), fifth_low<G>(top)), high = ior(nibble_high(v), fifth_high<G>(top));
+    }
+};
+
+struct SixBits {
+    static constexpr bool SMALL = true;
+    static constexpr int CODES = 384;
+    const uint8_t* p;
+    I first, second;  // bits 4 and 5 of k-quads 0 to 3, and 4 to 7
+    void open(const uint8_t* at) { p = at, first = iload(at + 256), second = iload(at + 320); }
+    template <int G> static I bits(I v) {
+        const I moved = G == 0 ? left16<4>(v) : G == 1 ? left16<2>(v) : G == 2 ? v : right16<2>(v);
+        return iand(moved, ball(0x30));
+    }
+    template <int G> void operands(I& low, I& high) const {
+        const I v = iload(p + 64 * G);
+        low = ior(nibble_low(v), bits<G>(first)), high = ior(nibble_high(v), bits<G>(second));
+    }
+};
+
+struct Bytes {
+    static constexpr bool SMALL = false;
+    static constexpr int CODES = 512;
+    const uint8_t* p;
+    void open(const uint8_t* at) { p = at; }
+    template <int G> void operands(I& low, I& high) const { low = iload(p + 64 * G), high = iload(p + 256 + 64 * G); }
+};
+
+// ---- formats: codes, zero point (8 << SHIFT, or none), scale and minimum of block `b` of a super-block
+
+template <class C, int FORMAT, int SHIFT, bool HAS_MIN> struct Simple : C {
+    static constexpr int ID = FORMAT, ZERO_SHIFT = SHIFT;
+    static constexpr bool MIN = HAS_MIN, HALVES = false;
+    static F scale(const uint8_t*, const uint8_t* block) { return half(block + C::CODES); }
+    static F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
+    static F minimum(const uint8_t*, const uint8_t* block) { return half(block + C::CODES + 32); }
+};
+// d * (scale of 32 values), minus dmin * (minimum of 32)
+template <class C, int FORMAT> struct AffineK : C {
+    static constexpr int ID = FORMAT, ZERO_SHIFT = -1;
+    static constexpr bool MIN = true, HALVES = false;
+    static F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), unsigned_bytes(block + C::CODES)); }
+    static F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
+    static F minimum(const uint8_t* head, const uint8_t* block) {
+        return sub(zero(), mul(half(head + 32), unsigned_bytes(block + C::CODES + 16)));
+    }
+};
+// d * (signed scale of 16 values)
+struct SixK : SixBits {
+    static constexpr int ID = dovetail::Q6_K, ZERO_SHIFT = 2;
+    static constexpr bool MIN = false, HALVES = true;
+    static F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), signed_bytes(block + CODES)); }
+    static F scale_high(const uint8_t* head, const uint8_t* block) {
+        return mul(half(head), signed_bytes(block + CODES + 16));
+    }
+    static F minimum(const uint8_t*, const uint8_t*) { return zero(); }
+};
+
+using WQ4_0 = Simple<Nibbles, dovetail::Q4_0, 0, false>;
+using WQ4_1 = Simple<Nibbles, dovetail::Q4_1, -1, true>;
+using WQ5_0 = Simple<FiveBits, dovetail::Q5_0, 1, false>;
+using WQ5_1 = Simple<FiveBits, dovetail::Q5_1, -1, true>;
+using WQ8_0 = Simple<Bytes, dovetail::Q8_0, 4, false>;
+using WQ4_K = AffineK<Nibbles, dovetail::Q4_K>;
+using WQ5_K = AffineK<FiveBits, dovetail::Q5_K>;
+
+template <class W> constexpr int ZERO_POINT = W::ZERO_SHIFT < 0 ? 0 : 8 << (W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT);
+template <class W> constexpr dovetail::FormatInfo INFO = dovetail::FORMATS[W::ID];
+
+template <class W> inline I products(I acc, I weights, int32_t quad) {
+    return W::SMALL ? dot_small(acc, weights, iall(quad)) : dot(acc, weights, iall(quad));
+}
+
+// ---- int8 activations
+
+struct Int8Row {
+    const int32_t* quads;
+    const float *scale, *scaled_sum;
+    const int32_t *offset, *half_offset;
+    void open(const uint8_t* row, int k_blocks) {
+        quads = (const int32_t*)row, scale = (const float*)(row + (size_t)k_blocks * 32), scaled_sum = scale + k_blocks;
+        offset = (const int32_t*)(scaled_sum + k_blocks), half_offset = offset + k_blocks;
+    }
+};
+
+template <class W> inline I start(const Int8Row& row, int b, int half) {
+    if (W::ZERO_SHIFT < 0) return izero();
+    const int32_t* at = W::HALVES ? row.half_offset + 2 * b + half : row.offset + b;
+    return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*at));
+}
+
+template <class W, int R, int T, int G>
+inline void quads_int8(const W (&w)[T], const Int8Row (&row)[R], int b, I (&low)[R][T], I (&high)[R][T]) {
+    I a[T], c[T];
+    UNROLL for (int t = 0; t < T; t++) w[t].template operands<G>(a[t], c[t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) low[r][t] = products<W>(low[r][t], a[t], row[r].quads[8 * b + G]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) {
+            I& acc = W::HALVES || R * T == 1 ? high[r][t] : low[r][t];
+            acc = products<W>(acc, c[t], row[r].quads[8 * b + G + 4]);
+        }
+}
+
+template <class W, int R, int T>
+inline void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Row (&row)[R], int b,
+                       F (&f)[R][T]) {
+    I low[R][T], high[R][T];
+    W w[T];
+    UNROLL for (int t = 0; t < T; t++) w[t].open(at[t]);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) {
+            low[r][t] = start<W>(row[r], b, 0);
+            high[r][t] = W::HALVES ? start<W>(row[r], b, 1) : izero();
+        }
+    quads_int8<W, R, T, 0>(w, row, b, low, high);
+    quads_int8<W, R, T, 1>(w, row, b, low, high);
+    quads_int8<W, R, T, 2>(w, row, b, low, high);
+    quads_int8<W, R, T, 3>(w, row, b, low, high);
+    UNROLL for (int t = 0; t < T; t++) {
+        const F d = W::scale(head[t], at[t]);
+        const F d2 = W::HALVES ? W::scale_high(head[t], at[t]) : zero();
+        const F m = W::MIN ? W::minimum(head[t], at[t]) : zero();
+        UNROLL for (int r = 0; r < R; r++) {
+            const F s = all(row[r].scale[b]);
+            const I total = !W::HALVES && R * T == 1 ? iadd(low[r][t], high[r][t]) : low[r][t];
+            f[r][t] = fma(to_float(total), mul(d, s), f[r][t]);
+            if (W::HALVES) f[r][t] = fma(to_float(high[r][t]), mul(d2, s), f[r][t]);
+            if (W::MIN) f[r][t] = fma(m, all(row[r].scaled_sum[b]), f[r][t]);
+        }
+    }
+}
+
+template <class W, int R, int T>
+void gemm_int8(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
+               float* out, int out_stride) {
+    constexpr auto info = INFO<W>;
+    F f[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
+    Int8Row row[R];
+    UNROLL for (int r = 0; r < R; r++) row[r].open(rows + r * row_stride, k_blocks);
+    for (int b = 0; b < k_blocks; b++) {
+        const uint8_t *head[T], *at[T];
+        UNROLL for (int t = 0; t < T; t++) {
+            head[t] = weights + t * tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
+            at[t] = head[t] + info.head + (b % info.blocks) * info.block;
+            UNROLL for (int line = 0; line < info.block; line += 64) prefetch(at[t] + AHEAD + line);
+        }
+        block_int8<W, R, T>(head, at, row, b, f);
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+}
+
+// ---- float32 activations against the same codes: nothing is rounded but the float32 sums
+
+template <class W, int R, int T, int B>
+inline void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
+    UNROLL for (int t = 0; t < T; t++) {
+        const I byte = iand(B ? right32<8 * B>(codes[t]) : codes[t], iall(255));
+        const F w = sub(to_float(byte), all((float)ZERO_POINT<W>));
+        UNROLL for (int r = 0; r < R; r++) sums[r][t] = fma(w, all(x[r][k + B]), sums[r][t]);
+    }
+}
+template <class W, int R, int T>
+inline void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
+    quad_exact<W, R, T, 0>(codes, x, k, sums), quad_exact<W, R, T, 1>(codes, x, k, sums);
+    quad_exact<W, R, T, 2>(codes, x, k, sums), quad_exact<W, R, T, 3>(codes, x, k, sums);
+}
+template <class W, int R, int T, int G>
+inline void quads_exact(const W* w, const float* const (&x)[R], int k, F (&low)[R][T], F (&high)[R][T]) {
+    I a[T], c[T];
+    UNROLL for (int t = 0; t < T; t++) w[t].template operands<G>(a[t], c[t]);
+    quad_exact<W, R, T>(a, x, k + 4 * G, low);
+    quad_exact<W, R, T>(c, x, k + 4 * G + 16, high);
+}
+
+template <class W, int R, int T>
+void gemm_exact(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
+                float* out, int out_stride) {
+    constexpr auto info = INFO<W>;
+    F f[R][T];
+    const float *x[R], *x_sum[R];
+    UNROLL for (int r = 0; r < R; r++) {
+        x[r] = (const float*)(rows + r * row_stride), x_sum[r] = x[r] + (size_t)k_blocks * 32;
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
+    }
+    for (int b = 0; b < k_blocks; b++) {
+        UNROLL for (int t = 0; t < T; t++) {
+            const uint8_t* head =
+                weights + t * tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
+            const uint8_t* at = head + info.head + (b % info.blocks) * info.block;
+            F low[R][1], high[R][1];
+            UNROLL for (int r = 0; r < R; r++) low[r][0] = high[r][0] = zero();
+            W w[1];
+            w[0].open(at);
+            quads_exact<W, R, 1, 0>(w, x, 32 * b, low, high), quads_exact<W, R, 1, 1>(w, x, 32 * b, low, high);
+            quads_exact<W, R, 1, 2>(w, x, 32 * b, low, high), quads_exact<W, R, 1, 3>(w, x, 32 * b, low, high);
+            const F d = W::scale(head, at), d2 = W::HALVES ? W::scale_high(head, at) : d;
+            UNROLL for (int r = 0; r < R; r++) {
+                f[r][t] = fma(low[r][0], d, f[r][t]);
+                f[r][t] = fma(high[r][0], d2, f[r][t]);
+                if (W::MIN) f[r][t] = fma(W::minimum(head, at), all(x_sum[r][b]), f[r][t]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+}
+
+// ---- unquantized weights
+
+struct WF32 {
+    static constexpr int ID = dovetail::F32;
+    static F at(const uint8_t* p, int k) { return load((const float*)p + 16 * k); }
+};
+struct WF16 {
+    static constexpr int ID = dovetail::F16;
+    static F at(const uint8_t* p, int k) { return half(p + 32 * k); }
+};
+
+template <class W, int R, int T>
+void gemm_wide(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
+               float* out, int out_stride) {
+    F f[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
+    for (int k = 0; k < 32 * k_blocks; k++) {
+        F w[T];
+        UNROLL for (int t = 0; t < T; t++) {
+            w[t] = W::at(weights + t * tile_stride, k);
+            prefetch(weights + t * tile_stride + (size_t)INFO<W>.block / 32 * k + AHEAD);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            const F x = all(((const float*)(rows + r * row_stride))[k]);
+            UNROLL for (int t = 0; t < T; t++) f[r][t] = fma(w[t], x, f[r][t]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+}
+
+// bfloat16 weights lie as [K / 2][16][2]. With float32 rows both halves are widened; with bfloat16 rows two products
+// at a time go into the float32 sum.
+template <bool WIDE, int R, int T>
+void gemm_bf16(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
+               float* out, int out_stride) {
+    F f[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
+    for (int k = 0; k < 16 * k_blocks; k++) {
+        I w[T];
+        UNROLL for (int t = 0; t < T; t++) {
+            w[t] = iload(weights + t * tile_stride + (size_t)64 * k);
+            prefetch(weights + t * tile_stride + (size_t)64 * k + AHEAD);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            if (WIDE) {
+                const float* x = (const float*)(rows + r * row_stride) + 2 * k;
+                UNROLL for (int t = 0; t < T; t++) {
+                    f[r][t] = fma(as_float(left32<16>(w[t])), all(x[0]), f[r][t]);
+                    f[r][t] = fma(as_float(iand(w[t], iall((int)0xffff0000))), all(x[1]), f[r][t]);
+                }
+            } else {
+                const I x = iall(((const int32_t*)(rows + r * row_stride))[k]);
+                UNROLL for (int t = 0; t < T; t++) f[r][t] = dot_bf16(f[r][t], w[t], x);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+}
+
+// ---- the table
+
+template <class W, int R, int T> void add_codes(dovetail::Kernels& k) {
+    k.gemm[W::ID][dovetail::INT8][R][T] = gemm_int8<W, R, T>;
+    k.gemm[W::ID][dovetail::EXACT][R][T] = gemm_exact<W, R, T>;
+}
+template <int R, int T> void add_block(dovetail::Kernels& k) {
+    add_codes<WQ4_0, R, T>(k), add_codes<WQ4_1, R, T>(k), add_codes<WQ5_0, R, T>(k), add_codes<WQ5_1, R, T>(k);
+    add_codes<WQ8_0, R, T>(k), add_codes<WQ4_K, R, T>(k), add_codes<WQ5_K, R, T>(k), add_codes<SixK, R, T>(k);
+    k.gemm[dovetail::F32][dovetail::EXACT][R][T] = gemm_wide<WF32, R, T>;
+    k.gemm[dovetail::F16][dovetail::EXACT][R][T] = gemm_wide<WF16, R, T>;
+    k.gemm[dovetail::BF16][dovetail::EXACT][R][T] = gemm_bf16<true, R, T>;
+    k.gemm[dovetail::BF16][dovetail::BFLOAT][R][T] = gemm_bf16<false, R, T>;
+}
+template <int T, int R = 1> void add_rows(dovetail::Kernels& k, int most) {
+    if (R <= most) add_block<R, T>(k);
+    if constexpr (R < (T == 1 ? ROWS_SMALL : T == 2 ? ROWS_LARGE : ROWS_SMALL)) add_rows<T, R + 1>(k, most);
+}
+inline void add_linear(dovetail::Kernels& k) {
+    k.rows_small = ROWS_SMALL, k.tiles_small = TILES_SMALL, k.rows_large = ROWS_LARGE, k.tiles_large = TILES_LARGE;
+    add_rows<1>(k, ROWS_SMALL);
+    if constexpr (TILES_LARGE >= 2) add_rows<2>(k, ROWS_LARGE);
+    if constexpr (TILES_SMALL >= 3) add_rows<3>(k, ROWS_SMALL);
+}
+
+}  // namespace

@@ -1,0 +1,158 @@
+// Work on one row: norm, quantization, rotation, activation functions, argmax.
+#pragma once
+#include "../kernels.h"
+
+namespace {
+
+// e^x, 2.3e-7 relative; below the smallest normal number 0; NaN stays NaN. Cody and Waite's split of ln 2.
+inline F exponential(F x) {
+    const M finite = not_less(x, all(-87.33654f));
+    const F c = min(x, all(88.37f));
+    const F n = round_even(mul(c, all(1.44269504f)));
+    const F r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), c));
+    F p = fma(r, all(1.0f / 120), all(1.0f / 24));
+    p = fma(r, p, all(1.0f / 6));
+    p = fma(r, p, all(0.5f));
+    p = fma(r, p, all(1.0f));
+    p = fma(r, p, all(1.0f));
+    return keep(finite, times_power_of_two(p, keep(finite, n)));
+}
+
+// tanh, through e^(-2|x|), with the sign put back
+inline F hyperbolic_tangent(F x) {
+    const F e = exponential(mul(magnitude(x), all(-2.0f)));
+    const F t = div(sub(all(1.0f), e), add(all(1.0f), e));
+    return ior_sign(t, x);
+}
+
+// Abramowitz and Stegun 7.1.26, absolute error 1.5e-7
+inline F error_function(F x) {
+    const F a = magnitude(x), t = div(all(1.0f), fma(a, all(0.3275911f), all(1.0f)));
+    F p = fma(t, all(1.061405429f), all(-1.453152027f));
+    p = fma(t, p, all(1.421413741f));
+    p = fma(t, p, all(-0.284496736f));
+    p = mul(t, fma(t, p, all(0.254829592f)));
+    return ior_sign(sub(all(1.0f), mul(p, exponential(sub(zero(), mul(a, a))))), x);
+}
+
+void rms_norm(const float* x, const float* w, float eps, int n, float* y) {
+    F squares = zero();
+    for (int i = 0; i < n; i += 16) {
+        const F v = load(x + i);
+        squares = fma(v, v, squares);
+    }
+    const F by = all(1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps));
+    for (int i = 0; i < n; i += 16) store(y + i, mul(mul(load(x + i), by), load(w + i)));
+}
+
+void activate_int8(const float* x, int k_blocks, uint8_t* row) {
+    int8_t* codes = (int8_t*)row;
+    float *scale = (float*)(row + (size_t)k_blocks * 32), *scaled_sum = scale + k_blocks;
+    int32_t *offset = (int32_t*)(scaled_sum + k_blocks), *half_offset = offset + k_blocks;
+    for (int b = 0; b < k_blocks; b++) {
+        const F lo = load(x + 32 * b), hi = load(x + 32 * b + 16);
+        const float most = highest_magnitude(lo, hi);
+        const float d = most / 127.0f, by = most > 0 ? 127.0f / most : 0.0f;
+        const I a = to_int(mul(lo, all(by))), c = to_int(mul(hi, all(by)));
+        store_bytes(codes + 32 * b, a), store_bytes(codes + 32 * b + 16, c);
+        const int first = sum(a), second = sum(c);
+        scale[b] = d, scaled_sum[b] = d * (float)(first + second);
+        offset[b] = -8 * (first + second), half_offset[2 * b] = -8 * first, half_offset[2 * b + 1] = -8 * second;
+    }
+}
+
+void activate_exact(const float* x, int k_blocks, uint8_t* row) {
+    float *y = (float*)row, *sums = y + (size_t)k_blocks * 32;
+    for (int b = 0; b < k_blocks; b++) {
+        const F lo = load(x + 32 * b), hi = load(x + 32 * b + 16);
+        store(y + 32 * b, lo), store(y + 32 * b + 16, hi);
+        sums[b] = sum(add(lo, hi));
+    }
+}
+
+void activate_bf16(const float* x, int k_blocks, uint8_t* row) {
+    for (int i = 0; i < 32 * k_blocks; i += 16) store_bf16((uint16_t*)row + i, load(x + i));
+}
+
+void to_bf16(const float* x, int n, uint16_t* y) {
+    for (int i = 0; i < n; i += 16) store_bf16(y + i, load(x + i));
+}
+
+void add_row(const float* x, int n, float* y) {
+    for (int i = 0; i < n; i += 16) store(y + i, add(load(y + i), load(x + i)));
+}
+
+void scale_row(const float* x, float by, int n, float* y) {
+    for (int i = 0; i < n; i += 16) store(y + i, mul(load(x + i), all(by)));
+}
+
+inline F activation(dovetail::Gate kind, F x) {
+    const F one = all(1.0f);
+    switch (kind) {
+        case dovetail::GATE_SILU: return div(x, add(one, exponential(sub(zero(), x))));
+        case dovetail::GATE_GELU: return mul(mul(x, all(0.5f)), add(one, error_function(mul(x, all(0.70710678f)))));
+        case dovetail::GATE_GELU_TANH: {
+            const F inner = mul(all(0.79788456f), fma(mul(mul(x, x), x), all(0.044715f), x));
+            return mul(mul(x, all(0.5f)), add(one, hyperbolic_tangent(inner)));
+        }
+        case dovetail::GATE_RELU: return max(zero(), x);
+        default: return x;
+    }
+}
+
+void gate_row(dovetail::Gate kind, const float* gate, const float* up, int n, float* out) {
+    for (int i = 0; i < n; i += 16) store(out + i, mul(activation(kind, load(gate + i)), load(up + i)));
+}
+
+// cos and sin may be read up to 15 floats past n / 2; y is written up to a multiple of 16 per half only where n / 2
+// is one, so other sizes take the plain loop.
+void rotate(const float* x, const float* cos, const float* sin, float scale, int n, float* y) {
+    const int h = n / 2;
+    int i = 0;
+    for (; i + 16 <= h; i += 16) {
+        const F a = load(x + i), b = load(x + h + i), c = load(cos + i), s = load(sin + i), by = all(scale);
+        store(y + i, mul(sub(mul(a, c), mul(b, s)), by));
+        store(y + h + i, mul(add(mul(b, c), mul(a, s)), by));
+    }
+    for (; i < h; i++) {
+        const float a = x[i], b = x[h + i];
+        y[i] = (a * cos[i] - b * sin[i]) * scale;
+        y[h + i] = (b * cos[i] + a * sin[i]) * scale;
+    }
+}
+
+void argmax(const float* x, int n, float* best, int* index) {
+    F high = all(-__builtin_inff());
+    I at = izero();
+    float tail = -__builtin_inff();
+    int tail_at = 0, i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const F v = load(x + i);
+        const M more = not_less_equal(v, high);  // also where v is NaN: then it stays, for nothing exceeds it
+        const M sound = not_nan(high);
+        const M take = both(more, sound);
+        high = choose(take, v, high), at = choose(take, iall(i), at);
+    }
+    for (; i < n; i++)
+        if (!(x[i] <= tail) && tail == tail) tail = x[i], tail_at = i;
+    int32_t lanes[16];
+    istore(lanes, at);
+    float most = tail;
+    int where = tail_at;
+    for (int l = 0; l < 16; l++) {
+        const float v = lane(high, l);
+        const int here = lanes[l] + l;
+        if (most != most) break;
+        if (v != v || v > most || (v == most && here < where)) most = v, where = here;
+    }
+    *best = most, *index = where;
+}
+
+inline void add_rows_of(dovetail::Kernels& k) {
+    k.rms_norm = rms_norm, k.add = add_row, k.scale = scale_row, k.gate = gate_row, k.rotate = rotate;
+    k.to_bf16 = to_bf16, k.argmax = argmax;
+    k.activate[dovetail::INT8] = activate_int8, k.activate[dovetail::EXACT] = activate_exact;
+    k.activate[dovetail::BFLOAT] = activate_bf16;
+}
+
+}  // namespace

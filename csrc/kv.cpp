@@ -1,0 +1,129 @@
+#include "kv.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "pack.h"
+
+namespace dovetail {
+
+namespace {
+
+uint16_t to_bf16(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    return x != x ? 0x7fc0 : (uint16_t)((b + (b >> 16 & 1) + 0x7fff) >> 16);
+}
+
+float from_bf16(uint16_t h) {
+    const uint32_t b = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &b, 4);
+    return x;
+}
+
+constexpr float LARGEST = 3.38e38f;  // stays finite as bfloat16
+
+bool sound(const float* x, int n) {
+    bool ok = true;
+    for (int i = 0; i < n; i++) ok &= std::fabs(x[i]) <= LARGEST;
+    return ok;
+}
+
+void put_k(KVType type, uint8_t* tile, int n, int t, int d, float x) {
+    if (type == KV_F32) ((float*)tile)[d * 16 + t] = x;
+    else ((uint16_t*)tile)[(d / 2) * 32 + t * 2 + d % 2] = to_bf16(x);
+    (void)n;
+}
+
+void put_v(KVType type, uint8_t* tile, int n, int t, int d, float x) {
+    if (type == KV_F32) ((float*)tile)[(size_t)t * n + d] = x;
+    else ((uint16_t*)tile)[(size_t)(t / 2) * 2 * n + d * 2 + t % 2] = to_bf16(x);
+}
+
+// Symmetric int8: scale = max|x| / 127.
+void put_int8(int8_t* codes, float* scale, const float* x, int n) {
+    float most = 0;
+    for (int i = 0; i < n; i++) most = std::fmax(most, std::fabs(x[i]));
+    *scale = most / 127.0f;
+    const float by = std::fmax(*scale, 1.17549435e-38f);
+    for (int i = 0; i < n; i++) codes[i] = (int8_t)std::nearbyint(x[i] / by);
+}
+
+// Asymmetric int4: x ~ minimum + scale * code, two codes a byte, low half first.
+void put_int4(uint8_t* codes, float* pair, const float* x, int n) {
+    float low = x[0], high = x[0];
+    for (int i = 1; i < n; i++) low = std::fmin(low, x[i]), high = std::fmax(high, x[i]);
+    pair[0] = (high - low) / 15.0f, pair[1] = low;
+    const float by = std::fmax(pair[0], 1.17549435e-38f);
+    for (int i = 0; i < n; i += 2) {
+        const int a = (int)std::nearbyint((x[i] - low) / by), b = (int)std::nearbyint((x[i + 1] - low) / by);
+        codes[i / 2] = (uint8_t)(a | b << 4);
+    }
+}
+
+void put_vector(const KVMemory& kv, uint8_t* base, float* scales, size_t at, const float* x) {
+    const size_t n = kv.dim;
+    if (kv.stored == STORE_F32) memcpy(base + at * n * 4, x, n * 4);
+    else if (kv.stored == STORE_BF16)
+        for (size_t i = 0; i < n; i++) ((uint16_t*)base)[at * n + i] = to_bf16(x[i]);
+    else if (kv.stored == STORE_INT8) put_int8((int8_t*)base + at * n, scales + at, x, (int)n);
+    else put_int4(base + at * n / 2, scales + 2 * at, x, (int)n);
+}
+
+float get(const KVMemory& kv, const uint8_t* base, const float* scales, size_t at, int d) {
+    const size_t n = kv.dim;
+    switch (kv.stored) {
+        case STORE_F32: return ((const float*)base)[at * n + d];
+        case STORE_BF16: return from_bf16(((const uint16_t*)base)[at * n + d]);
+        case STORE_INT8: return (float)((const int8_t*)base)[at * n + d] * scales[at];
+        default: {
+            const uint8_t byte = base[(at * n + d) / 2];
+            const float code = (float)(d % 2 ? byte >> 4 : byte & 15);
+            return code * scales[2 * at] + scales[2 * at + 1];
+        }
+    }
+}
+
+}  // namespace
+
+void write_token(const KVMemory& kv, int64_t page, int head, int offset, const float* k, const float* v) {
+    float broken[1024], none[1024];
+    if (!sound(k, kv.dim) || !sound(v, kv.dim)) {
+        for (int i = 0; i < kv.dim; i++) broken[i] = NAN, none[i] = 0;
+        k = broken, v = none;
+        if (kv.stored == STORE_INT8 || kv.stored == STORE_INT4) {
+            put_vector(kv, kv.v, kv.v_scale, kv.vector(page, head, offset), none);
+            const size_t at = kv.vector(page, head, offset);
+            put_vector(kv, kv.k, kv.k_scale, at, none);
+            kv.k_scale[kv.stored == STORE_INT4 ? 2 * at : at] = NAN;
+            return;
+        }
+    }
+    if (kv.layout == TILED) {
+        const size_t at = kv.tile(page, head, offset / 16);
+        const int n = kv.padded(), t = offset % 16;
+        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + at, n, t, d, k[d]);
+        for (int d = 0; d < kv.dim; d++) put_v(kv.compute(), kv.v + at, n, t, d, v[d]);
+        return;
+    }
+    const size_t at = kv.vector(page, head, offset);
+    put_vector(kv, kv.k, kv.k_scale, at, k);
+    put_vector(kv, kv.v, kv.v_scale, at, v);
+}
+
+void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v) {
+    const int n = kv.padded();
+    const size_t tile = (size_t)16 * n * (kv.compute() == KV_F32 ? 4 : 2);
+    for (int i = 0; i < count; i++) {
+        const size_t from = kv.vector(page, head, first + i);
+        const int t = (at + i) % 16;
+        uint8_t *kt = k + tile * ((at + i) / 16), *vt = v + tile * ((at + i) / 16);
+        for (int d = 0; d < kv.dim; d++) {
+            put_k(kv.compute(), kt, n, t, d, get(kv, kv.k, kv.k_scale, from, d));
+            put_v(kv.compute(), vt, n, t, d, get(kv, kv.v, kv.v_scale, from, d));
+        }
+    }
+}
+
+}  // namespace dovetail

@@ -1,0 +1,45 @@
+// Paged KV as the kernels see it: base pointers and strides; the memory belongs to the caller.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace dovetail {
+
+// TILED: per page and head, tiles of 16 tokens as attention reads them (page sizes that are multiples of 16).
+// NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles as they are read.
+enum Layout : int { TILED, NHD, HND };
+enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4 };
+
+struct KVMemory {
+    Layout layout;
+    KVStored stored;
+    uint8_t *k, *v;
+    float *k_scale, *v_scale;    // INT8: [.., token, head] (or [.., head, token]); INT4: scale and minimum, pairs
+    int64_t pages_per_layer;
+    int page_size, heads, dim;
+
+    KVType compute() const { return stored == STORE_BF16 ? KV_BF16 : KV_F32; }
+    int padded() const { return (dim + 15) / 16 * 16; }
+    int element() const { return stored == STORE_F32 ? 4 : 2; }
+    size_t tile_bytes() const { return (size_t)16 * padded() * element(); }
+    // Tile of tokens [16 i, 16 i + 16) of a page, in the TILED layout.
+    size_t tile(int64_t page, int head, int i) const {
+        return ((size_t)(page * heads + head) * (page_size / 16) + i) * tile_bytes();
+    }
+    // Index of a token's vector in the other layouts.
+    size_t vector(int64_t page, int head, int offset) const {
+        return layout == NHD ? ((size_t)page * page_size + offset) * heads + head
+                             : ((size_t)page * heads + head) * page_size + offset;
+    }
+};
+
+// Store K and V [dim] of one token. What is not finite is stored so that only rows that read the token see it: as
+// NaN in K, whose scores are masked by selection, and 0 in V, whose weight is then 0.
+void write_token(const KVMemory& kv, int64_t page, int head, int offset, const float* k, const float* v);
+
+// Copy tokens [first, first + count) of a page into rows `at`.. of 64-token tiles in the compute type.
+void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v);
+
+}  // namespace dovetail

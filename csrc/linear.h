@@ -1,0 +1,33 @@
+// A linear operation: activation rows in, packed weights, an epilogue.
+#pragma once
+#include "program.h"
+
+namespace dovetail {
+
+class LinearOp : public Op {
+   public:
+    LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kernels& kernels);
+    const char* name() const override { return args_.gate ? "linear_gate" : args_.add ? "linear_add" : "linear"; }
+    void prepare(const Work& work) override;
+    void run(Member& member, const Work& work) override;
+
+   private:
+    struct Segment {
+        const Packed* weights;
+        int column, first_tile;
+    };
+    void activate(const Kernels& kernels, const float* x, uint8_t* row) const;
+    void tiles(const Work& work, const uint8_t* rows, int first, int last) const;
+    void block(const Work& work, const Segment& s, int tile, int count, const uint8_t* rows, int row, int n) const;
+    void gates(const Work& work, const uint8_t* rows, int first, int last) const;
+    void finish(const Work& work, int row, int column, int n, const float* values) const;
+    int total(const Work& work) const;
+
+    LinearArgs args_;
+    std::vector<Segment> segments_;
+    int tiles_ = 0, k_blocks_, in_width_;
+    size_t row_bytes_;
+    Aligned<uint8_t> rows_;
+};
+
+}  // namespace dovetail

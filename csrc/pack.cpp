@@ -1,0 +1,213 @@
+#include "pack.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace dovetail {
+
+float half_value(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+    if (exponent == 0) {
+        const float tiny = (float)fraction * 0x1p-24f;
+        return sign ? -tiny : tiny;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+namespace {
+
+float bf16_value(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+uint16_t u16(const uint8_t* p) {
+    uint16_t x;
+    memcpy(&x, p, 2);
+    return x;
+}
+
+uint32_t u32(const uint8_t* p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+// 32 values of one row: unsigned codes, and what turns them into numbers. The halves are scaled apart in Q6_K.
+struct Codes {
+    uint8_t q[32];
+    uint16_t d = 0, m = 0;        // float16 scale and minimum (of the super-block, in K formats)
+    uint8_t scale[2] = {0, 0};    // K formats: integer scale (of each half in Q6_K)
+    uint8_t minimum = 0;          // K formats: integer minimum
+};
+
+void nibbles(const uint8_t* p, uint8_t* q) {
+    for (int i = 0; i < 16; i++) q[i] = p[i] & 15, q[i + 16] = p[i] >> 4;
+}
+
+void six_bit_scales(const uint8_t* p, int i, uint8_t& scale, uint8_t& minimum) {
+    if (i < 4) {
+        scale = p[i] & 63, minimum = p[i + 4] & 63;
+    } else {
+        scale = (uint8_t)((p[i + 4] & 15) | (p[i - 4] >> 6) << 4);
+        minimum = (uint8_t)(p[i + 4] >> 4 | (p[i] >> 6) << 4);
+    }
+}
+
+void read_small(Format f, const uint8_t* p, Codes& c) {
+    c.d = u16(p);
+    if (f == Q8_0) {
+        for (int i = 0; i < 32; i++) c.q[i] = (uint8_t)(p[2 + i] + 128);
+        return;
+    }
+    const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
+    const uint8_t* at = p + (has_min ? 4 : 2);
+    if (has_min) c.m = u16(p + 2);
+    nibbles(at + (five ? 4 : 0), c.q);
+    if (five) {
+        const uint32_t high = u32(at);
+        for (int i = 0; i < 32; i++) c.q[i] |= (uint8_t)((high >> i & 1) << 4);
+    }
+}
+
+// Block b (of 8) of a super-block of 256.
+void read_k(Format f, const uint8_t* p, int b, Codes& c) {
+    if (f == Q6_K) {
+        const uint8_t *low = p + 64 * (b / 4) + 32 * (b % 2), *high = p + 128 + 32 * (b / 4);
+        const int shift = 4 * (b % 4 / 2), high_shift = 2 * (b % 4);
+        for (int i = 0; i < 32; i++) c.q[i] = (uint8_t)((low[i] >> shift & 15) | (high[i] >> high_shift & 3) << 4);
+        c.scale[0] = p[192 + 2 * b], c.scale[1] = p[192 + 2 * b + 1];
+        c.d = u16(p + 208);
+        return;
+    }
+    c.d = u16(p), c.m = u16(p + 2);
+    six_bit_scales(p + 4, b, c.scale[0], c.minimum);
+    const uint8_t* codes = p + (f == Q5_K ? 48 : 16) + 32 * (b / 2);
+    for (int i = 0; i < 32; i++) c.q[i] = b % 2 ? codes[i] >> 4 : codes[i] & 15;
+    if (f == Q5_K)
+        for (int i = 0; i < 32; i++) c.q[i] |= (uint8_t)((p[16 + i] >> b & 1) << 4);
+}
+
+void read_block(Format f, const uint8_t* row, int b, Codes& c) {
+    const FormatInfo& info = FORMATS[f];
+    const uint8_t* p = row + (size_t)(b / info.blocks) * info.bytes;
+    if (info.blocks == 1) read_small(f, p, c);
+    else read_k(f, p, b % info.blocks, c);
+}
+
+// Codes of column `lane` into a block of the packed layout.
+void place_codes(Format f, const uint8_t* q, int lane, uint8_t* block) {
+    if (f == Q8_0) {
+        for (int k = 0; k < 32; k++) block[64 * (k / 4) + 4 * lane + k % 4] = q[k];
+        return;
+    }
+    for (int k = 0; k < 16; k++) {
+        const int at = 64 * (k / 4) + 4 * lane + k % 4;
+        block[at] = (uint8_t)((q[k] & 15) | (q[k + 16] & 15) << 4);
+    }
+    if (f == Q5_0 || f == Q5_1 || f == Q5_K) {
+        for (int k = 0; k < 32; k++) block[256 + 4 * lane + k % 4] |= (uint8_t)((q[k] >> 4) << (k / 4));
+    } else if (f == Q6_K) {
+        for (int k = 0; k < 32; k++)
+            block[256 + 64 * (k / 16) + 4 * lane + k % 4] |= (uint8_t)((q[k] >> 4) << 2 * (k / 4 % 4));
+    }
+}
+
+void place_scales(Format f, const Codes& c, int lane, uint8_t* head, uint8_t* block) {
+    const FormatInfo& info = FORMATS[f];
+    if (info.blocks == 1) {
+        const bool has_min = f == Q4_1 || f == Q5_1;
+        uint8_t* at = block + info.block - (has_min ? 64 : 32);
+        memcpy(at + 2 * lane, &c.d, 2);
+        if (has_min) memcpy(at + 32 + 2 * lane, &c.m, 2);
+        return;
+    }
+    memcpy(head + 2 * lane, &c.d, 2);
+    uint8_t* at = block + info.block - 32;
+    at[lane] = c.scale[0];
+    at[16 + lane] = f == Q6_K ? c.scale[1] : c.minimum;
+    if (f != Q6_K) memcpy(head + 32 + 2 * lane, &c.m, 2);
+}
+
+void pack_codes_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k_blocks, uint8_t* tile) {
+    const FormatInfo& info = FORMATS[f];
+    for (int b = 0; b < k_blocks; b++) {
+        uint8_t* head = tile + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
+        uint8_t* block = head + info.head + (b % info.blocks) * info.block;
+        for (int lane = 0; lane < columns; lane++) {
+            Codes c;
+            read_block(f, rows + lane * row_bytes, b, c);
+            place_codes(f, c.q, lane, block);
+            place_scales(f, c, lane, head, block);
+        }
+    }
+}
+
+void pack_plain_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k, uint8_t* tile) {
+    const int size = FORMATS[f].bytes;
+    for (int lane = 0; lane < columns; lane++)
+        for (int i = 0; i < k; i++) {
+            const size_t to = f == BF16 ? ((size_t)(i / 2) * 16 + lane) * 2 + i % 2 : (size_t)i * 16 + lane;
+            memcpy(tile + to * size, rows + lane * row_bytes + (size_t)i * size, size);
+        }
+}
+
+constexpr size_t PAGE = 2 << 20;
+
+}  // namespace
+
+Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads)
+    : format(format), n(n), k(k), tiles((n + TILE - 1) / TILE), k_blocks((k + BLOCK - 1) / BLOCK),
+      tile_stride(tile_bytes(format, k_blocks)), bytes(tiles * tile_stride) {
+    const FormatInfo& info = FORMATS[format];
+    if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
+    // Anonymous pages are zero, which is what padding columns and bits need; a page more for prefetches past the end.
+    void* p = mmap(nullptr, bytes + 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    if (bytes >= PAGE) madvise(p, bytes, MADV_HUGEPAGE);
+    data = (uint8_t*)p;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int t = 0; t < tiles; t++) {
+        const uint8_t* from = rows + (size_t)t * TILE * row_bytes;
+        const int columns = n - t * TILE < TILE ? n - t * TILE : TILE;
+        if (info.values == 1) pack_plain_tile(format, from, row_bytes, columns, k, data + t * tile_stride);
+        else pack_codes_tile(format, from, row_bytes, columns, k_blocks, data + t * tile_stride);
+    }
+}
+
+Packed::~Packed() { munmap(data, bytes + 8192); }
+
+void dequantize_row(Format f, const uint8_t* row, int k, float* out) {
+    if (f == F32) {
+        memcpy(out, row, (size_t)k * 4);
+        return;
+    }
+    if (f == F16 || f == BF16) {
+        for (int i = 0; i < k; i++) out[i] = f == F16 ? half_value(u16(row + 2 * i)) : bf16_value(u16(row + 2 * i));
+        return;
+    }
+    const bool has_min = f == Q4_1 || f == Q5_1;
+    const float zero = f == Q4_0 ? 8.0f : f == Q5_0 ? 16.0f : f == Q8_0 ? 128.0f : f == Q6_K ? 32.0f : 0.0f;
+    for (int b = 0; b < k / 32; b++) {
+        Codes c;
+        read_block(f, row, b, c);
+        const float d = half_value(c.d), m = half_value(c.m);
+        for (int i = 0; i < 32; i++) {
+            const float q = (float)c.q[i] - zero;
+            float& y = out[32 * b + i];
+            if (f == Q6_K) y = q * (d * (float)(int8_t)c.scale[i / 16]);
+            else if (f == Q4_K || f == Q5_K) y = q * (d * (float)c.scale[0]) - m * (float)c.minimum;
+            else y = has_min ? q * d + m : q * d;
+        }
+    }
+}
+
+}  // namespace dovetail

@@ -1,0 +1,227 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "linear.h"
+
+namespace dovetail {
+
+void Step::clear() {
+    tokens.clear(), positions.clear(), span_of_row.clear(), offsets.clear(), sampled.clear(), pages.clear();
+    tables.clear(), sequences.clear(), table_start.clear();
+}
+
+namespace {
+
+float* row(const Work& work, int slot, int r) {
+    Slot& s = (*work.slots)[slot];
+    return s.data.data() + (size_t)r * s.stride;
+}
+
+int pieces(int rows, int threads) { return std::min(rows, threads * 4); }
+
+class EmbedOp : public Op {
+   public:
+    EmbedOp(int out, Format format, const uint8_t* rows, size_t row_bytes, int width, float scale)
+        : out_(out), format_(format), rows_(rows), row_bytes_(row_bytes), width_(width), scale_(scale) {}
+    const char* name() const override { return "embed"; }
+    void run(Member& member, const Work& work) override {
+        member.share(work.step->rows(), [&](int r) {
+            float* to = row(work, out_, r);
+            dequantize_row(format_, rows_ + (size_t)work.step->tokens[r] * row_bytes_, width_, to);
+            if (scale_ != 1.0f)
+                for (int i = 0; i < width_; i++) to[i] *= scale_;
+        });
+    }
+
+   private:
+    int out_;
+    Format format_;
+    const uint8_t* rows_;
+    size_t row_bytes_;
+    int width_;
+    float scale_;
+};
+
+// cos and sin of each row's position: [frequencies] each, the second half of the slot's row holding sin.
+class AnglesOp : public Op {
+   public:
+    AnglesOp(int out, std::vector<float> frequencies, float temper)
+        : out_(out), frequencies_(std::move(frequencies)), temper_(temper) {}
+    const char* name() const override { return "angles"; }
+    void run(Member& member, const Work& work) override {
+        const int n = (int)frequencies_.size();
+        member.share(work.step->rows(), [&](int r) {
+            float *cos = row(work, out_, r), *sin = cos + n;
+            const float at = (float)work.step->positions[r];
+            for (int i = 0; i < n; i++) {
+                const float angle = at * frequencies_[i];
+                cos[i] = std::cos(angle) * temper_, sin[i] = std::sin(angle) * temper_;
+            }
+        });
+    }
+
+   private:
+    int out_;
+    std::vector<float> frequencies_;
+    float temper_;
+};
+
+// Norms per head where the model has them, rotation of q and k, the write of k and v, and q in the compute type.
+class RopeOp : public Op {
+   public:
+    RopeOp(RopeArgs args, const Heads& heads, const KVMemory& kv) : args_(std::move(args)), heads_(heads), kv_(kv) {
+        const int padded = kv.padded();
+        if (!args_.q_norm.empty()) args_.q_norm.resize(padded, 0.0f);
+        if (!args_.k_norm.empty()) args_.k_norm.resize(padded, 0.0f);
+    }
+    const char* name() const override { return "rope_write"; }
+    void run(Member& member, const Work& work) override {
+        const int rows = work.step->rows(), heads = heads_.kv;
+        if (rows < member.threads() * 4) {
+            member.share(rows * heads, [&](int i) { one(work, i / heads, i % heads); });
+            return;
+        }
+        const int count = pieces(rows, member.threads());
+        member.share(count, [&](int c) {
+            for (int r = (int)((int64_t)rows * c / count); r < (int)((int64_t)rows * (c + 1) / count); r++)
+                for (int h = 0; h < heads; h++) one(work, r, h);
+        });
+    }
+
+   private:
+    void one(const Work& work, int r, int h) const {
+        const Kernels& k = *work.kernels;
+        const int dim = heads_.dim, group = heads_.group(), padded = kv_.padded();
+        const float *x = row(work, args_.in, r), *cos = row(work, args_.angles, r), *sin = cos + dim / 2;
+        alignas(64) float head[512], turned[512];
+        const float scale = 1.0f / std::sqrt((float)dim);
+        auto turn = [&](const float* from, const std::vector<float>& norm, float by) {
+            memset(head, 0, padded * 4), memset(turned, 0, padded * 4);
+            memcpy(head, from, dim * 4);
+            if (!norm.empty()) k.rms_norm(head, norm.data(), args_.eps, dim, head);
+            k.rotate(head, cos, sin, by, dim, turned);
+        };
+        turn(x + (heads_.query + h) * dim, args_.k_norm, 1.0f);
+        const float* v = x + (heads_.query + heads_.kv + h) * dim;
+        write_token(kv_, work.step->pages[r] + args_.layer * kv_.pages_per_layer, h, work.step->offsets[r], turned, v);
+        for (int g = 0; g < group; g++) {
+            turn(x + (h * group + g) * dim, args_.q_norm, scale);
+            const size_t at = ((size_t)r * heads_.query + h * group + g) * padded;
+            float* q = (*work.slots)[args_.q].data.data();
+            if (kv_.compute() == KV_BF16) k.to_bf16(turned, padded, (uint16_t*)q + at);
+            else memcpy(q + at, turned, padded * 4);
+        }
+    }
+
+    RopeArgs args_;
+    Heads heads_;
+    const KVMemory& kv_;
+};
+
+class AttendOp : public Op {
+   public:
+    AttendOp(int q, int out, int layer, int window, Variant variant, std::vector<float> params, const KVMemory& kv)
+        : q_(q), out_(out), layer_(layer), window_(window), variant_(variant), params_(std::move(params)), kv_(kv) {}
+    const char* name() const override { return "attend"; }
+    void run(Member& member, const Work& work) override {
+        Slot& out = (*work.slots)[out_];
+        AttendArgs args{&kv_, layer_ * kv_.pages_per_layer, (*work.slots)[q_].data.data(), out.data.data(),
+                        out.stride, window_, variant_, params_.data()};
+        work.plan->run(member, *work.kernels, args);
+    }
+
+   private:
+    int q_, out_, layer_, window_;
+    Variant variant_;
+    std::vector<float> params_;
+    const KVMemory& kv_;
+};
+
+}  // namespace
+
+Program::Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split)
+    : kernels_(isa.empty() ? best_kernels() : dovetail::kernels(isa.c_str())), team_(threads), heads_(heads),
+      cascade_(cascade), split_(split) {
+    if (!kernels_) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
+}
+
+int Program::slot(int width, bool sampled) {
+    slots_.push_back({width, (width + 31) / 32 * 32, sampled, {}});
+    return (int)slots_.size() - 1;
+}
+
+void Program::embed(int out, Format format, const uint8_t* rows, size_t row_bytes, int width, float scale) {
+    add(new EmbedOp(out, format, rows, row_bytes, width, scale));
+}
+
+void Program::angles(int out, std::vector<float> frequencies, float temper) {
+    add(new AnglesOp(out, std::move(frequencies), temper));
+}
+
+void Program::linear(LinearArgs args) {
+    const Slot &in = slots_.at(args.in), &out = slots_.at(args.out);
+    add(new LinearOp(std::move(args), in, out, *kernels_));
+}
+
+void Program::rope(RopeArgs args) { add(new RopeOp(std::move(args), heads_, kv_)); }
+
+void Program::attend(int q, int out, int layer, int window, Variant variant, std::vector<float> params) {
+    add(new AttendOp(q, out, layer, window, variant, std::move(params), kv_));
+}
+
+void Program::fit(int rows) {
+    for (Slot& s : slots_) {
+        const size_t need = (s.sampled ? step.sampled.size() : (size_t)rows) * s.stride;
+        if (s.data.size() < need) s.data.resize(need, 0.0f);
+    }
+}
+
+void Program::plan() {
+    for (size_t i = 0; i < step.sequences.size(); i++)
+        step.sequences[i].pages = step.tables.data() + step.table_start[i];
+    plan_.build(step.sequences, heads_, kv_.page_size, team_.threads, cascade_, split_);
+}
+
+void Program::run(int first, int last) {
+    fit(step.rows());
+    const Work work{&step, &plan_, kernels_, &slots_};
+    int phases = 0;
+    for (int i = first; i < last; i++) ops_[i]->prepare(work), phases += ops_[i]->phases();
+    team_.reserve(phases);
+    team_.run([&](Member& member) {
+        for (int i = first; i < last; i++) ops_[i]->run(member, work);
+    });
+}
+
+std::vector<std::pair<std::string, double>> Program::profile(int first, int last) {
+    std::vector<std::pair<std::string, double>> out;
+    for (int i = first; i < last; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        run(i, i + 1);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        out.emplace_back(ops_[i]->name(), took.count());
+    }
+    return out;
+}
+
+std::vector<int> Program::argmax(int slot) {
+    const int n = (int)step.sampled.size();
+    std::vector<int> out(n);
+    team_.reserve(1);
+    team_.run([&](Member& member) {
+        member.share(n, [&](int r) {
+            float best;
+            int index;
+            kernels_->argmax(rows(slot) + (size_t)r * stride(slot), slots_[slot].width, &best, &index);
+            out[r] = std::isfinite(best) ? index : -1;
+        });
+    });
+    return out;
+}
+
+}  // namespace dovetail

@@ -1,0 +1,113 @@
+// A model's layers as a list of operations on row buffers ("slots"), recorded once and replayed by one call.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "aligned.h"
+#include "attention.h"
+#include "pack.h"
+
+namespace dovetail {
+
+// Rows of floats, [rows][stride]; the stride is a multiple of 32 and what lies beyond `width` is zero.
+struct Slot {
+    int width, stride;
+    bool sampled;  // holds only the rows to sample from
+    Aligned<float> data;
+};
+
+// The rows of a step.
+struct Step {
+    std::vector<int32_t> tokens, positions, span_of_row, offsets, sampled;  // offset: of the token in its page
+    std::vector<int64_t> pages;                                            // of each row's token
+    std::vector<int32_t> tables;                                           // page lists, one after the other
+    std::vector<Sequence> sequences;
+    std::vector<size_t> table_start;
+
+    int rows() const { return (int)tokens.size(); }
+    void clear();
+};
+
+struct Work {
+    Step* step;
+    AttentionPlan* plan;
+    const Kernels* kernels;
+    std::vector<Slot>* slots;
+};
+
+class Op {
+   public:
+    virtual ~Op() = default;
+    virtual const char* name() const = 0;
+    virtual int phases() const { return 4; }
+    virtual void prepare(const Work&) {}  // on one thread, before the region
+    virtual void run(Member& member, const Work& work) = 0;
+};
+
+struct LinearArgs {
+    int in, out;
+    std::vector<std::shared_ptr<Packed>> weights;  // columns of all of them, one after the other
+    Activation activation;
+    std::vector<float> norm;  // empty for none
+    float eps;
+    std::vector<float> bias;  // empty for none
+    bool add;                 // out += instead of out =
+    Gate gate;                // two weights: out = act(first) * second
+    bool sampled;             // only rows to sample from
+};
+
+struct RopeArgs {
+    int in, angles, q;  // q: slot of rotated queries in the KV's compute type
+    int layer;
+    std::vector<float> q_norm, k_norm;  // empty for none
+    float eps;
+};
+
+class Program {
+   public:
+    Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split);
+
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
+
+    int slot(int width, bool sampled);
+    void set_kv(const KVMemory& kv) { kv_ = kv; }
+    int page_size() const { return kv_.page_size; }
+    int mark() const { return (int)ops_.size(); }
+
+    void embed(int out, Format format, const uint8_t* rows, size_t row_bytes, int width, float scale);
+    void angles(int out, std::vector<float> frequencies, float temper);
+    void linear(LinearArgs args);
+    void rope(RopeArgs args);
+    void attend(int q, int out, int layer, int window, Variant variant, std::vector<float> params);
+
+    Step step;
+
+    void plan();
+    // Operations [first, last) on the step's rows.
+    void run(int first, int last);
+    std::vector<int> argmax(int slot);  // of each sampled row; -1 where the best is not finite
+    float* rows(int slot) { return slots_[slot].data.data(); }
+    int stride(int slot) const { return slots_[slot].stride; }
+    const Kernels& kernels() const { return *kernels_; }
+    const AttentionPlan& attention() const { return plan_; }
+    std::vector<std::pair<std::string, double>> profile(int first, int last);
+
+   private:
+    friend class AttendOp;
+    void fit(int rows);
+    void add(Op* op) { ops_.emplace_back(op); }
+
+    const Kernels* kernels_;
+    Team team_;
+    Heads heads_;
+    bool cascade_, split_;
+    KVMemory kv_{};
+    std::vector<Slot> slots_;
+    std::vector<std::unique_ptr<Op>> ops_;
+    AttentionPlan plan_;
+};
+
+}  // namespace dovetail
