@@ -7,7 +7,7 @@ the length of the text.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -26,8 +26,49 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
+Piece = str | bytes  # whole characters, or bytes that need others to become some
+
+
+def byte_level(piece: str) -> Piece:
+    """What a piece of byte-level BPE adds to the text."""
+    try:
+        data = bytes([BYTE_ALPHABET[char] for char in piece])
+    except KeyError:  # an added token that is spelled in plain text
+        return piece
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def byte_fallback(piece: str) -> Piece:
+    """What a piece of SentencePiece adds to the text: one byte, or text with a mark for space."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        try:
+            return bytes([int(piece[3:5], 16)])
+        except ValueError:
+            pass
+    return piece.replace("\u2581", " ")
+
+
+class Pieces(dict[int, Piece]):
+    """What each id of a vocabulary adds to the text, found out when it is first asked for."""
+
+    def __init__(self, spelling: Callable[[int], str | None], meaning: Callable[[str], Piece]) -> None:
+        super().__init__()
+        self._spelling = spelling
+        self._meaning = meaning
+
+    def __missing__(self, token: int) -> Piece:
+        piece = self._spelling(token)
+        if piece is None:
+            return b""  # not kept: there is no end of ids outside the vocabulary
+        found = self[token] = self._meaning(piece)
+        return found
+
+
 class _Stream(Protocol):
-    def push(self, token: int, piece: str) -> str: ...
+    def push(self, token: int) -> str: ...
 
     def finish(self) -> str: ...
 
@@ -35,18 +76,22 @@ class _Stream(Protocol):
 class _ByteLevel:
     """Pieces spell bytes: hold the bytes of an incomplete character, at most three."""
 
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._held = b""
 
-    def push(self, token: int, piece: str) -> str:
-        try:
-            data = bytes([BYTE_ALPHABET[char] for char in piece])
-        except KeyError:  # an added token that is spelled in plain text
-            data = piece.encode()
-        return self._utf8.decode(data)
+    def push(self, token: int) -> str:
+        piece = self._pieces[token]
+        if not self._held and isinstance(piece, str):
+            return piece
+        data = self._held + (piece.encode() if isinstance(piece, str) else piece)
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode(errors="replace")
 
 
 class _ByteFallback:
@@ -56,18 +101,17 @@ class _ByteFallback:
     A run is decoded as a whole (one bad byte makes every byte of it U+FFFD), so it is held until it ends.
     """
 
-    def __init__(self, strip_first_space: bool) -> None:
+    def __init__(self, pieces: Pieces, strip_first_space: bool) -> None:
+        self._pieces = pieces
         self._strip = strip_first_space
         self._run = bytearray()
 
-    def push(self, token: int, piece: str) -> str:
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                self._run.append(int(piece[3:5], 16))
-                return ""
-            except ValueError:
-                pass
-        return self._emit(self._end_run() + piece.replace("\u2581", " "))
+    def push(self, token: int) -> str:
+        piece = self._pieces[token]
+        if isinstance(piece, bytes):
+            self._run += piece
+            return ""
+        return self._emit(self._end_run() + piece if self._run else piece)
 
     def finish(self) -> str:
         return self._emit(self._end_run())
@@ -95,7 +139,9 @@ class _Windowed:
         self._window = list(prompt[-4:])
         self._done = len(self._window)
 
-    def push(self, token: int, piece: str) -> str:
+    def push(self, token: int) -> str:
+        if self._tokenizer.piece(token) is None:
+            return ""
         self._window.append(token)
         return self._advance(final=False)
 
@@ -124,26 +170,21 @@ class Detokenizer:
     def __init__(
         self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
     ) -> None:
-        self._piece = tokenizer.piece
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stream: _Stream
         if tokenizer.decoder == "bytes":
-            self._stream = _ByteLevel()
+            self._stream = _ByteLevel(tokenizer.pieces)
         elif tokenizer.decoder in ("fallback", "fallback-strip"):
-            self._stream = _ByteFallback(tokenizer.decoder == "fallback-strip" and not prompt_ids)
+            strip = tokenizer.decoder == "fallback-strip" and not prompt_ids
+            self._stream = _ByteFallback(tokenizer.pieces, strip)
         else:
             self._stream = _Windowed(tokenizer, prompt_ids)
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Append one id or several; return the new text, often ""."""
-        parts = []
-        for token in (ids,) if isinstance(ids, int) else ids:
-            if token in self._skipped:
-                continue
-            piece = self._piece(token)
-            if piece is not None:
-                parts.append(self._stream.push(token, piece))
-        return "".join(parts)
+        if isinstance(ids, int):
+            return "" if ids in self._skipped else self._stream.push(ids)
+        return "".join([self._stream.push(token) for token in ids if token not in self._skipped])
 
     def finish(self) -> str:
         """The text still held back; an incomplete character becomes U+FFFD."""

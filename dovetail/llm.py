@@ -151,10 +151,12 @@ class LLM:
                 with uninterrupted():
                     for answer in answers:
                         self.session.submit(answer)
-                while not all(a.finished for a in answers):
-                    with uninterrupted():
-                        changed = self.session.step()
-                    advance(sum(a.finished for a in changed))
+                for answer in answers:
+                    while not answer.finished:
+                        running = len(self.session.answers)
+                        with uninterrupted():
+                            self.session.step()
+                        advance(running - len(self.session.answers))
         finally:  # an interrupt or a refusal leaves nothing behind
             with uninterrupted():
                 for answer in answers:

@@ -80,15 +80,15 @@ class Stream:
 
     def push(self, progress: Progress) -> None:
         """Take a step's tokens; sets finish_reason when the answer is complete."""
-        for i, token in enumerate(progress.tokens):
+        reason, tokens = self.request.finish_reason, progress.tokens
+        for i, token in enumerate(tokens):
             self.token_ids.append(token)
-            self.logprobs += progress.logprobs[i : i + 1]
-            ends = self.request.stop_reason == token and i + 1 == len(progress.tokens)
-            if not (ends and self.request.finish_reason == "stop"):
+            if progress.logprobs:
+                self.logprobs += progress.logprobs[i : i + 1]
+            if not (reason == "stop" and self.request.stop_reason == token and i + 1 == len(tokens)):
                 self._add(self.detokenizer.push(token))
             if self.finish_reason is not None:
                 return
-        reason = self.request.finish_reason
         if reason is not None:
             self._add(self.detokenizer.finish())
             self.close(self.finish_reason or reason, self.stop_reason or self._token_reason())
@@ -115,18 +115,21 @@ class Stream:
 
     def _add(self, piece: str) -> None:
         params = self.request.params
-        start = max(self._stoppable, len(self.text) - self._margin)
+        before = len(self.text)
         self.text += piece
+        if not params.stops:
+            self.ready = len(self.text)
+            return
         if len(self.token_ids) <= params.min_tokens:  # shown already, so it cannot be taken back later
             self._stoppable = self.ready = len(self.text)
             return
-        if params.stops:
-            found = [(at, s) for s in params.stops if (at := self.text.find(s, start)) >= 0]
-            if found:
-                at, stop = min(found)
-                self.text = self.text[: at + (len(stop) if params.include_stop_str_in_output else 0)]
-                self.close("stop", stop)
-                return
+        start = max(self._stoppable, before - self._margin)
+        found = [(at, s) for s in params.stops if (at := self.text.find(s, start)) >= 0]
+        if found:
+            at, stop = min(found)
+            self.text = self.text[: at + (len(stop) if params.include_stop_str_in_output else 0)]
+            self.close("stop", stop)
+            return
         self.ready = len(self.text) - self._held()
 
     def _held(self) -> int:
@@ -168,14 +171,15 @@ class Answer:
     def finished(self) -> bool:
         return all(s.finish_reason is not None for s in self.streams)
 
-    def push(self, progress: Progress) -> None:
+    def push(self, progress: Progress, now: float) -> None:
         """Take what a step brought to one of the streams."""
         if progress.error is not None:
             self.error = progress.error
         if progress.tokens:
-            self.last_token = time.monotonic()
-            self.first_token = self.first_token or self.last_token
-        if progress.request.index == 0:
+            self.last_token = now
+            if self.first_token is None:
+                self.first_token = now
+        if progress.prompt_logprobs and progress.request.index == 0:
             self.prompt_scores += progress.prompt_logprobs
         self.streams[progress.request.index].push(progress)
 

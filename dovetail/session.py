@@ -76,17 +76,20 @@ class Session:
     def step(self) -> list[Answer]:
         """One step of the engine; the answers that changed."""
         changed: dict[str, Answer] = {}
-        for progress in self.engine.step():
-            answer = self.answers.get(progress.request.id.rpartition("/")[0])
+        gained = self.engine.step()
+        now = time.monotonic()
+        for progress in gained:
+            request = progress.request
+            answer = self.answers.get(request.id.rpartition("/")[0])
             if answer is None:
                 continue
-            stream = answer.streams[progress.request.index]
-            answer.push(progress)
+            answer.push(progress, now)
             changed[answer.request_id] = answer
-            if stream.finish_reason is not None:
-                self.engine.abort(progress.request, stream.finish_reason)
-            if answer.finished:
-                del self.answers[answer.request_id]
+            reason = answer.streams[request.index].finish_reason
+            if reason is not None:
+                self.engine.abort(request, reason)
+                if answer.finished:
+                    del self.answers[answer.request_id]
         return list(changed.values())
 
     def abort(self, answer: Answer, reason: str = "abort") -> None:

@@ -14,7 +14,7 @@ import tokenizers
 
 from dovetail.chat import ChatTemplate, Message, Shield, check_messages
 from dovetail.core.errors import ModelError, RequestError
-from dovetail.detokenizer import Detokenizer
+from dovetail.detokenizer import Detokenizer, Pieces, byte_fallback, byte_level
 from dovetail.json_file import read_bytes, read_json_object
 
 __all__ = ["Detokenizer", "Tokenizer", "guarded"]
@@ -120,6 +120,11 @@ class Tokenizer:
             }:
                 return "fallback-strip"
         return ""
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """What ids add to the text, where that depends on nothing but the bytes before them."""
+        return Pieces(self.piece, byte_level if self.decoder == "bytes" else byte_fallback)
 
     def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the

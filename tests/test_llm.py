@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 from pathlib import Path
@@ -36,6 +37,21 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == lengths
     with pytest.raises(RequestError, match="2 prompts but 3"):
         llm.generate(["a", "b"], params)
+
+
+def test_progress_counts_every_answer_once(llm: LLM, monkeypatch) -> None:
+    told: list[int] = []
+
+    @contextlib.contextmanager
+    def counter(what, total, enabled):
+        yield told.append
+
+    monkeypatch.setattr("dovetail.progress.counter", counter)
+    lengths = [3, 1, 5, 3]
+    params = [SamplingParams(temperature=1, max_tokens=n, n=2, ignore_eos=True) for n in lengths]
+    llm.generate(["a", "b", "c", "d"], params)
+    assert sum(told) == len(lengths)
+    assert told[-1] == 1
 
 
 @pytest.mark.parametrize("prompts", [b"ab", None, 5, {"prompt": "x"}, ["ok", None], ["ok", {"a": 1}]])

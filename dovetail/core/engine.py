@@ -11,7 +11,7 @@ from dovetail.core.seams import Executor, Seams
 from dovetail.core.types import Request, Span, SpanResult, StepPlan, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
     """What a step brought to one request. `request.finish_reason` is set when it has ended."""
 
@@ -76,7 +76,7 @@ class Engine:
             scored = result.prompt_logprobs
             return Progress(request, prompt_logprobs=scored) if scored else None
         failed = result.error is not None and request.drafts[: len(result.tokens)] == list(result.tokens)
-        tokens = self._accept(request, list(result.tokens))
+        tokens = self._accept(request, result.tokens)
         if failed and request.finish_reason is None:  # not so if the failed row lies behind a wrong draft
             return self._fail(request, result.error or "", tokens)
         self.scheduler.commit(request, len(request.tokens) - 1)
@@ -94,15 +94,16 @@ class Engine:
         self.scheduler.store(request)
         self.scheduler.leave(request)
 
-    def _accept(self, request: Request, sampled: list[int]) -> list[int]:
+    def _accept(self, request: Request, sampled: Sequence[int]) -> Sequence[int]:
         """The one acceptance rule: drafts are right as long as they equal the tokens that were chosen."""
         drafts, n = request.drafts, 0
-        while n < min(len(drafts), len(sampled)) and drafts[n] == sampled[n]:
+        while n < len(drafts) and n < len(sampled) and drafts[n] == sampled[n]:
             n += 1
         self.seams.drafter.observe(request, drafts, n)
-        self.scheduler.stats.drafted += len(drafts)
-        self.scheduler.stats.accepted += n
-        request.drafts = []
+        if drafts:
+            self.scheduler.stats.drafted += len(drafts)
+            self.scheduler.stats.accepted += n
+            request.drafts = []
         tokens = sampled[: n + 1]
         for i, token in enumerate(tokens):
             request.tokens.append(token)

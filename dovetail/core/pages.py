@@ -79,54 +79,60 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one request, in order. Grows in a numpy buffer, so that a batch can copy it at once."""
+    """The pages of one request, in order: `ids`, and the same in a numpy buffer, so that a batch can copy them
+    at once.
+    """
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
+        self.ids: list[int] = []
         self._data: IntArray = np.zeros(8, dtype=np.int64)
-        self._n = 0
 
     @property
     def pages(self) -> IntArray:
-        return self._data[: self._n]
+        return self._data[: len(self.ids)]
 
     def __len__(self) -> int:
-        return self._n
+        return len(self.ids)
 
     def append(self, pages: Sequence[int]) -> None:
         """Take over references that the caller holds."""
-        n = self._n + len(pages)
+        held, n = len(self.ids), len(self.ids) + len(pages)
         if n > len(self._data):
             self._data = np.concatenate([self._data, np.zeros(max(n, len(self._data)), dtype=np.int64)])
-        self._data[self._n : n] = pages
-        self._n = n
+        self._data[held:n] = pages
+        self.ids += pages
 
     def grow(self, start: int, stop: int) -> list[tuple[int, int]] | None:
         """Make tokens [start, stop) writable: new pages at the end, copies of shared ones.
 
         Returns the copies to do, as (source, target), or None when the pool has too few pages.
         """
-        size, pool = self.pool.page_size, self.pool
-        first, last = start // size, pages_for(stop, size)
-        shared = [i for i in range(first, min(last, self._n)) if pool.refs[self._data[i]] > 1]
-        fresh = pool.allocate(len(shared) + max(0, last - self._n))
+        pool, ids = self.pool, self.ids
+        size, refs = pool.page_size, pool.refs
+        first = start // size
+        if stop <= (first + 1) * size and first < len(ids) and refs[ids[first]] == 1:
+            return []  # nearly always: a page of its own that has room
+        last = pages_for(stop, size)
+        shared = [i for i in range(first, min(last, len(ids))) if refs[ids[i]] > 1]
+        fresh = pool.allocate(len(shared) + max(0, last - len(ids)))
         if fresh is None:
             return None
         copies = []
         for i, target in zip(shared, fresh, strict=False):
-            source = int(self._data[i])
+            source = ids[i]
             copies.append((source, target))
-            self._data[i] = target
+            ids[i] = self._data[i] = target
             pool.release([source])
         self.append(fresh[len(shared) :])
         return copies
 
     def share(self, other: PageTable, tokens: int) -> None:
         """Start as a reader of the pages that hold the first `tokens` tokens of `other`."""
-        pages = [int(p) for p in other.pages[: pages_for(tokens, self.pool.page_size)]]
+        pages = other.ids[: pages_for(tokens, self.pool.page_size)]
         self.pool.retain(pages)
         self.append(pages)
 
     def clear(self) -> None:
-        self.pool.release(int(p) for p in self.pages)
-        self._n = 0
+        self.pool.release(self.ids)
+        self.ids = []

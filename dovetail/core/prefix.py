@@ -69,7 +69,7 @@ class RadixPrefix:
             key = tuple(tokens[at : at + size])
             child = node.children.get(key)
             if child is None:
-                pages = [int(p) for p in request.table.pages[at // size : count]]
+                pages = request.table.ids[at // size : count]
                 self.pool.retain(pages)
                 child = Node(tuple(tokens[at : count * size]), pages, node)
                 child.key, child.used = key, next(self._clock)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,7 +35,7 @@ class SchedulerStats:
     queried_tokens: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Step:
     """The plan under construction."""
 
@@ -57,7 +56,7 @@ class Scheduler:
         self.seams = seams
         self.limits = limits
         self.num_stages = num_stages
-        self.waiting: deque[Request] = deque()
+        self.waiting: dict[Request, None] = {}  # in order; any of them can leave at no cost for the others
         self.running: list[Request] = []
         self.stats = SchedulerStats()
         self.reuse: Reuse = seams.reuse or RadixPrefix(pool)
@@ -84,20 +83,20 @@ class Scheduler:
                 f"{request.max_total} tokens need {need} pages of KV, the pool has {self.pool.num_pages} of "
                 f"{self.pool.page_size} tokens; raise --kv-memory or lower max_tokens"
             )
-        self.waiting.append(request)
+        self.waiting[request] = None
 
     def leave(self, request: Request) -> None:
         """Take a request out in whatever state it is; its pages are free at once."""
         if request in self.running:
             self.running.remove(request)
         else:
-            self._dequeue(request)
+            self.waiting.pop(request, None)
         self._let_go(request)
 
     def owners(self) -> Iterator[list[int]]:
         """Every holder of pages, for `PagePool.check`."""
         for r in (*self.running, *self.waiting):
-            yield [int(p) for p in r.table.pages]
+            yield list(r.table.ids)
         yield from (list(p) for p in self.reuse.held)
 
     # -- planning ------------------------------------------------------------------------------------
@@ -147,22 +146,22 @@ class Scheduler:
         return True
 
     def _span(self, request: Request, stop: int, step: _Step) -> None:
-        accepted = len(request.tokens)
-        if request.stage == 0:
+        start, stage, accepted = request.computed, request.stage, len(request.tokens)
+        if stage == 0:
             if stop < accepted + len(request.drafts):
                 request.drafts = request.drafts[: max(0, stop - accepted)]
-            request.flying = stop - request.computed
-        last = request.stage + 1 == self.num_stages
-        sample = stop - accepted + 1 if last and stop >= accepted else 0
-        step.spans.append(Span(request, request.computed, stop, request.stage, sample))
-        step.left -= stop - request.computed
+            request.flying = stop - start
+        sample = stop - accepted + 1 if stop >= accepted and stage + 1 == self.num_stages else 0
+        step.spans.append(Span(request, start, stop, stage, sample))
+        step.left -= stop - start
 
     def _stop(self, request: Request, left: int) -> int:
         """Where the next span of a request ends."""
-        start, goal = request.computed, len(request.tokens) + len(request.drafts)
-        stop = min(goal, start + max(1, min(left, self.seams.policy.share(request, left))))
-        if stop > request.dense_until:  # a row's droppable pages must all be sealed before the step
-            stop = min(stop, max(request.dense_until, start + self.seams.selector.window))
+        start, stop = request.computed, len(request.tokens) + len(request.drafts)
+        if stop - start > 1:  # one token is the least that anybody gets
+            stop = min(stop, start + max(1, min(left, self.seams.policy.share(request, left))))
+            if stop > request.dense_until:  # a row's droppable pages must all be sealed before the step
+                stop = min(stop, max(request.dense_until, start + self.seams.selector.window))
         return stop
 
     def _draft(self) -> None:
@@ -172,12 +171,13 @@ class Scheduler:
             return
         spare = max(0, self.limits.max_num_batched_tokens - len(self.running))
         cap = min(MAX_DRAFTS, self.seams.selector.window - 1)
-        limits = [max(0, min(cap, r.max_total - len(r.tokens) - 1)) for r in ready]
+        limits = [cap if (n := r.max_total - len(r.tokens) - 1) > cap else max(0, n) for r in ready]
         proposed = self.seams.drafter.propose(ready, limits, spare)
         for r, limit, drafts in zip(ready, limits, proposed, strict=True):
-            known = itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, drafts[: min(limit, spare)])
-            r.drafts = list(known)
-            spare -= len(r.drafts)
+            if drafts:
+                kept = drafts[: min(limit, spare)]
+                r.drafts = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, kept))
+                spare -= len(r.drafts)
 
     # -- admission and preemption --------------------------------------------------------------------
 
@@ -191,12 +191,6 @@ class Scheduler:
                 continue
             if not self._start(request, step):
                 break
-
-    def _dequeue(self, request: Request) -> None:
-        if self.waiting and self.waiting[0] is request:  # nearly always, and then whatever the queue's length
-            self.waiting.popleft()
-        else:
-            self.waiting = deque(r for r in self.waiting if r is not request)
 
     def _must_wait_for_fork(self, request: Request) -> bool:
         parent = request.fork_of
@@ -234,7 +228,7 @@ class Scheduler:
                 self.stats.cached_tokens += request.computed
                 self.stats.queried_tokens += len(request.prompt)
         request.fork_of = None
-        self._dequeue(request)
+        del self.waiting[request]
         self.running.append(request)
         step.copies += copies
         self._span(request, stop, step)
@@ -274,7 +268,7 @@ class Scheduler:
         request.drafts = []
         request.computed = request.stage = request.flying = 0
         self._let_go(request)
-        self.waiting.appendleft(request)
+        self.waiting = {request: None, **self.waiting}
 
     def _let_go(self, request: Request) -> None:
         request.table.clear()
@@ -289,8 +283,7 @@ class Scheduler:
         first, last = request.computed // size, computed // size
         request.computed = computed
         if last > first:
-            pages = tuple(int(p) for p in request.table.pages[first:last])
-            self._sealed.append(Sealed(request.id, first, pages))
+            self._sealed.append(Sealed(request.id, first, tuple(request.table.ids[first:last])))
             if computed <= len(request.prompt):
                 self.store(request)
 

@@ -33,7 +33,7 @@ class Policy:
         return waiting
 
     def share(self, request: Request, left: int) -> int:
-        """How many of the step's `left` tokens the request may take, at least 1."""
+        """How many of the step's `left` tokens the request may take, at least 1. Asked where it wants more."""
         return left
 
 

@@ -53,7 +53,10 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
 
-@dataclass(frozen=True, slots=True)
+# What is built for every request in every step is not frozen: that makes building it four times as slow.
+
+
+@dataclass(slots=True)
 class Span:
     """Advance tokens [start, stop) of a request by one stage of the program.
 
@@ -83,7 +86,7 @@ class Sealed(NamedTuple):
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepPlan:
     """Everything that crosses from host to device in a step.
 
@@ -137,7 +140,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SpanResult:
     """What a span produced: a token per sampled row, and what was asked to be known about it.
 
@@ -151,7 +154,7 @@ class SpanResult:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepResult:
     """One SpanResult per span of the plan, in its order."""
 

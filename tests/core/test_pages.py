@@ -67,7 +67,9 @@ def test_growing_to_a_length_holds_exactly_its_pages(tokens: int, size: int) -> 
     for stop in range(1, tokens + 1):
         assert table.grow(stop - 1, stop) == []
         assert len(table) == pages_for(stop, size)
+        assert table.pages.tolist() == table.ids
     table.clear()
+    assert table.ids == table.pages.tolist() == []
     pool.check([])
 
 
@@ -81,7 +83,8 @@ def test_a_shared_page_is_copied_before_it_is_written() -> None:
     assert copies == [(int(one.pages[1]), int(two.pages[1]))]
     assert two.pages[0] == one.pages[0]
     assert two.pages[1] != one.pages[1]
-    pool.check([list(map(int, t.pages)) for t in (one, two)])
+    assert two.pages.tolist() == two.ids
+    pool.check([one.ids, two.ids])
     assert one.grow(6, 8) == []  # the writer that is left alone does not copy
 
 

@@ -188,6 +188,39 @@ def test_cancelling_frees_pages_at_once_and_spares_the_others(jobs, pages, budge
             assert r.output == expected(prompt, n)
 
 
+@pytest.mark.timeout(20)  # it would take a minute if one that leaves cost something for each that stays
+def test_cancelling_many_that_wait_is_quick_in_any_order() -> None:
+    engine = build(pages=8, budget=16, seqs=1)
+    requests = [make(engine, str(i), [1], 2) for i in range(60_000)]
+    for r in requests:
+        engine.add(r)
+    engine.step()
+    for r in [*requests[:1:-2], *requests[2::2]]:
+        engine.abort(r)
+    assert list(engine.scheduler.waiting) == [requests[1]]
+    while engine.busy:
+        engine.step()
+        engine.check()
+    assert [r.finish_reason for r in requests] == ["length", "length", *["abort"] * 59_998]
+
+
+def test_a_share_is_asked_for_only_where_more_than_one_token_is_wanted() -> None:
+    class Recording(Policy):
+        asked: list[int] = []
+
+        def share(self, request, left):
+            self.asked.append(len(request.tokens) - request.computed)
+            return 2
+
+    engine = build(pages=8, budget=16, seqs=2, seams=Seams(policy=Recording()))
+    r = make(engine, "r", [1, 2, 0, 1, 2], 4)
+    engine.add(r)
+    while engine.busy:
+        engine.step()
+    assert Recording.asked == [5, 3]
+    assert r.output == expected(r.prompt, 4)
+
+
 def test_preemption_happens_and_loses_nothing() -> None:
     engine = build(pages=8, budget=16, seqs=4, prefix_caching=False)
     requests = [make(engine, str(i), [i, i, i], 20) for i in range(4)]

@@ -90,6 +90,27 @@ def test_ids_outside_the_vocabulary() -> None:
     assert stream(BUILT["bytes"], [97, 100000, 98]) == ["a", "", "b", ""]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.sampled_from([*range(60), 195, 169, 226, 156, 147, 100000]), max_size=20))
+def test_ids_outside_the_vocabulary_do_not_come_between_bytes(kind: str, ids: list[int]) -> None:
+    assert "".join(stream(BUILT[kind], ids)) == BUILT[kind].decode(ids)
+    assert 100000 not in BUILT[kind].pieces
+
+
+def test_streams_of_one_tokenizer_do_not_disturb_each_other() -> None:
+    for kind in KINDS:
+        tokenizer = BUILT[kind]
+        texts = ["é🎉 hello", "hello 漢é", "🎉🎉"]
+        ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+        streams = [tokenizer.detokenizer() for _ in texts]
+        parts = ["" for _ in texts]
+        for at in range(max(map(len, ids))):
+            for i, own in enumerate(ids):
+                parts[i] += streams[i].push(own[at : at + 1])
+        assert [p + s.finish() for p, s in zip(parts, streams, strict=True)] == [tokenizer.decode(i) for i in ids]
+
+
 def test_other_decoders_use_a_window() -> None:
     tokenizer = ByteTokenizer()
     tokenizer.backend.decoder = decoders.Sequence([decoders.ByteLevel()])
