@@ -44,6 +44,6 @@ setup:
 setup-test:
 	@scripts/setup.sh test
 
-clean: ## remove the virtual environment and what tools left; cached models stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove the virtual environment, the compiled library and what tools left; cached models stay
+	rm -rf .venv build dist *.egg-info dovetail/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from dovetail.cli.result import JsonOption, write_json
@@ -85,8 +86,29 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _kernels() -> dict[str, str]:
-    return {"cpu": "torch reference; no native kernels in this build"}
+def _kernels() -> dict[str, Any]:
+    """The native library, the instruction sets that it runs here, best first, and the OpenMP runtimes loaded."""
+    library, problem, isas = None, None, []
+    try:
+        import torch  # noqa: F401  its libgomp first
+
+        from dovetail import _native
+
+        library, isas = _native.__file__, _native.isas()
+    except ImportError as error:
+        problem = str(error)
+    return {"native": library, "problem": problem, "isas": isas, "libgomp": _mapped("libgomp")}
+
+
+def _mapped(library: str) -> list[str]:
+    """The files of this name that the process has loaded."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    # A line ends with the file's path, which may hold spaces.
+    paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if Path(path).name.startswith(library))
 
 
 def _packages() -> dict[str, str | None]:
@@ -168,7 +190,7 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             ],
         ),
         ("GPU", gpus or [("none", "torch sees no CUDA device")]),
-        ("Kernels", list(report["kernels"].items())),
+        ("Kernels", _kernel_rows(report["kernels"])),
         ("Packages", [(name, version or "not installed") for name, version in report["packages"].items()]),
         (
             "Caches",
@@ -181,4 +203,14 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("hugging face", caches["hugging_face"]),
             ],
         ),
+    ]
+
+
+def _kernel_rows(kernels: dict[str, Any]) -> list[tuple[str, str]]:
+    copies = kernels["libgomp"]
+    more = "; each starts threads of its own" if len(copies) > 1 else ""
+    return [
+        ("native library", kernels["native"] or f"none, torch's operations instead ({kernels['problem']})"),
+        ("instruction sets", ", ".join(kernels["isas"]) + " (best first)" if kernels["isas"] else "none"),
+        ("libgomp", f"{len(copies)} loaded{more}" + "".join(f"\n{path}" for path in copies)),
     ]

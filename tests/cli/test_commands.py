@@ -206,7 +206,19 @@ def test_doctor(home, monkeypatch, tmp_path):
     assert report["memory"]["read_bandwidth"] == 12300000000
     assert report["packages"]["torch"]
     assert report["caches"]["home"] == str(home)
-    assert "reference" in report["kernels"]["cpu"]
+    assert report["kernels"]["native"]
+    assert report["kernels"]["isas"][-1] == "scalar"
+    assert report["kernels"]["libgomp"]
+    assert f"{len(report['kernels']['libgomp'])} loaded" in result.stdout
+
+
+def test_doctor_without_the_native_library(home, monkeypatch):
+    monkeypatch.setattr("dovetail.machine.read_bandwidth", lambda threads, size: 12.3e9)
+    monkeypatch.setitem(sys.modules, "dovetail._native", None)
+    monkeypatch.delattr("dovetail._native", raising=False)
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    assert "torch's operations instead" in result.stdout
 
 
 def test_the_listed_commands_exist():
