@@ -1,0 +1,105 @@
+"""OpenVINO GenAI's worker. Both its pipelines read the GGUF file themselves; nothing is converted beforehand.
+
+`LLMPipeline` answers one request and reports tokens to a streamer; `ContinuousBatchingPipeline` answers any number
+in steps. Both get token ids and give token ids, so that counts are exact and no text is made on this side.
+Everything not named in a setting is the library's default: weights in the file's groups, activations quantized to
+8 bits in groups of 32, KV in u8.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import openvino
+import openvino_genai as genai
+from workers.protocol import Engine, Event, Prompts, Run, serve
+
+BF16_KV = {"KV_CACHE_PRECISION": "bf16"}
+# LLMPipeline is the documented way to run one request, in both of its attention backends.
+SINGLE: dict[str, dict[str, Any]] = {
+    "LLMPipeline": {},
+    "LLMPipeline, bf16 KV": BF16_KV,
+    "LLMPipeline, SDPA": {"ATTENTION_BACKEND": "SDPA"},
+}
+# A step may hold a whole prompt: in chunks of the default 256 tokens prompts take longer, and nothing gets faster.
+BATCHED_TOKENS = 8192
+SEVERAL: dict[str, dict[str, Any]] = {
+    "ContinuousBatchingPipeline": {},
+    "ContinuousBatchingPipeline, bf16 KV": BF16_KV,
+}
+
+
+class Times(genai.StreamerBase):
+    """Notes when each token came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+
+    def write(self, token: int | list[int]) -> genai.StreamingStatus:
+        count = (self.events[-1][1][0] if self.events else 0) + (len(token) if isinstance(token, list) else 1)
+        self.events.append((time.perf_counter(), [count]))
+        return genai.StreamingStatus.RUNNING
+
+    def end(self) -> None:
+        pass
+
+
+def load(setup: dict[str, Any]) -> Engine:
+    threads = {"INFERENCE_NUM_THREADS": setup["threads"]}
+    several = {name: batching(setup["model"], {**p, **threads}) for name, p in SEVERAL.items()}
+    single = {name: alone(setup["model"], {**p, **threads}) for name, p in SINGLE.items()}
+    versions = {
+        "openvino": openvino.get_version(),
+        "openvino-genai": genai.get_version(),
+        "python": platform.python_version(),
+    }
+    return Engine({**single, **several}, several, {"versions": versions})
+
+
+def alone(model: str, properties: dict[str, Any]) -> Run:
+    pipeline = genai.LLMPipeline(model, "CPU", **properties)
+
+    def run(prompts: Prompts, tokens: int) -> Iterable[Event]:
+        times = Times()
+        pipeline.generate(tensor(prompts[0]), greedy(tokens), times)
+        return times.events
+
+    return run
+
+
+def batching(model: str, properties: dict[str, Any]) -> Run:
+    scheduler = genai.SchedulerConfig()
+    scheduler.max_num_batched_tokens = BATCHED_TOKENS
+    pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+
+    def run(prompts: Prompts, tokens: int) -> Iterator[Event]:
+        config = greedy(tokens)
+        handles = [pipeline.add_request(i, tensor(prompt), config) for i, prompt in enumerate(prompts)]
+        counts = [0] * len(prompts)
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            for i, handle in enumerate(handles):
+                while handle.can_read():
+                    counts[i] += sum(len(output.generated_ids) for output in handle.read().values())
+            yield time.perf_counter(), list(counts)
+
+    return run
+
+
+def tensor(prompt: list[int]) -> openvino.Tensor:
+    return openvino.Tensor(np.array([prompt], np.int64))
+
+
+def greedy(tokens: int) -> genai.GenerationConfig:
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
+    return config
+
+
+if __name__ == "__main__":
+    serve(load)
