@@ -9,7 +9,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(("name", "says"), [("offline.py", "Once upon a time"), ("chat.py", "of them cached")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("offline.py", "Once upon a time"), ("chat.py", "of them cached"), ("variant.py", "village")],
+)
 def test_example(tiny_model, name, says):
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, tiny_model], capture_output=True, text=True, timeout=100, check=False

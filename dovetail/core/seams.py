@@ -157,15 +157,19 @@ class Experts:
 class Variant:
     """Score and mask expression of attention. Default: causal.
 
-    Written with operators only, so that one definition can be evaluated on tensors and printed as a kernel.
+    Written with operators and the functions of `dovetail.ops.template`, so that one definition can be evaluated
+    on tensors and printed as a kernel. `head` is the query head. Positions and heads are whole numbers; as
+    tensors (int64) they broadcast to the scores. Attributes may be numbers, variants, and sequences of numbers,
+    which `self.numbers[head]` reads; methods are called on a copy whose attributes stand for these, so an
+    attribute keeps its value.
     No mask can make a query read a later key: attention adds causality to whatever this says.
     """
 
-    def score(self, score: Array, q_pos: Array, k_pos: Array) -> Array:
+    def score(self, score: Array, q_pos: Array, k_pos: Array, head: Array) -> Array:
         """The logit, from the scaled product of query and key."""
         return score
 
-    def mask(self, q_pos: Array, k_pos: Array) -> Array:
+    def mask(self, q_pos: Array, k_pos: Array, head: Array) -> Array:
         """Whether the query at `q_pos` may read the key at `k_pos`."""
         return k_pos <= q_pos
 
@@ -177,11 +181,11 @@ class SlidingWindow(Variant):
     window: int
     inner: Variant = field(default_factory=Variant)
 
-    def score(self, score: Array, q_pos: Array, k_pos: Array) -> Array:
-        return self.inner.score(score, q_pos, k_pos)
+    def score(self, score: Array, q_pos: Array, k_pos: Array, head: Array) -> Array:
+        return self.inner.score(score, q_pos, k_pos, head)
 
-    def mask(self, q_pos: Array, k_pos: Array) -> Array:
-        return self.inner.mask(q_pos, k_pos) & (k_pos > q_pos - self.window)
+    def mask(self, q_pos: Array, k_pos: Array, head: Array) -> Array:
+        return self.inner.mask(q_pos, k_pos, head) & (k_pos > q_pos - self.window)
 
 
 class Executor(Protocol):

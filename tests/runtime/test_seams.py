@@ -134,7 +134,7 @@ def test_a_residency_that_takes_pages_away_is_asked_to_bring_them_back() -> None
 
 def test_a_variant_cannot_look_ahead_and_counts_in_sliding_layers() -> None:
     class Blocks(Variant):
-        def mask(self, q_pos, k_pos):
+        def mask(self, q_pos, k_pos, head):
             return k_pos // 8 == q_pos // 8
 
     texts = []
@@ -210,7 +210,7 @@ def test_a_row_filter_stops_rows_at_a_layer_and_keeps_their_state() -> None:
 
     # Rows that read only themselves: nobody misses the K and V that a dropped row does not write.
     class OnlySelf(Variant):
-        def mask(self, q_pos, k_pos):
+        def mask(self, q_pos, k_pos, head):
             return k_pos == q_pos
 
     def run(rows: RowFilter, dirt: float = 0.0, **more: Any) -> list[list[int]]:
@@ -225,15 +225,15 @@ def test_a_row_filter_stops_rows_at_a_layer_and_keeps_their_state() -> None:
 
 def test_a_variant_changes_scores_and_masks() -> None:
     class SoftCap(Variant):
-        def score(self, score, q_pos, k_pos):
+        def score(self, score, q_pos, k_pos, head):
             return torch.tanh(score / 1e6) * 1e6
 
     class Alibi(Variant):
-        def score(self, score, q_pos, k_pos):
+        def score(self, score, q_pos, k_pos, head):
             return score - 0.5 * (q_pos - k_pos)
 
     class OnlySelf(Variant):
-        def mask(self, q_pos, k_pos):
+        def mask(self, q_pos, k_pos, head):
             return k_pos == q_pos
 
     assert run_all(tiny_engine(fill(variant=SoftCap())), PROMPTS, PARAMS) == PLAIN

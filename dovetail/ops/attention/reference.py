@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dovetail.core.seams import Variant
+from dovetail.ops.template import with_tables
 
 BLOCK = 1 << 20  # scores at a time: what is larger is given back to the system and faulted in again each time
 
@@ -28,6 +29,14 @@ class Keys(NamedTuple):
     positions: Tensor
 
 
+class Places(NamedTuple):
+    """Of queries, keys and query heads: whole numbers that broadcast to scores [n, KV heads, group, c, t]."""
+
+    q_pos: Tensor
+    k_pos: Tensor
+    head: Tensor
+
+
 class Rows(NamedTuple):
     """positions [rows], and spans with equally many rows: (spans [n], rows [n, c], longest KV)."""
 
@@ -41,6 +50,7 @@ def attend_dense(q: Tensor, read: ReadSpans, variant: Variant, layout: Rows) -> 
     Rows that are in no group stay undefined.
     """
     out = torch.empty_like(q)
+    variant = with_tables(variant)
     for spans, rows, length in layout.groups:
         k, v = (t.permute(0, 2, 1, 3) for t in read(spans, length))
         block = max(1, BLOCK // (len(spans) * q.shape[1] * k.shape[2]))
@@ -53,10 +63,9 @@ def _attend_block(q: Tensor, kv: tuple[Tensor, Tensor], variant: Variant, q_pos:
     """q [n, c, heads, d] at q_pos [n, c]; k, v [n, KV heads, t, d] from position 0 -> [n, c, heads, d]."""
     k, v = kv
     k_pos = torch.arange(k.shape[2], device=q.device)
-    mask = _readable(variant, q_pos[:, :, None], k_pos)  # [n, c, t]
     grouped = q.unflatten(2, (k.shape[1], -1)).permute(0, 2, 3, 1, 4)  # [n, KV heads, group, c, d]
-    positions = (q_pos[:, None, None, :, None], k_pos)
-    weights = _softmax(_scores(grouped, k), mask[:, None, None], (variant, positions))
+    places = Places(q_pos[:, None, None, :, None], k_pos, _heads(grouped))
+    weights = _softmax(_scores(grouped, k), variant, places)
     mixed = _mix(weights.flatten(2, 3), v).unflatten(2, weights.shape[2:4])
     return mixed.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
 
@@ -65,16 +74,15 @@ def attend_pages(q: Tensor, keys: Keys, variant: Variant, positions: Tensor) -> 
     """Rows q [rows, heads, head_dim] at `positions` [rows] over their own lists of pages -> the same shape."""
     k, v, k_pos = keys.k.flatten(2, 3), keys.v.flatten(2, 3), keys.positions.flatten(2, 3)
     grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, None]  # [rows, KV heads, group, 1, d]
-    mask = _readable(variant, positions[:, None, None], k_pos)[:, :, None, None]
-    where = (positions[:, None, None, None, None], k_pos[:, :, None, None])
-    weights = _softmax(_scores(grouped, k), mask, (variant, where))
+    places = Places(positions[:, None, None, None, None], k_pos[:, :, None, None], _heads(grouped))
+    weights = _softmax(_scores(grouped, k), with_tables(variant), places)
     return _mix(weights.squeeze(3), v).flatten(1, 2).to(q.dtype)
 
 
-def _readable(variant: Variant, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """What the variant allows, but never a later key: what lies there is not committed."""
-    allowed: Tensor = variant.mask(q_pos, k_pos)
-    return allowed & (k_pos <= q_pos)
+def _heads(grouped: Tensor) -> Tensor:
+    """The query heads of [n, KV heads, group, ...], as [1, KV heads, group, 1, 1]."""
+    kv_heads, group = grouped.shape[1:3]
+    return torch.arange(kv_heads * group, device=grouped.device).view(1, kv_heads, group, 1, 1)
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -84,10 +92,14 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return torch.matmul(scaled, k.to(wide).transpose(2, 3)).unflatten(2, q.shape[2:4])
 
 
-def _softmax(scores: Tensor, mask: Tensor, how: tuple[Variant, tuple[Tensor, Tensor]]) -> Tensor:
-    variant, (q_pos, k_pos) = how
-    scores = variant.score(scores, q_pos, k_pos)
-    return torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+def _softmax(scores: Tensor, variant: Variant, places: Places) -> Tensor:
+    """Weights of scores [n, KV heads, group, c, t] as the variant changes them.
+
+    A later key never counts, whatever the mask says: what lies there is not committed.
+    """
+    readable = variant.mask(*places) & (places.k_pos <= places.q_pos)
+    new = torch.where(readable, variant.score(scores, *places), float("-inf"))
+    return torch.softmax(new.to(scores.dtype).expand_as(scores), dim=-1)
 
 
 def _mix(weights: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""Programs on torch tensors: the same operations that the definition performs when it is called with tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.ops.template.expression import Table
+from dovetail.ops.template.program import Program, Step
+
+
+def evaluate(program: Program, inputs: Mapping[str, Tensor]) -> list[Any]:
+    """The results of a program: tensors that broadcast, or numbers where nothing depends on an input."""
+    done = program.fold(Torch(program, inputs))
+    return [done[i] for i in program.results]
+
+
+class Torch:
+    """The language. Parameters stay Python's numbers, so that types promote as in the definition."""
+
+    def __init__(self, program: Program, inputs: Mapping[str, Tensor]) -> None:
+        self.program = program
+        self.inputs = inputs
+
+    def step(self, step: Step, args: Sequence[Any]) -> Any:
+        if step.op == "input":
+            return self.inputs[step.value]
+        if step.op == "const":
+            return step.value
+        if step.op == "param":
+            return self.program.parameters[step.value]
+        if step.op == "load":
+            return self.load(self.program.tables[step.value], args[0])
+        return args[0] if step.op == "float" else TORCH[step.op](*args)
+
+    def load(self, table: Table, index: Tensor) -> Any:
+        return table[index]
+
+
+class Clamped(Torch):
+    """As kernels do it: beyond a table, its last number is read."""
+
+    def load(self, table: Table, index: Tensor) -> Any:
+        return table[index.clamp(max=len(table) - 1)]
+
+
+def _with_numbers(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """A function of two tensors, for a tensor and a number too; types promote as in arithmetic."""
+
+    def call(a: Any, b: Any) -> Tensor:
+        dtype = torch.result_type(a, b)
+        device = a.device if isinstance(a, Tensor) else b.device
+        x, y = (torch.as_tensor(v, dtype=dtype, device=device) for v in (a, b))
+        return function(x, y)
+
+    return call
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, bool):
+        return a if condition else b
+    return torch.where(condition, a, b)
+
+
+TORCH: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "neg": operator.neg,
+    "lt": operator.lt,
+    "le": operator.le,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": operator.invert,
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "abs": abs,
+    "floor": torch.floor,
+    "minimum": _with_numbers(torch.minimum),
+    "maximum": _with_numbers(torch.maximum),
+    "where": _where,
+}
