@@ -1,6 +1,6 @@
 # `make run` answers a prompt, `make test` checks everything; both set up what they need first.
 MODEL ?= smollm2-135m
-PROMPT ?= What is the capital of France?
+PROMPT ?= Name the capital of France.
 ARGS ?=
 JOBS ?= 2
 

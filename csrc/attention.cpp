@@ -37,6 +37,9 @@ struct Tiles {
 // Whether all keys of the chunk lie before the sequence's first row, so that no mask can differ between rows.
 bool AttentionPlan::past(int s, int chunk) const { return (chunk + 1) * CHUNK <= sequences_[s].start; }
 
+// Whether it reads one list of pages from position 0 on.
+bool AttentionPlan::plain(int s) const { return sequences_[s].lists == 1 && !sequences_[s].page_positions; }
+
 bool AttentionPlan::same_chunk(int a, int b, int chunk) const {
     const int first = chunk * CHUNK / page_size_, last = ((chunk + 1) * CHUNK - 1) / page_size_;
     const int32_t *p = sequences_[a].pages, *q = sequences_[b].pages;
@@ -69,10 +72,10 @@ void AttentionPlan::group(std::vector<int>& members, int first, int piece) {
         const int lead = members[0];
         std::vector<int> same{lead};
         rest.clear();
-        const bool shareable = past(lead, first) && sequences_[lead].lists == 1;
+        const bool shareable = past(lead, first) && plain(lead);
         for (size_t i = 1; i < members.size(); i++) {
             const int m = members[i];
-            const bool joins = shareable && past(m, first) && sequences_[m].lists == 1 && same_chunk(lead, m, first);
+            const bool joins = shareable && past(m, first) && plain(m) && same_chunk(lead, m, first);
             (joins ? same : rest).push_back(m);
         }
         if (same.size() == 1) {
@@ -243,12 +246,17 @@ void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const Att
         }
     }
     if (!node.whole) return;
-    for (int p = 0; p < packed; p++) {
-        float* mine_state = mine.states.data() + (size_t)p * record();
-        float* out = args.out + (size_t)rows[p / group] * args.out_stride + (item.head * group + p % group) * heads_.dim;
-        kernels.scale(mine_state, 1.0f / mine_state[padded_ + 1], padded_, mine_state);
-        memcpy(out, mine_state, (size_t)heads_.dim * 4);
-    }
+    for (int p = 0; p < packed; p++)
+        finish(mine.states.data() + (size_t)p * record(), rows[p / group], item.head * group + p % group, kernels, args);
+}
+
+// The result of a row that has read nothing is 0.
+void AttentionPlan::finish(float* state, int row, int query_head, const Kernels& kernels,
+                           const AttendArgs& args) const {
+    const float most = state[padded_], sum = state[padded_ + 1];
+    kernels.scale(state, sum == 0 ? 0.0f : 1.0f / sum, padded_, state);
+    memcpy(args.out + (size_t)row * args.out_stride + query_head * heads_.dim, state, (size_t)heads_.dim * 4);
+    if (args.lse) args.lse[(size_t)row * heads_.query + query_head] = most + std::log(sum);
 }
 
 // One chunk for a few packed rows (row and head of the group), merged into their states.
@@ -279,8 +287,8 @@ void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const Att
         if (first >= s.length || (!listed && (first > farthest || first + KEYS <= nearest))) continue;
         KeyBlock keys;
         memcpy(keys.k, tiles.k + b * KEY_TILES, sizeof keys.k), memcpy(keys.v, tiles.v + b * KEY_TILES, sizeof keys.v);
-        memcpy(keys.next_k, tiles.k + (b + 1) * KEY_TILES, sizeof keys.k);
-        memcpy(keys.next_v, tiles.v + (b + 1) * KEY_TILES, sizeof keys.v);
+        memcpy(keys.next_k, tiles.k + (b + 2) * KEY_TILES, sizeof keys.k);
+        memcpy(keys.next_v, tiles.v + (b + 2) * KEY_TILES, sizeof keys.v);
         kernels.scores[type](scratch().q.data() + packed * q_row, padded_, count, padded_, keys, scores);
         const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)item.head * s.num_pages);
         const bool explicit_positions = listed || args.variant;
@@ -324,8 +332,7 @@ void AttentionPlan::run_merge(const Merge& merge, int head, const Kernels& kerne
             const float* from = state(merge.state, p, q_head);
             kernels.merge(&most, &sum, mine.data(), from[padded_], from[padded_ + 1], from, padded_);
         }
-        kernels.scale(mine.data(), 1.0f / sum, padded_, mine.data());
-        memcpy(args.out + (size_t)merge.row * args.out_stride + q_head * heads_.dim, mine.data(), heads_.dim * 4);
+        finish(mine.data(), merge.row, q_head, kernels, args);
     }
 }
 

@@ -40,6 +40,7 @@ struct AttendArgs {
     int window;          // only the last `window` keys; 0 for all
     Variant variant;     // or null
     const float* params;
+    float* lse;          // [rows][query heads] log-sum-exp of the scores, or null
 };
 
 struct PlanStats {
@@ -76,12 +77,14 @@ class AttentionPlan {
     void group(std::vector<int>& members, int first, int piece);
     bool same_chunk(int a, int b, int chunk) const;
     bool past(int s, int chunk) const;
+    bool plain(int s) const;
     int add_node(const int* members, int count, int first, int last, int piece);
     void cut();
     void cut_rows(int node, double target);
     void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
     void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
                   int chunk, const struct Tiles& tiles, float* states);
+    void finish(float* state, int row, int query_head, const Kernels& kernels, const AttendArgs& args) const;
     void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args);
     int record() const { return padded_ + 16; }
     float* state(int row_state, int piece, int query_head) {

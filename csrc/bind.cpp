@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "bandwidth.h"
@@ -69,6 +70,83 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
 }
 
+// Attention by itself: block-sparse KV given by page lists.
+class PagedAttention {
+   public:
+    PagedAttention(const std::string& isa, int threads, nb::tuple heads, bool cascade, bool split)
+        : kernels_(isa.empty() ? best_kernels() : kernels(isa.c_str())), team_(threads), cascade_(cascade), split_(split) {
+        if (!kernels_) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
+        heads_ = {nb::cast<int>(heads[0]), nb::cast<int>(heads[1]), nb::cast<int>(heads[2])};
+    }
+
+    PagedAttention(const PagedAttention&) = delete;
+
+    // Rows and pages of request i are qo_indptr[i].. and kv_indptr[i]..; its first row is at starts[i]; indices hold
+    // `lists` lists, one after the other, and positions (or none) the position of each page's first token.
+    void plan(const std::vector<int>& qo_indptr, const std::vector<int>& kv_indptr, const std::vector<int>& lengths,
+              const std::vector<int>& starts, const std::vector<int>& indices, const std::vector<int>& positions,
+              int lists, int page_size) {
+        rows_ = qo_indptr.back();
+        table_.clear(), where_.clear();
+        const int total = kv_indptr.back();
+        std::vector<Sequence> sequences;
+        for (size_t i = 0; i + 1 < qo_indptr.size(); i++) {  // each request's lists, one after the other
+            const int first = kv_indptr[i], pages = kv_indptr[i + 1] - first, rows = qo_indptr[i + 1] - qo_indptr[i];
+            for (int l = 0; l < lists; l++)
+                for (int p = 0; p < pages; p++) {
+                    table_.push_back(indices.at(l * total + first + p));
+                    if (!positions.empty()) where_.push_back(positions.at(l * total + first + p));
+                }
+            sequences.push_back({qo_indptr[i], rows, starts[i], lengths[i], nullptr, pages, lists, nullptr});
+        }
+        size_t at = 0;
+        for (Sequence& s : sequences) {
+            s.pages = table_.data() + at;
+            if (!positions.empty()) s.page_positions = where_.data() + at;
+            at += (size_t)s.num_pages * lists;
+        }
+        plan_.build(sequences, heads_, page_size, team_.threads, cascade_, split_);
+    }
+
+    void run(const KVMemory& kv, uintptr_t q, uintptr_t out, uintptr_t lse, int window, uintptr_t variant,
+             const std::vector<float>& params) {
+        const int padded = kv.padded(), rows = rows_ * heads_.query;
+        const float scale = 1.0f / std::sqrt((float)heads_.dim);
+        q_.assign((size_t)rows * padded, 0.0f);
+        Aligned<float> row(padded, 0.0f);
+        for (int r = 0; r < rows; r++) {
+            kernels_->scale((const float*)q + (size_t)r * heads_.dim, scale, heads_.dim / 16 * 16, row.data());
+            for (int i = heads_.dim / 16 * 16; i < heads_.dim; i++) row[i] = ((const float*)q)[(size_t)r * heads_.dim + i] * scale;
+            if (kv.compute() == KV_BF16) kernels_->to_bf16(row.data(), padded, (uint16_t*)q_.data() + (size_t)r * padded);
+            else memcpy(q_.data() + (size_t)r * padded, row.data(), (size_t)padded * 4);
+        }
+        const AttendArgs args{&kv, 0, q_.data(), (float*)out, heads_.query * heads_.dim, window, (Variant)variant,
+                              params.data(), (float*)lse};
+        team_.reserve(4);
+        nb::gil_scoped_release free;
+        team_.run([&](Member& member) { plan_.run(member, *kernels_, args); });
+    }
+
+    const PlanStats& stats() const { return plan_.stats(); }
+
+   private:
+    const Kernels* kernels_;
+    Team team_;
+    Heads heads_;
+    bool cascade_, split_;
+    int rows_ = 0;
+    std::vector<int32_t> table_, where_;
+    Aligned<float> q_;
+    AttentionPlan plan_;
+};
+
+nb::dict stats_of(const PlanStats& s) {
+    nb::dict d;
+    d["items"] = s.items, d["merged_rows"] = s.merged_rows, d["tokens_read"] = s.tokens_read;
+    d["tokens_without_sharing"] = s.tokens_without_sharing, d["shared_rows"] = s.shared_rows;
+    return d;
+}
+
 std::vector<std::shared_ptr<Packed>> weights_of(nb::list list) {
     std::vector<std::shared_ptr<Packed>> out;
     for (nb::handle h : list) out.push_back(nb::cast<std::shared_ptr<Packed>>(h));
@@ -128,7 +206,8 @@ NB_MODULE(_native, m) {
             p.linear({in, out, weights_of(weights), choice<Activation>(activation, {"exact", "int8", "bf16"}),
                       std::move(norm), eps, std::move(bias), add,
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});
-        })
+        }, nb::arg("source"), nb::arg("target"), nb::arg("weights"), nb::arg("activation"), nb::arg("norm"),
+           nb::arg("eps"), nb::arg("bias"), nb::arg("add"), nb::arg("gate"), nb::arg("sampled"))
         .def("rope", [](Program& p, int in, int angles, int q, int layer, std::vector<float> q_norm,
                         std::vector<float> k_norm, float eps) {
             p.rope({in, angles, q, layer, std::move(q_norm), std::move(k_norm), eps});
@@ -138,6 +217,10 @@ NB_MODULE(_native, m) {
             p.attend(q, out, layer, window, (Variant)variant, std::move(params));
         })
         .def("clear", [](Program& p) { p.step.clear(); })
+        .def("set_rows", [](Program& p, int rows) {  // rows of no sequence, for operations that ask for nothing else
+            p.step.clear();
+            p.step.tokens.assign(rows, 0);
+        })
         .def("add", add_span)
         .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
         .def("plan", &Program::plan)
@@ -149,11 +232,17 @@ NB_MODULE(_native, m) {
             const size_t shape[2] = {(size_t)rows, (size_t)p.stride(slot)};
             return nb::ndarray<nb::numpy, float>(p.rows(slot), 2, shape, nb::find(p));
         })
-        .def("attention_stats", [](const Program& p) {
-            const PlanStats& s = p.attention().stats();
-            nb::dict d;
-            d["items"] = s.items, d["merged_rows"] = s.merged_rows, d["tokens_read"] = s.tokens_read;
-            d["tokens_without_sharing"] = s.tokens_without_sharing, d["shared_rows"] = s.shared_rows;
-            return d;
-        });
+        .def("attention_stats", [](const Program& p) { return stats_of(p.attention().stats()); });
+
+    nb::class_<PagedAttention>(m, "PagedAttention")
+        .def(nb::init<const std::string&, int, nb::tuple, bool, bool>(), nb::arg("isa"), nb::arg("threads"),
+             nb::arg("heads"), nb::arg("cascade"), nb::arg("split"))
+        .def("plan", &PagedAttention::plan, nb::arg("qo_indptr"), nb::arg("kv_indptr"), nb::arg("lengths"),
+             nb::arg("starts"), nb::arg("indices"), nb::arg("positions"), nb::arg("lists"), nb::arg("page_size"))
+        .def("run", [](PagedAttention& a, const std::string& layout, const std::string& stored, nb::tuple addresses,
+                       nb::tuple sizes, uintptr_t q, uintptr_t out, uintptr_t lse, int window, uintptr_t variant,
+                       const std::vector<float>& params) {
+            a.run(kv_memory(layout, stored, addresses, sizes), q, out, lse, window, variant, params);
+        })
+        .def("stats", [](const PagedAttention& a) { return stats_of(a.stats()); });
 }

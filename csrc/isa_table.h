@@ -1,5 +1,5 @@
 // Included once by each instruction set's file, after its vector header: defines the table.
-#define UNROLL _Pragma("GCC unroll 16")
+
 
 #include "kernels/attention.h"
 #include "kernels/linear.h"

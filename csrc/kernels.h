@@ -5,15 +5,28 @@
 
 namespace dovetail {
 
-constexpr int MAX_ROWS = 6;    // rows of a register block of a linear
+constexpr int MAX_ROWS = 8;    // rows of a register block of a linear
 constexpr int MAX_TILES = 3;   // tiles of one
 constexpr int KEYS = 64;       // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
 
+// A register block: some tiles of weights against some activation rows. Meanwhile `lines` cache lines per block of K
+// are fetched from `ahead` on.
+struct GemmArgs {
+    const uint8_t* weights;
+    size_t tile_stride;
+    int k_blocks;
+    const uint8_t* rows;
+    size_t row_stride;
+    float* out;
+    int out_stride;
+    const uint8_t* ahead;
+    int lines;
+};
+
 // out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
-using Gemm = void (*)(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
-                      float* out, int out_stride);
+using Gemm = void (*)(const GemmArgs& args);
 
 enum KVType : int { KV_F32, KV_BF16, NUM_KV };
 enum Gate : int { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU };
@@ -28,7 +41,7 @@ struct State {
 struct KeyBlock {
     const void* k[KEY_TILES];
     const void* v[KEY_TILES];
-    const void* next_k[KEY_TILES];  // to prefetch; null for none
+    const void* next_k[KEY_TILES];  // to fetch meanwhile
     const void* next_v[KEY_TILES];
 };
 
@@ -38,8 +51,8 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 
 struct Kernels {
     const char* name;
-    int rows_small, tiles_small;  // best register block for few rows, and for many
-    int rows_large, tiles_large;
+    int rows_alone;               // up to so many rows one tile at a time is best, in one block of rows
+    int rows_many, tiles_many;    // the best register block for more
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
 
     // y = x / sqrt(mean(x^2) + eps) * w

@@ -8,9 +8,11 @@ namespace dovetail {
 
 namespace {
 
-constexpr int ALONE = 2;      // rows up to which every thread prepares all activations itself
-constexpr int CHUNKS = 4;     // pieces per thread
-constexpr int GATE_TILES = 8; // tiles of gate and of up that are computed before they are combined
+constexpr int ALONE = 2;       // rows up to which every thread prepares all activations itself
+constexpr int CHUNKS = 4;      // pieces per thread
+constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed before they are combined
+constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
+constexpr size_t PANEL = 256 << 10;  // bytes of activation rows that stay in a core's cache
 
 Aligned<uint8_t>& own_rows() {
     thread_local Aligned<uint8_t> rows;
@@ -87,45 +89,53 @@ void LinearOp::run(Member& member, const Work& work) {
                 activate(*work.kernels, input(r), rows_.data() + r * row_bytes_);
         });
     }
-    const int most = n <= work.kernels->rows_small ? 64 : args_.gate ? GATE_TILES : 2 * MAX_TILES;
-    const int each = std::clamp(tiles_ / (member.threads() * CHUNKS), 1, most);
-    member.share((tiles_ + each - 1) / each, [&](int c) {
-        const int first = c * each, last = std::min(tiles_, first + each);
-        if (args_.gate) gates(work, rows, first, last);
-        else tiles(work, rows, first, last);
+    const Kernels& k = *work.kernels;
+    const bool few = n <= k.rows_alone;
+    const int fit = std::max(4, (int)(PANEL / row_bytes_ / k.rows_many)) * k.rows_many;
+    const int panels = few ? 1 : (n + fit - 1) / fit;
+    const int each = std::clamp(tiles_ / (member.threads() * CHUNKS), 1, few ? 64 : 6), chunks = (tiles_ + each - 1) / each;
+    member.share(panels * chunks, [&](int i) {
+        const int p = i / chunks, c = i % chunks;
+        const int row = (int)((int64_t)n * p / panels), end = (int)((int64_t)n * (p + 1) / panels);
+        panel(work, rows, row, end - row, c * each, std::min(tiles_, (c + 1) * each));
     });
 }
 
-void LinearOp::tiles(const Work& work, const uint8_t* rows, int first, int last) const {
-    const int n = total(work);
-    const Kernels& k = *work.kernels;
-    const bool few = n <= k.rows_small;
-    const int step = few ? 1 : n <= 4 * k.rows_small ? k.tiles_small : k.tiles_large;
-    for (const Segment& s : segments_) {
-        const int from = std::max(first, s.first_tile) - s.first_tile;
-        const int to = std::min(last, s.first_tile + s.weights->tiles) - s.first_tile;
-        for (int t = from; t < to;) {
-            const int count = std::min(step, to - t);
-            const int most = count == 1 ? k.rows_small : count == 2 ? k.rows_large : k.rows_small;
-            const int blocks = (n + most - 1) / most;
-            for (int b = 0; b < blocks; b++) {
-                const int row = (int)((int64_t)n * b / blocks), end = (int)((int64_t)n * (b + 1) / blocks);
-                block(work, s, t, count, rows, row, end - row);
-            }
-            t += count;
-        }
-    }
+void LinearOp::panel(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
+    if (args_.gate) gates(work, rows, row, n, first, last);
+    else tiles(work, rows, row, n, first, last);
 }
 
-void LinearOp::block(const Work& work, const Segment& s, int tile, int count, const uint8_t* rows, int row,
-                     int n) const {
-    const Packed& w = *s.weights;
+// Rows `rows` (n of them) times `count` tiles. While few rows are computed the weights behind these are fetched;
+// else `part` of `parts` fetches its share of the next group of tiles.
+void LinearOp::multiply(const Kernels& kernels, const Packed& w, int tile, int count, const uint8_t* rows, int n,
+                        int part, int parts, float* out, int stride) const {
+    const size_t group = count * w.tile_stride, per_block = (group / k_blocks_ + parts - 1) / parts;
+    const int lines = (int)((per_block + 63) / 64);
+    const uint8_t* ahead = parts == 1 ? w.tile(tile) + AHEAD : w.tile(tile) + group + (size_t)part * lines * 64 * k_blocks_;
+    kernels.gemm[w.format][args_.activation][n][count](
+        {w.tile(tile), w.tile_stride, k_blocks_, rows, row_bytes_, out, stride, ahead, lines});
+}
+
+void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
+    const Kernels& k = *work.kernels;
+    const bool few = n <= k.rows_alone;
+    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
     alignas(64) float out[MAX_ROWS * MAX_TILES * TILE];
-    work.kernels->gemm[w.format][args_.activation][n][count](w.tile(tile), w.tile_stride, k_blocks_,
-                                                             rows + row * row_bytes_, row_bytes_, out,
-                                                             MAX_TILES * TILE);
-    const int column = tile * TILE, columns = std::min(count * TILE, w.n - column);
-    for (int r = 0; r < n; r++) finish(work, row + r, s.column + column, columns, out + r * MAX_TILES * TILE);
+    for (const Segment& s : segments_) {
+        const Packed& w = *s.weights;
+        const int to = std::min(last, s.first_tile + w.tiles) - s.first_tile;
+        for (int t = std::max(first, s.first_tile) - s.first_tile, count; t < to; t += count) {
+            count = few ? 1 : std::min(k.tiles_many, to - t);
+            const int columns = std::min(count * TILE, w.n - t * TILE);
+            for (int b = 0; b < blocks; b++) {
+                const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
+                multiply(k, w, t, count, rows + at * row_bytes_, some, b, blocks, out, MAX_TILES * TILE);
+                for (int r = 0; r < some; r++)
+                    finish(work, at + r, s.column + t * TILE, columns, out + r * MAX_TILES * TILE);
+            }
+        }
+    }
 }
 
 void LinearOp::finish(const Work& work, int row, int column, int n, const float* values) const {
@@ -145,36 +155,32 @@ void LinearOp::finish(const Work& work, int row, int column, int n, const float*
     }
 }
 
-// Tiles [first, last) of both weights, first all of the gate's, so that each is read in one stream.
-void LinearOp::gates(const Work& work, const uint8_t* rows, int first, int last) const {
+// Tiles [first, last) of both weights. With few rows first several of the gate's, so that each is read in one stream.
+void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
     const Slot& out = (*work.slots)[args_.out];
-    const int n = total(work), width = GATE_TILES * TILE;
-    const bool few = n <= k.rows_small;
-    const int step = few ? 1 : n <= 4 * k.rows_small ? k.tiles_small : k.tiles_large;
-    const int most = step == 2 ? k.rows_large : k.rows_small, blocks = (n + most - 1) / most;
+    const bool few = n <= k.rows_alone;
+    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
+    const int step = few ? 1 : k.tiles_many, together = few ? GATE_TILES : k.tiles_many, width = GATE_TILES * TILE;
     alignas(64) float values[2][MAX_ROWS * GATE_TILES * TILE];
-    for (int from = first; from < last; from += GATE_TILES) {
-        const int to = std::min(last, from + GATE_TILES);
+    for (int from = first, to; from < last; from = to) {
+        to = std::min(last, from + together);
+        const int column = from * TILE, columns = std::min((to - from) * TILE, out.width - column);
         for (int b = 0; b < blocks; b++) {
-            const int row = (int)((int64_t)n * b / blocks), some = (int)((int64_t)n * (b + 1) / blocks) - row;
+            const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
             for (int w = 0; w < 2; w++)
-                for (int t = from; t < to;) {
-                    const int count = std::min(step, to - t);
-                    const Packed& p = *segments_[w].weights;
-                    k.gemm[p.format][args_.activation][some][count](p.tile(t), p.tile_stride, k_blocks_,
-                                                                    rows + row * row_bytes_, row_bytes_,
-                                                                    values[w] + (t - from) * TILE, width);
-                    t += count;
+                for (int t = from, count; t < to; t += count) {
+                    count = std::min(step, to - t);
+                    multiply(k, *segments_[w].weights, t, count, rows + at * row_bytes_, some, b, blocks,
+                             values[w] + (t - from) * TILE, width);
                 }
-            const int column = from * TILE, columns = std::min((to - from) * TILE, out.width - column);
             for (int r = 0; r < some; r++) {
                 float *gate = values[0] + r * width, *up = values[1] + r * width;
                 if (!args_.bias.empty())
                     for (int i = 0; i < columns; i++)
                         gate[i] += args_.bias[column + i], up[i] += args_.bias[out.width + column + i];
                 k.gate(args_.gate, gate, up, (columns + 15) / 16 * 16, gate);
-                memcpy(const_cast<float*>(out.data.data()) + (size_t)(row + r) * out.stride + column, gate,
+                memcpy(const_cast<float*>(out.data.data()) + (size_t)(at + r) * out.stride + column, gate,
                        (size_t)columns * 4);
             }
         }

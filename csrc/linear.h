@@ -17,9 +17,11 @@ class LinearOp : public Op {
         int column, first_tile;
     };
     void activate(const Kernels& kernels, const float* x, uint8_t* row) const;
-    void tiles(const Work& work, const uint8_t* rows, int first, int last) const;
-    void block(const Work& work, const Segment& s, int tile, int count, const uint8_t* rows, int row, int n) const;
-    void gates(const Work& work, const uint8_t* rows, int first, int last) const;
+    void panel(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
+    void tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
+    void gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
+    void multiply(const Kernels& kernels, const Packed& w, int tile, int count, const uint8_t* rows, int n, int part,
+                  int parts, float* out, int stride) const;
     void finish(const Work& work, int row, int column, int n, const float* values) const;
     int total(const Work& work) const;
 

@@ -103,17 +103,13 @@ void read_block(Format f, const uint8_t* row, int b, Codes& c) {
     else read_k(f, p, b % info.blocks, c);
 }
 
-// Codes of column `lane` into a block of the packed layout.
+// Codes of column `lane` into a block of a K format.
 void place_codes(Format f, const uint8_t* q, int lane, uint8_t* block) {
-    if (f == Q8_0) {
-        for (int k = 0; k < 32; k++) block[64 * (k / 4) + 4 * lane + k % 4] = q[k];
-        return;
-    }
     for (int k = 0; k < 16; k++) {
         const int at = 64 * (k / 4) + 4 * lane + k % 4;
         block[at] = (uint8_t)((q[k] & 15) | (q[k + 16] & 15) << 4);
     }
-    if (f == Q5_0 || f == Q5_1 || f == Q5_K) {
+    if (f == Q5_K) {
         for (int k = 0; k < 32; k++) block[256 + 4 * lane + k % 4] |= (uint8_t)((q[k] >> 4) << (k / 4));
     } else if (f == Q6_K) {
         for (int k = 0; k < 32; k++)
@@ -123,18 +119,33 @@ void place_codes(Format f, const uint8_t* q, int lane, uint8_t* block) {
 
 void place_scales(Format f, const Codes& c, int lane, uint8_t* head, uint8_t* block) {
     const FormatInfo& info = FORMATS[f];
-    if (info.blocks == 1) {
-        const bool has_min = f == Q4_1 || f == Q5_1;
-        uint8_t* at = block + info.block - (has_min ? 64 : 32);
-        memcpy(at + 2 * lane, &c.d, 2);
-        if (has_min) memcpy(at + 32 + 2 * lane, &c.m, 2);
-        return;
-    }
     memcpy(head + 2 * lane, &c.d, 2);
     uint8_t* at = block + info.block - 32;
     at[lane] = c.scale[0];
     at[16 + lane] = f == Q6_K ? c.scale[1] : c.minimum;
     if (f != Q6_K) memcpy(head + 32 + 2 * lane, &c.m, 2);
+}
+
+// Formats whose block of 32 is one stored block: bytes i and i + 16 of the codes already share a byte, so four of
+// them are a lane's k-quad as they are.
+void pack_small_block(Format f, const uint8_t* p, int lane, uint8_t* block) {
+    const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
+    const uint8_t* at = p + (has_min ? 4 : 2);
+    const uint8_t* codes = at + (five ? 4 : 0);
+    const int quads = f == Q8_0 ? 8 : 4;
+    for (int j = 0; j < quads; j++) {
+        const uint32_t quad = u32(codes + 4 * j) ^ (f == Q8_0 ? 0x80808080u : 0u);  // to unsigned, zero point 128
+        memcpy(block + 64 * j + 4 * lane, &quad, 4);
+    }
+    if (five) {
+        const uint32_t high = u32(at);
+        uint8_t bits[4] = {0, 0, 0, 0};
+        for (int k = 0; k < 32; k++) bits[k % 4] |= (uint8_t)((high >> k & 1) << (k / 4));
+        memcpy(block + 256 + 4 * lane, bits, 4);
+    }
+    uint8_t* scales = block + FORMATS[f].block - (has_min ? 64 : 32);
+    memcpy(scales + 2 * lane, p, 2);
+    if (has_min) memcpy(scales + 32 + 2 * lane, p + 2, 2);
 }
 
 void pack_codes_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k_blocks, uint8_t* tile) {
@@ -143,8 +154,12 @@ void pack_codes_tile(Format f, const uint8_t* rows, size_t row_bytes, int column
         uint8_t* head = tile + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
         uint8_t* block = head + info.head + (b % info.blocks) * info.block;
         for (int lane = 0; lane < columns; lane++) {
+            if (info.blocks == 1) {
+                pack_small_block(f, rows + lane * row_bytes + (size_t)b * info.bytes, lane, block);
+                continue;
+            }
             Codes c;
-            read_block(f, rows + lane * row_bytes, b, c);
+            read_k(f, rows + lane * row_bytes + (size_t)(b / info.blocks) * info.bytes, b % info.blocks, c);
             place_codes(f, c.q, lane, block);
             place_scales(f, c, lane, head, block);
         }

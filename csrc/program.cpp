@@ -131,7 +131,7 @@ class AttendOp : public Op {
     void run(Member& member, const Work& work) override {
         Slot& out = (*work.slots)[out_];
         AttendArgs args{&kv_, layer_ * kv_.pages_per_layer, (*work.slots)[q_].data.data(), out.data.data(),
-                        out.stride, window_, variant_, params_.data()};
+                        out.stride, window_, variant_, params_.data(), nullptr};
         work.plan->run(member, *work.kernels, args);
     }
 

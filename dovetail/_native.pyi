@@ -83,3 +83,34 @@ class Program:
     def num_rows(self) -> int: ...
     def view(self, slot: int, rows: int, /) -> NDArray[np.float32]: ...  # until the program grows
     def attention_stats(self) -> dict[str, int]: ...
+
+class PagedAttention:
+    def __init__(
+        self, isa: str, threads: int, heads: tuple[int, int, int], cascade: bool, split: bool
+    ) -> None: ...
+    def plan(
+        self,
+        qo_indptr: list[int],
+        kv_indptr: list[int],
+        lengths: list[int],
+        starts: list[int],
+        indices: list[int],
+        positions: list[int],
+        lists: int,
+        page_size: int,
+    ) -> None: ...
+    def run(
+        self,
+        layout: str,
+        stored: str,
+        addresses: tuple[int, int, int, int],
+        sizes: tuple[int, int, int, int],
+        q: int,
+        out: int,
+        lse: int,
+        window: int,
+        variant: int,
+        params: list[float],
+        /,
+    ) -> None: ...
+    def stats(self) -> dict[str, int]: ...

@@ -12,6 +12,8 @@ from dovetail.core.seams import Geometry
 from dovetail.options import Options
 
 GIB = 1 << 30
+TORCH = "torch"  # the reference kernels
+PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # stored formats without blocks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
@@ -28,6 +30,8 @@ class Config:
     dtype: str
     device: str
     threads: int
+    kernels: str
+    activations: str
     kv_cache_dtype: str
     kv_memory: int
     block_size: int
@@ -47,12 +51,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine offers: threads worth starting, CPUs, free bytes for KV, and whether there is CUDA."""
+    """What the machine offers: threads worth starting, CPUs, free bytes for KV, whether there is CUDA, and the
+    instruction sets that native kernels can use (best first)."""
 
     threads: int
     cpus: int
     free_memory: int
     cuda: bool
+    isas: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,56 @@ class KVBudget:
     max_model_len: int
 
 
-def resolve_dtype(asked: str, stored: str, device: str) -> str:
-    """The compute type. "auto": what the checkpoint stores, float32 for quantized blocks on a CPU."""
+def resolve_kernels(options: Options, device: str, isas: tuple[str, ...]) -> str:
+    """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked."""
+    kinds = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    dtype = kinds.get(options.dtype, options.dtype)
+    reason = ""
+    if device != "cpu":
+        reason = f"native kernels run on the CPU, not on {device}"
+    elif dtype not in ("auto", "float32", "bfloat16"):
+        reason = f"native kernels compute in float32 or bfloat16, not in {dtype}"
+    elif options.kv_cache_dtype in ("float16", "fp16", "float64"):
+        reason = f"native kernels have no {options.kv_cache_dtype} KV"
+    if options.kernels == "auto":
+        return TORCH if reason or not isas else isas[0]
+    if options.kernels == TORCH:
+        return TORCH
+    if options.kernels not in isas:
+        raise ConfigError(
+            f"kernels '{options.kernels}' cannot be used here; possible: auto, {', '.join((TORCH, *isas))}"
+        )
+    if reason:
+        raise ConfigError(f"kernels '{options.kernels}': {reason}")
+    return options.kernels
+
+
+def resolve_activations(options: Options, stored: str, kernels: str) -> str:
+    """ "auto": int8 with native kernels on quantized weights, unless a dtype was asked for."""
+    asked, quantized = options.activations, stored not in PLAIN
+    if asked not in ("auto", "int8", "exact"):
+        raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, exact")
+    if asked == "int8" and kernels == TORCH:
+        raise ConfigError("activations 'int8' needs native kernels; drop it, or use --kernels auto")
+    if asked == "int8" and (not quantized or options.dtype in ("bfloat16", "bf16")):
+        raise ConfigError("activations 'int8' needs weights that are stored in blocks, and no --dtype bfloat16")
+    if asked != "auto":
+        return asked
+    return "int8" if kernels != TORCH and quantized and options.dtype == "auto" else "exact"
+
+
+def resolve_dtype(asked: str, stored: str, device: str, kernels: str = TORCH) -> str:
+    """The compute type. "auto": what the checkpoint stores, float32 for quantized blocks on a CPU.
+
+    Native kernels keep float16 weights as they are and compute in float32.
+    """
     if asked != "auto":
         asked = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(asked, asked)
         if asked not in DTYPES:
             raise ConfigError(f"dtype '{asked}' is unknown; the known ones are auto, {', '.join(DTYPES)}")
         return asked
-    known = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    if stored in known:
-        return known[stored]
+    if stored in PLAIN and not (stored == "F16" and kernels != TORCH):
+        return PLAIN[stored]
     return "float32" if device == "cpu" else "bfloat16"
 
 
@@ -89,8 +135,10 @@ def resolve_device(asked: str, cuda: bool) -> str:
     return asked
 
 
-def resolve_kv_dtype(asked: str, dtype: str) -> str:
-    """ "auto" keeps KV in the compute type's precision."""
+def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
+    """ "auto" keeps KV in the compute type's precision, and in bf16 beside int8 activations."""
+    if asked == "auto" and activations == "int8":
+        return "bf16"
     if asked == "auto":
         return {"bfloat16": "bf16"}.get(dtype, dtype)
     return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
@@ -170,9 +218,12 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     """Settle every choice. ConfigError or CapacityError name the option."""
     machine = found.machine
     device = resolve_device(options.device, machine.cuda)
-    dtype = resolve_dtype(options.dtype, found.stored_format, device)
-    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
-    kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype), machine.free_memory)
+    kernels = resolve_kernels(options, device, machine.isas)
+    dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
+    activations = resolve_activations(options, found.stored_format, kernels)
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
+    native_page = 0 if kernels == TORCH else positive("block_size", options.block_size, 16)
+    kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype, native_page), machine.free_memory)
     return Config(
         model=found.name,
         architecture=model.architecture,
@@ -180,6 +231,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         dtype=dtype,
         device=device,
         threads=_threads(options.threads, machine),
+        kernels=kernels,
+        activations=activations,
         kv_cache_dtype=kv_dtype,
         kv_memory=kv.bytes,
         block_size=kv.block_size,
@@ -202,4 +255,5 @@ class Found:
     stored_format: str
     use: tuple[str, ...]
     machine: Machine
-    token_bytes: Any  # (Geometry, kv_cache_dtype) -> bytes of K and V of one token
+    # (Geometry, kv_cache_dtype, page size of the native kernels or 0) -> bytes of K and V of one token
+    token_bytes: Any

@@ -10,15 +10,17 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[list[int]]:
     """Finish the block, then raise the KeyboardInterrupt that came meanwhile.
+
+    Gives the list of signals noted so far: a loop inside the block ends when it is no longer empty.
 
     Off the main thread, and where the program handles SIGINT itself, nothing is changed.
     """
-    pending = []
+    pending: list[int] = []
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
+        yield pending
         return
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -26,7 +28,7 @@ def uninterrupted() -> Iterator[None]:
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield pending
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if pending:

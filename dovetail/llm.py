@@ -152,11 +152,11 @@ class LLM:
                     for answer in answers:
                         self.session.submit(answer)
                 for answer in answers:
-                    while not answer.finished:
-                        running = len(self.session.answers)
-                        with uninterrupted():
+                    with uninterrupted() as interrupts:
+                        while not (answer.finished or interrupts):
+                            running = len(self.session.answers)
                             self.session.step()
-                        advance(running - len(self.session.answers))
+                            advance(running - len(self.session.answers))
         finally:  # an interrupt or a refusal leaves nothing behind
             with uninterrupted():
                 for answer in answers:
@@ -208,8 +208,9 @@ def _machine(device: str) -> Machine:
     import torch
 
     from dovetail.machine import cores, memory
+    from dovetail.ops.cpu import isas
 
     found, cuda = cores(), torch.cuda.is_available()
     on_gpu = cuda and device != "cpu"
     free = torch.cuda.mem_get_info()[0] if on_gpu else memory().available
-    return Machine(found.budget, found.affinity, free, cuda)
+    return Machine(found.budget, found.affinity, free, cuda, isas())

@@ -14,6 +14,8 @@ class Options:
     threads: int | None = None
     kv_memory: int | None = None  # bytes
     kv_cache_dtype: str = "auto"
+    kernels: str = "auto"
+    activations: str = "auto"
     block_size: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None

@@ -30,6 +30,7 @@ def session(*use: str, **changes) -> Session:
     engine = tiny_engine(*use, checkpoint=CHECKPOINT, pages=changes.pop("pages", 128), **changes)
     config = Config(
         model="tiny", architecture="llama", use=use, dtype="float64", device="cpu", threads=1,
+        kernels="torch", activations="exact",
         kv_cache_dtype="float64", kv_memory=0, block_size=4, num_kv_pages=128, max_model_len=512,
         max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True, seed=0,
     )  # fmt: skip

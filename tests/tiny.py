@@ -16,6 +16,7 @@ from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Request
+from dovetail.layers.embedding import Embedding
 from dovetail.runtime.loader import build_engine
 from dovetail.techniques import technique
 
@@ -81,15 +82,24 @@ def tiny_engine(
     page_size: int = 4,
     **changes: Any,
 ) -> Engine:
-    """An engine in float64 on the reference ops."""
+    """An engine in float64 on the reference ops, unless `changes` say otherwise."""
     composition = compose(*(technique(u) if isinstance(u, str) else u for u in use))
     base: dict[str, Any] = dict(
         model="tiny", architecture="llama", use=(), dtype="float64", device="cpu", threads=1,
-        kv_cache_dtype="float64", kv_memory=0, block_size=page_size, num_kv_pages=pages,
+        kernels="torch", activations="exact", kv_cache_dtype="float64", kv_memory=0, block_size=page_size,
+        num_kv_pages=pages,
         max_model_len=pages * page_size, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True,
         seed=0,
     )  # fmt: skip
     return build_engine(checkpoint, Config(**(base | changes)), composition)
+
+
+def break_token(engine: Engine, token: int) -> None:
+    """Make a token's embedding NaN. The head keeps its own copy of the weights."""
+    model = engine.executor.model  # type: ignore[attr-defined]
+    weight = model.embedding.stored.dequantize(model.embedding.dtype).clone()
+    weight[token] = float("nan")
+    model.embedding = Embedding(weight)
 
 
 def make_request(engine: Engine, name: str, prompt: Sequence[int], params: SamplingParams, **more: Any) -> Request:

@@ -13,7 +13,7 @@ using dovetail::KEYS;
 using dovetail::State;
 
 template <int R, int U>
-inline void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBlock& keys, int first, float* out) {
+INLINE void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBlock& keys, int first, float* out) {
     F acc[R][U];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) acc[r][u] = zero();
@@ -21,7 +21,7 @@ inline void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBl
         I k[U];
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = iload((const char*)keys.k[first + u] + 64 * d);
-            prefetch((const char*)keys.next_k[first + u] + 64 * d);
+            prefetch_far((const char*)keys.next_k[first + u] + 64 * d);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const I x = iall(((const int32_t*)(q + r * stride))[d]);
@@ -33,7 +33,7 @@ inline void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBl
 }
 
 template <int R, int U>
-inline void scores_f32(const float* q, size_t stride, int n, const KeyBlock& keys, int first, float* out) {
+INLINE void scores_f32(const float* q, size_t stride, int n, const KeyBlock& keys, int first, float* out) {
     F acc[R][U];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) acc[r][u] = zero();
@@ -41,7 +41,6 @@ inline void scores_f32(const float* q, size_t stride, int n, const KeyBlock& key
         F k[U];
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = load((const float*)keys.k[first + u] + 16 * d);
-            prefetch((const float*)keys.next_k[first + u] + 16 * d);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const F x = all(q[r * stride + d]);
@@ -62,7 +61,7 @@ template <int R> void scores_rows(bool wide, const void* q, size_t stride, int n
 // ---- softmax and V
 
 // Turn a row of scores into weights relative to the new maximum; the factor that older sums must be scaled by.
-inline float weigh(float* scores, float& most, float& total) {
+INLINE float weigh(float* scores, float& most, float& total) {
     F s[KEY_TILES];
     UNROLL for (int u = 0; u < KEY_TILES; u++) s[u] = load(scores + 16 * u);
     const float high = highest(max(max(s[0], s[1]), max(s[2], s[3])));
@@ -82,7 +81,7 @@ inline float weigh(float* scores, float& most, float& total) {
 }
 
 template <int R, int V>
-inline void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, const float* by) {
+INLINE void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, const float* by) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) acc[r][v] = mul(load(out + r * n + d + 16 * v), all(by[r]));
@@ -91,7 +90,7 @@ inline void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, floa
         I x[V];
         UNROLL for (int v = 0; v < V; v++) {
             x[v] = iload((const char*)keys.v[t / 8] + at + 64 * v);
-            prefetch((const char*)keys.next_v[t / 8] + at + 64 * v);
+            prefetch_far((const char*)keys.next_v[t / 8] + at + 64 * v);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const I w = iall(((const int32_t*)(p + r * KEYS))[t]);
@@ -103,7 +102,7 @@ inline void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, floa
 }
 
 template <int R, int V>
-inline void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* out, const float* by) {
+INLINE void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* out, const float* by) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) acc[r][v] = mul(load(out + r * n + d + 16 * v), all(by[r]));
@@ -112,7 +111,6 @@ inline void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* o
         F x[V];
         UNROLL for (int v = 0; v < V; v++) {
             x[v] = load((const float*)keys.v[t / 16] + at + 16 * v);
-            prefetch((const float*)keys.next_v[t / 16] + at + 16 * v);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const F w = all(p[r * KEYS + t]);

@@ -6,20 +6,17 @@
 
 namespace {
 
-using dovetail::MAX_ROWS;
-using dovetail::MAX_TILES;
-
-constexpr int AHEAD = 4096;  // bytes that a prefetch runs ahead
+using dovetail::GemmArgs;
 
 // ---- packed codes: `low(g)` and `high(g)` are the operands of k-quads g and g + 4, g in 0..3
 
-inline I nibble_low(I v) { return iand(v, ball(15)); }
-inline I nibble_high(I v) { return iand(right16<4>(v), ball(15)); }
+INLINE I nibble_low(I v) { return iand(v, ball(15)); }
+INLINE I nibble_high(I v) { return iand(right16<4>(v), ball(15)); }
 
-template <int G> inline I fifth_low(I h) {  // bit G of each byte, as 16
+template <int G> INLINE I fifth_low(I h) {  // bit G of each byte, as 16
     return iand(left16<4 - G>(h), ball(16));
 }
-template <int G> inline I fifth_high(I h) {  // bit G + 4
+template <int G> INLINE I fifth_high(I h) {  // bit G + 4
     return iand(G ? right16<G>(h) : h, ball(16));
 }
 
@@ -27,8 +24,8 @@ struct Nibbles {
     static constexpr bool SMALL = true;
     static constexpr int CODES = 256;
     const uint8_t* p;
-    void open(const uint8_t* at) { p = at; }
-    template <int G> void operands(I& low, I& high) const {
+    INLINE void open(const uint8_t* at) { p = at; }
+    template <int G> INLINE void operands(I& low, I& high) const {
         const I v = iload(p + 64 * G);
         low = nibble_low(v), high = nibble_high(v);
     }
@@ -39,8 +36,8 @@ struct FiveBits {
     static constexpr int CODES = 320;
     const uint8_t* p;
     I top;
-    void open(const uint8_t* at) { p = at, top = iload(at + 256); }
-    template <int G> void operands(I& low, I& high) const {
+    INLINE void open(const uint8_t* at) { p = at, top = iload(at + 256); }
+    template <int G> INLINE void operands(I& low, I& high) const {
         const I v = iload(p + 64 * G);
         low = ior(nibble_low(v), fifth_low<G>(top)), high = ior(nibble_high(v), fifth_high<G>(top));
     }
@@ -51,12 +48,12 @@ struct SixBits {
     static constexpr int CODES = 384;
     const uint8_t* p;
     I first, second;  // bits 4 and 5 of k-quads 0 to 3, and 4 to 7
-    void open(const uint8_t* at) { p = at, first = iload(at + 256), second = iload(at + 320); }
-    template <int G> static I bits(I v) {
+    INLINE void open(const uint8_t* at) { p = at, first = iload(at + 256), second = iload(at + 320); }
+    template <int G> static INLINE I bits(I v) {
         const I moved = G == 0 ? left16<4>(v) : G == 1 ? left16<2>(v) : G == 2 ? v : right16<2>(v);
         return iand(moved, ball(0x30));
     }
-    template <int G> void operands(I& low, I& high) const {
+    template <int G> INLINE void operands(I& low, I& high) const {
         const I v = iload(p + 64 * G);
         low = ior(nibble_low(v), bits<G>(first)), high = ior(nibble_high(v), bits<G>(second));
     }
@@ -66,8 +63,8 @@ struct Bytes {
     static constexpr bool SMALL = false;
     static constexpr int CODES = 512;
     const uint8_t* p;
-    void open(const uint8_t* at) { p = at; }
-    template <int G> void operands(I& low, I& high) const { low = iload(p + 64 * G), high = iload(p + 256 + 64 * G); }
+    INLINE void open(const uint8_t* at) { p = at; }
+    template <int G> INLINE void operands(I& low, I& high) const { low = iload(p + 64 * G), high = iload(p + 256 + 64 * G); }
 };
 
 // ---- formats: codes, zero point (8 << SHIFT, or none), scale and minimum of block `b` of a super-block
@@ -75,17 +72,17 @@ struct Bytes {
 template <class C, int FORMAT, int SHIFT, bool HAS_MIN> struct Simple : C {
     static constexpr int ID = FORMAT, ZERO_SHIFT = SHIFT;
     static constexpr bool MIN = HAS_MIN, HALVES = false;
-    static F scale(const uint8_t*, const uint8_t* block) { return half(block + C::CODES); }
-    static F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
-    static F minimum(const uint8_t*, const uint8_t* block) { return half(block + C::CODES + 32); }
+    static INLINE F scale(const uint8_t*, const uint8_t* block) { return half(block + C::CODES); }
+    static INLINE F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
+    static INLINE F minimum(const uint8_t*, const uint8_t* block) { return half(block + C::CODES + 32); }
 };
 // d * (scale of 32 values), minus dmin * (minimum of 32)
 template <class C, int FORMAT> struct AffineK : C {
     static constexpr int ID = FORMAT, ZERO_SHIFT = -1;
     static constexpr bool MIN = true, HALVES = false;
-    static F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), unsigned_bytes(block + C::CODES)); }
-    static F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
-    static F minimum(const uint8_t* head, const uint8_t* block) {
+    static INLINE F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), unsigned_bytes(block + C::CODES)); }
+    static INLINE F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
+    static INLINE F minimum(const uint8_t* head, const uint8_t* block) {
         return sub(zero(), mul(half(head + 32), unsigned_bytes(block + C::CODES + 16)));
     }
 };
@@ -93,11 +90,11 @@ template <class C, int FORMAT> struct AffineK : C {
 struct SixK : SixBits {
     static constexpr int ID = dovetail::Q6_K, ZERO_SHIFT = 2;
     static constexpr bool MIN = false, HALVES = true;
-    static F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), signed_bytes(block + CODES)); }
-    static F scale_high(const uint8_t* head, const uint8_t* block) {
+    static INLINE F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), signed_bytes(block + CODES)); }
+    static INLINE F scale_high(const uint8_t* head, const uint8_t* block) {
         return mul(half(head), signed_bytes(block + CODES + 16));
     }
-    static F minimum(const uint8_t*, const uint8_t*) { return zero(); }
+    static INLINE F minimum(const uint8_t*, const uint8_t*) { return zero(); }
 };
 
 using WQ4_0 = Simple<Nibbles, dovetail::Q4_0, 0, false>;
@@ -111,7 +108,7 @@ using WQ5_K = AffineK<FiveBits, dovetail::Q5_K>;
 template <class W> constexpr int ZERO_POINT = W::ZERO_SHIFT < 0 ? 0 : 8 << (W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT);
 template <class W> constexpr dovetail::FormatInfo INFO = dovetail::FORMATS[W::ID];
 
-template <class W> inline I products(I acc, I weights, int32_t quad) {
+template <class W> INLINE I products(I acc, I weights, int32_t quad) {
     return W::SMALL ? dot_small(acc, weights, iall(quad)) : dot(acc, weights, iall(quad));
 }
 
@@ -121,20 +118,20 @@ struct Int8Row {
     const int32_t* quads;
     const float *scale, *scaled_sum;
     const int32_t *offset, *half_offset;
-    void open(const uint8_t* row, int k_blocks) {
+    INLINE void open(const uint8_t* row, int k_blocks) {
         quads = (const int32_t*)row, scale = (const float*)(row + (size_t)k_blocks * 32), scaled_sum = scale + k_blocks;
         offset = (const int32_t*)(scaled_sum + k_blocks), half_offset = offset + k_blocks;
     }
 };
 
-template <class W> inline I start(const Int8Row& row, int b, int half) {
+template <class W> INLINE I start(const Int8Row& row, int b, int half) {
     if (W::ZERO_SHIFT < 0) return izero();
     const int32_t* at = W::HALVES ? row.half_offset + 2 * b + half : row.offset + b;
     return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*at));
 }
 
 template <class W, int R, int T, int G>
-inline void quads_int8(const W (&w)[T], const Int8Row (&row)[R], int b, I (&low)[R][T], I (&high)[R][T]) {
+INLINE void quads_int8(const W (&w)[T], const Int8Row (&row)[R], int b, I (&low)[R][T], I (&high)[R][T]) {
     I a[T], c[T];
     UNROLL for (int t = 0; t < T; t++) w[t].template operands<G>(a[t], c[t]);
     UNROLL for (int r = 0; r < R; r++)
@@ -147,7 +144,7 @@ inline void quads_int8(const W (&w)[T], const Int8Row (&row)[R], int b, I (&low)
 }
 
 template <class W, int R, int T>
-inline void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Row (&row)[R], int b,
+INLINE void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Row (&row)[R], int b,
                        F (&f)[R][T]) {
     I low[R][T], high[R][T];
     W w[T];
@@ -175,32 +172,36 @@ inline void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&a
     }
 }
 
+INLINE void fetch(const GemmArgs& g, int b) {
+    const uint8_t* from = g.ahead + (size_t)b * g.lines * 64;
+    for (int i = 0; i < g.lines; i++) prefetch(from + 64 * i);
+}
+
 template <class W, int R, int T>
-void gemm_int8(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
-               float* out, int out_stride) {
+void gemm_int8(const GemmArgs& g) {
     constexpr auto info = INFO<W>;
     F f[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
     Int8Row row[R];
-    UNROLL for (int r = 0; r < R; r++) row[r].open(rows + r * row_stride, k_blocks);
-    for (int b = 0; b < k_blocks; b++) {
+    UNROLL for (int r = 0; r < R; r++) row[r].open(g.rows + r * g.row_stride, g.k_blocks);
+    for (int b = 0; b < g.k_blocks; b++) {
         const uint8_t *head[T], *at[T];
         UNROLL for (int t = 0; t < T; t++) {
-            head[t] = weights + t * tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
+            head[t] = g.weights + t * g.tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
             at[t] = head[t] + info.head + (b % info.blocks) * info.block;
-            UNROLL for (int line = 0; line < info.block; line += 64) prefetch(at[t] + AHEAD + line);
         }
+        fetch(g, b);
         block_int8<W, R, T>(head, at, row, b, f);
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
 }
 
 // ---- float32 activations against the same codes: nothing is rounded but the float32 sums
 
 template <class W, int R, int T, int B>
-inline void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
+INLINE void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
     UNROLL for (int t = 0; t < T; t++) {
         const I byte = iand(B ? right32<8 * B>(codes[t]) : codes[t], iall(255));
         const F w = sub(to_float(byte), all((float)ZERO_POINT<W>));
@@ -208,12 +209,12 @@ inline void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F
     }
 }
 template <class W, int R, int T>
-inline void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
+INLINE void quad_exact(const I (&codes)[T], const float* const (&x)[R], int k, F (&sums)[R][T]) {
     quad_exact<W, R, T, 0>(codes, x, k, sums), quad_exact<W, R, T, 1>(codes, x, k, sums);
     quad_exact<W, R, T, 2>(codes, x, k, sums), quad_exact<W, R, T, 3>(codes, x, k, sums);
 }
 template <class W, int R, int T, int G>
-inline void quads_exact(const W* w, const float* const (&x)[R], int k, F (&low)[R][T], F (&high)[R][T]) {
+INLINE void quads_exact(const W* w, const float* const (&x)[R], int k, F (&low)[R][T], F (&high)[R][T]) {
     I a[T], c[T];
     UNROLL for (int t = 0; t < T; t++) w[t].template operands<G>(a[t], c[t]);
     quad_exact<W, R, T>(a, x, k + 4 * G, low);
@@ -221,19 +222,19 @@ inline void quads_exact(const W* w, const float* const (&x)[R], int k, F (&low)[
 }
 
 template <class W, int R, int T>
-void gemm_exact(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
-                float* out, int out_stride) {
+void gemm_exact(const GemmArgs& g) {
     constexpr auto info = INFO<W>;
     F f[R][T];
     const float *x[R], *x_sum[R];
     UNROLL for (int r = 0; r < R; r++) {
-        x[r] = (const float*)(rows + r * row_stride), x_sum[r] = x[r] + (size_t)k_blocks * 32;
+        x[r] = (const float*)(g.rows + r * g.row_stride), x_sum[r] = x[r] + (size_t)g.k_blocks * 32;
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
     }
-    for (int b = 0; b < k_blocks; b++) {
+    for (int b = 0; b < g.k_blocks; b++) {
+        fetch(g, b);
         UNROLL for (int t = 0; t < T; t++) {
             const uint8_t* head =
-                weights + t * tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
+                g.weights + t * g.tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
             const uint8_t* at = head + info.head + (b % info.blocks) * info.block;
             F low[R][1], high[R][1];
             UNROLL for (int r = 0; r < R; r++) low[r][0] = high[r][0] = zero();
@@ -250,70 +251,64 @@ void gemm_exact(const uint8_t* weights, size_t tile_stride, int k_blocks, const 
         }
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
 }
 
 // ---- unquantized weights
 
 struct WF32 {
     static constexpr int ID = dovetail::F32;
-    static F at(const uint8_t* p, int k) { return load((const float*)p + 16 * k); }
+    static INLINE F at(const uint8_t* p, int k) { return load((const float*)p + 16 * k); }
 };
 struct WF16 {
     static constexpr int ID = dovetail::F16;
-    static F at(const uint8_t* p, int k) { return half(p + 32 * k); }
+    static INLINE F at(const uint8_t* p, int k) { return half(p + 32 * k); }
 };
 
 template <class W, int R, int T>
-void gemm_wide(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
-               float* out, int out_stride) {
+void gemm_wide(const GemmArgs& g) {
     F f[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
-    for (int k = 0; k < 32 * k_blocks; k++) {
+    for (int k = 0; k < 32 * g.k_blocks; k++) {
         F w[T];
-        UNROLL for (int t = 0; t < T; t++) {
-            w[t] = W::at(weights + t * tile_stride, k);
-            prefetch(weights + t * tile_stride + (size_t)INFO<W>.block / 32 * k + AHEAD);
-        }
+        if (k % 32 < g.lines) prefetch(g.ahead + ((size_t)(k / 32) * g.lines + k % 32) * 64);
+        UNROLL for (int t = 0; t < T; t++) w[t] = W::at(g.weights + t * g.tile_stride, k);
         UNROLL for (int r = 0; r < R; r++) {
-            const F x = all(((const float*)(rows + r * row_stride))[k]);
+            const F x = all(((const float*)(g.rows + r * g.row_stride))[k]);
             UNROLL for (int t = 0; t < T; t++) f[r][t] = fma(w[t], x, f[r][t]);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
 }
 
 // bfloat16 weights lie as [K / 2][16][2]. With float32 rows both halves are widened; with bfloat16 rows two products
 // at a time go into the float32 sum.
 template <bool WIDE, int R, int T>
-void gemm_bf16(const uint8_t* weights, size_t tile_stride, int k_blocks, const uint8_t* rows, size_t row_stride,
-               float* out, int out_stride) {
+void gemm_bf16(const GemmArgs& g) {
     F f[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
-    for (int k = 0; k < 16 * k_blocks; k++) {
+    for (int k = 0; k < 16 * g.k_blocks; k++) {
         I w[T];
-        UNROLL for (int t = 0; t < T; t++) {
-            w[t] = iload(weights + t * tile_stride + (size_t)64 * k);
-            prefetch(weights + t * tile_stride + (size_t)64 * k + AHEAD);
-        }
+        if (k % 16 < g.lines) prefetch(g.ahead + ((size_t)(k / 16) * g.lines + k % 16) * 64);
+        UNROLL for (int t = 0; t < T; t++) w[t] = iload(g.weights + t * g.tile_stride + (size_t)64 * k);
         UNROLL for (int r = 0; r < R; r++) {
             if (WIDE) {
-                const float* x = (const float*)(rows + r * row_stride) + 2 * k;
+                const float* x = (const float*)(g.rows + r * g.row_stride) + 2 * k;
                 UNROLL for (int t = 0; t < T; t++) {
                     f[r][t] = fma(as_float(left32<16>(w[t])), all(x[0]), f[r][t]);
                     f[r][t] = fma(as_float(iand(w[t], iall((int)0xffff0000))), all(x[1]), f[r][t]);
                 }
             } else {
-                const I x = iall(((const int32_t*)(rows + r * row_stride))[k]);
+                const I x = iall(((const int32_t*)(g.rows + r * g.row_stride))[k]);
                 UNROLL for (int t = 0; t < T; t++) f[r][t] = dot_bf16(f[r][t], w[t], x);
             }
         }
     }
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(out + (size_t)r * out_stride + 16 * t, f[r][t]);
+        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
 }
 
 // ---- the table
@@ -330,15 +325,15 @@ template <int R, int T> void add_block(dovetail::Kernels& k) {
     k.gemm[dovetail::BF16][dovetail::EXACT][R][T] = gemm_bf16<true, R, T>;
     k.gemm[dovetail::BF16][dovetail::BFLOAT][R][T] = gemm_bf16<false, R, T>;
 }
-template <int T, int R = 1> void add_rows(dovetail::Kernels& k, int most) {
-    if (R <= most) add_block<R, T>(k);
-    if constexpr (R < (T == 1 ? ROWS_SMALL : T == 2 ? ROWS_LARGE : ROWS_SMALL)) add_rows<T, R + 1>(k, most);
+template <int T, int MOST, int R = 1> void add_rows(dovetail::Kernels& k) {
+    add_block<R, T>(k);
+    if constexpr (R < MOST) add_rows<T, MOST, R + 1>(k);
 }
 inline void add_linear(dovetail::Kernels& k) {
-    k.rows_small = ROWS_SMALL, k.tiles_small = TILES_SMALL, k.rows_large = ROWS_LARGE, k.tiles_large = TILES_LARGE;
-    add_rows<1>(k, ROWS_SMALL);
-    if constexpr (TILES_LARGE >= 2) add_rows<2>(k, ROWS_LARGE);
-    if constexpr (TILES_SMALL >= 3) add_rows<3>(k, ROWS_SMALL);
+    k.rows_alone = ROWS_ALONE, k.rows_many = ROWS_MANY, k.tiles_many = TILES_MANY;
+    add_rows<1, (ROWS_ALONE > ROWS_MANY ? ROWS_ALONE : ROWS_MANY)>(k);
+    if constexpr (TILES_MANY >= 2) add_rows<2, ROWS_MANY>(k);
+    if constexpr (TILES_MANY >= 3) add_rows<3, ROWS_MANY>(k);
 }
 
 }  // namespace

@@ -5,9 +5,9 @@
 namespace {
 
 // e^x, 2.3e-7 relative; below the smallest normal number 0; NaN stays NaN. Cody and Waite's split of ln 2.
-inline F exponential(F x) {
+INLINE F exponential(F x) {
     const M finite = not_less(x, all(-87.33654f));
-    const F c = min(x, all(88.37f));
+    const F c = min(all(88.37f), x);  // in this order NaN stays
     const F n = round_even(mul(c, all(1.44269504f)));
     const F r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), c));
     F p = fma(r, all(1.0f / 120), all(1.0f / 24));
@@ -19,14 +19,14 @@ inline F exponential(F x) {
 }
 
 // tanh, through e^(-2|x|), with the sign put back
-inline F hyperbolic_tangent(F x) {
+INLINE F hyperbolic_tangent(F x) {
     const F e = exponential(mul(magnitude(x), all(-2.0f)));
     const F t = div(sub(all(1.0f), e), add(all(1.0f), e));
     return ior_sign(t, x);
 }
 
 // Abramowitz and Stegun 7.1.26, absolute error 1.5e-7
-inline F error_function(F x) {
+INLINE F error_function(F x) {
     const F a = magnitude(x), t = div(all(1.0f), fma(a, all(0.3275911f), all(1.0f)));
     F p = fma(t, all(1.061405429f), all(-1.453152027f));
     p = fma(t, p, all(1.421413741f));
@@ -86,7 +86,7 @@ void scale_row(const float* x, float by, int n, float* y) {
     for (int i = 0; i < n; i += 16) store(y + i, mul(load(x + i), all(by)));
 }
 
-inline F activation(dovetail::Gate kind, F x) {
+INLINE F activation(dovetail::Gate kind, F x) {
     const F one = all(1.0f);
     switch (kind) {
         case dovetail::GATE_SILU: return div(x, add(one, exponential(sub(zero(), x))));

@@ -1,5 +1,7 @@
 // Sixteen lanes in two registers: AVX2, FMA and F16C; AVX-VNNI where the compiler is told so.
 #pragma once
+#include "macros.h"
+
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -9,99 +11,99 @@ struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 struct M { __m256 a, b; };
 
-constexpr int ROWS_SMALL = 4, TILES_SMALL = 1, ROWS_LARGE = 4, TILES_LARGE = 1;
+constexpr int ROWS_ALONE = 4, ROWS_MANY = 4, TILES_MANY = 1;
 constexpr int QUERIES = 3, KEY_STEP = 1, VALUE_STEP = 1;
 
-inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
-inline F all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
-inline F sub(F a, F b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
-inline F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
-inline F div(F a, F b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
-inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
-inline F max(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
-inline F min(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
-inline F magnitude(F a) {
+INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+INLINE F all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE F add(F a, F b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+INLINE F sub(F a, F b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
+INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+INLINE F div(F a, F b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+INLINE F max(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+INLINE F min(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+INLINE F magnitude(F a) {
     const __m256 sign = _mm256_set1_ps(-0.f);
     return {_mm256_andnot_ps(sign, a.a), _mm256_andnot_ps(sign, a.b)};
 }
-inline F round_even(F a) { return {_mm256_round_ps(a.a, 8), _mm256_round_ps(a.b, 8)}; }
-inline M not_less(F a, F b) { return {_mm256_cmp_ps(a.a, b.a, _CMP_NLT_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLT_UQ)}; }
-inline M not_less_equal(F a, F b) {
+INLINE F round_even(F a) { return {_mm256_round_ps(a.a, 8), _mm256_round_ps(a.b, 8)}; }
+INLINE M not_less(F a, F b) { return {_mm256_cmp_ps(a.a, b.a, _CMP_NLT_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLT_UQ)}; }
+INLINE M not_less_equal(F a, F b) {
     return {_mm256_cmp_ps(a.a, b.a, _CMP_NLE_UQ), _mm256_cmp_ps(a.b, b.b, _CMP_NLE_UQ)};
 }
-inline F keep(M m, F a) { return {_mm256_and_ps(m.a, a.a), _mm256_and_ps(m.b, a.b)}; }
-inline F choose(M m, F a, F b) { return {_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
+INLINE F keep(M m, F a) { return {_mm256_and_ps(m.a, a.a), _mm256_and_ps(m.b, a.b)}; }
+INLINE F choose(M m, F a, F b) { return {_mm256_blendv_ps(b.a, a.a, m.a), _mm256_blendv_ps(b.b, a.b, m.b)}; }
 
-inline I iload(const void* p) {
+INLINE I iload(const void* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
 }
-inline void istore(void* p, I x) {
+INLINE void istore(void* p, I x) {
     _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b);
 }
-inline I iall(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline I ball(int8_t x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
-inline I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
-inline I iand(I a, I b) { return {_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
-inline I ior(I a, I b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
-template <int N> inline I left16(I a) { return {_mm256_slli_epi16(a.a, N), _mm256_slli_epi16(a.b, N)}; }
-template <int N> inline I right16(I a) { return {_mm256_srli_epi16(a.a, N), _mm256_srli_epi16(a.b, N)}; }
-template <int N> inline I left32(I a) { return {_mm256_slli_epi32(a.a, N), _mm256_slli_epi32(a.b, N)}; }
-template <int N> inline I right32(I a) { return {_mm256_srli_epi32(a.a, N), _mm256_srli_epi32(a.b, N)}; }
-inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
-inline I to_int(F a) { return {_mm256_cvtps_epi32(a.a), _mm256_cvtps_epi32(a.b)}; }
-inline F as_float(I a) { return {_mm256_castsi256_ps(a.a), _mm256_castsi256_ps(a.b)}; }
-inline I as_int(F a) { return {_mm256_castps_si256(a.a), _mm256_castps_si256(a.b)}; }
-inline I choose(M m, I a, I b) { return as_int(choose(m, as_float(a), as_float(b))); }
+INLINE I iall(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+INLINE I ball(int8_t x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
+INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+INLINE I iand(I a, I b) { return {_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
+INLINE I ior(I a, I b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
+template <int N> INLINE I left16(I a) { return {_mm256_slli_epi16(a.a, N), _mm256_slli_epi16(a.b, N)}; }
+template <int N> INLINE I right16(I a) { return {_mm256_srli_epi16(a.a, N), _mm256_srli_epi16(a.b, N)}; }
+template <int N> INLINE I left32(I a) { return {_mm256_slli_epi32(a.a, N), _mm256_slli_epi32(a.b, N)}; }
+template <int N> INLINE I right32(I a) { return {_mm256_srli_epi32(a.a, N), _mm256_srli_epi32(a.b, N)}; }
+INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
+INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.a), _mm256_cvtps_epi32(a.b)}; }
+INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.a), _mm256_castsi256_ps(a.b)}; }
+INLINE I as_int(F a) { return {_mm256_castps_si256(a.a), _mm256_castps_si256(a.b)}; }
+INLINE I choose(M m, I a, I b) { return as_int(choose(m, as_float(a), as_float(b))); }
 
 // n is a whole number; results below the smallest normal number are not asked for.
-inline F times_power_of_two(F a, F n) { return mul(a, as_float(left32<23>(iadd(to_int(n), iall(127))))); }
+INLINE F times_power_of_two(F a, F n) { return mul(a, as_float(left32<23>(iadd(to_int(n), iall(127))))); }
 
-inline F ior_sign(F a, F sign) {  // |a| is a, with the sign of the other
+INLINE F ior_sign(F a, F sign) {  // |a| is a, with the sign of the other
     const __m256 bit = _mm256_set1_ps(-0.f);
     return {_mm256_or_ps(a.a, _mm256_and_ps(sign.a, bit)), _mm256_or_ps(a.b, _mm256_and_ps(sign.b, bit))};
 }
-inline M not_nan(F a) { return {_mm256_cmp_ps(a.a, a.a, _CMP_ORD_Q), _mm256_cmp_ps(a.b, a.b, _CMP_ORD_Q)}; }
-inline M both(M a, M b) { return {_mm256_and_ps(a.a, b.a), _mm256_and_ps(a.b, b.b)}; }
+INLINE M not_nan(F a) { return {_mm256_cmp_ps(a.a, a.a, _CMP_ORD_Q), _mm256_cmp_ps(a.b, a.b, _CMP_ORD_Q)}; }
+INLINE M both(M a, M b) { return {_mm256_and_ps(a.a, b.a), _mm256_and_ps(a.b, b.b)}; }
 
 // The largest magnitude; NaN counts as larger than anything (as integers, the bits are in that order).
-inline float highest_magnitude(F x, F y) {
+INLINE float highest_magnitude(F x, F y) {
     const I p = as_int(magnitude(x)), q = as_int(magnitude(y));
     const __m256i h = _mm256_max_epi32(_mm256_max_epi32(p.a, p.b), _mm256_max_epi32(q.a, q.b));
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
 }
-inline F half(const void* p) {
+INLINE F half(const void* p) {
     const __m128i* h = (const __m128i*)p;
     return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
 }
-inline F bf16(const void* p) {
+INLINE F bf16(const void* p) {
     const __m128i* h = (const __m128i*)p;
     return as_float(left32<16>({_mm256_cvtepu16_epi32(_mm_loadu_si128(h)),
                                 _mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1))}));
 }
-inline F unsigned_bytes(const void* p) {
+INLINE F unsigned_bytes(const void* p) {
     return to_float({_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))});
 }
-inline F signed_bytes(const void* p) {
+INLINE F signed_bytes(const void* p) {
     return to_float({_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))});
 }
-inline void store_bytes(void* p, I x) {
+INLINE void store_bytes(void* p, I x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(bytes));
 }
 
-inline __m256i quads(__m256i u, __m256i s, __m256i weight) {
+INLINE __m256i quads(__m256i u, __m256i s, __m256i weight) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), weight);
 }
-inline __m256i dot_small(__m256i acc, __m256i u, __m256i s) {
+INLINE __m256i dot_small(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
     return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
@@ -109,7 +111,7 @@ inline __m256i dot_small(__m256i acc, __m256i u, __m256i s) {
 #endif
 }
 // Two products of full bytes overflow 16 bits, so the halves of the unsigned one go separately.
-inline __m256i dot(__m256i acc, __m256i u, __m256i s) {
+INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
     return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
@@ -118,41 +120,42 @@ inline __m256i dot(__m256i acc, __m256i u, __m256i s) {
     return _mm256_add_epi32(acc, quads(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), s, _mm256_set1_epi16(16)));
 #endif
 }
-inline I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
-inline I dot_small(I acc, I u, I s) { return {dot_small(acc.a, u.a, s.a), dot_small(acc.b, u.b, s.b)}; }
+INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
+INLINE I dot_small(I acc, I u, I s) { return {dot_small(acc.a, u.a, s.a), dot_small(acc.b, u.b, s.b)}; }
 
-inline F dot_bf16(F acc, I a, I b) {
+INLINE F dot_bf16(F acc, I a, I b) {
     const I top = iall((int)0xffff0000);
     acc = fma(as_float(left32<16>(a)), as_float(left32<16>(b)), acc);
     return fma(as_float(iand(a, top)), as_float(iand(b, top)), acc);
 }
-inline I round_bf16(F a) {
+INLINE I round_bf16(F a) {
     const I x = as_int(a), odd = iand(right32<16>(x), iall(1));
     const I rounded = right32<16>(iadd(x, iadd(odd, iall(0x7fff))));
     const M nan = {_mm256_cmp_ps(a.a, a.a, _CMP_UNORD_Q), _mm256_cmp_ps(a.b, a.b, _CMP_UNORD_Q)};
     return choose(nan, iall(0x7fc0), rounded);
 }
-inline void store_bf16(void* p, F a) {
+INLINE void store_bf16(void* p, F a) {
     const I r = round_bf16(a);
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(r.a, r.b), 0xd8));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-inline float lane(F x, int i) { return i < 8 ? x.a[i] : x.b[i - 8]; }
+INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first level
+INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+INLINE float lane(F x, int i) { return i < 8 ? x.a[i] : x.b[i - 8]; }
 
-inline float sum(F x) {
+INLINE float sum(F x) {
     const __m256 h = _mm256_add_ps(x.a, x.b);
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
-inline float highest(F x) {
+INLINE float highest(F x) {
     const __m256 h = _mm256_max_ps(x.a, x.b);
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
-inline int sum(I x) {
+INLINE int sum(I x) {
     const __m256i h = _mm256_add_epi32(x.a, x.b);
     __m128i y = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));

@@ -1,6 +1,9 @@
 // Sixteen lanes in plain C++: for any CPU, and the simplest statement of what the others compute.
 #pragma once
+#include "macros.h"
+
 #include <math.h>
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -10,60 +13,60 @@ struct F { float v[16]; };
 struct I { int32_t v[16]; };
 struct M { bool v[16]; };
 
-constexpr int ROWS_SMALL = 1, TILES_SMALL = 1, ROWS_LARGE = 1, TILES_LARGE = 1;
+constexpr int ROWS_ALONE = 1, ROWS_MANY = 1, TILES_MANY = 1;
 constexpr int QUERIES = 1, KEY_STEP = 1, VALUE_STEP = 1;
 
 #define LANES(type, expression) \
     type r;                     \
     for (int i = 0; i < 16; i++) r.v[i] = expression; \
     return r
-inline F load(const float* p) { LANES(F, p[i]); }
-inline void store(float* p, F x) { memcpy(p, x.v, 64); }
-inline F all(float x) { LANES(F, x); }
-inline F zero() { LANES(F, 0); }
-inline F add(F a, F b) { LANES(F, a.v[i] + b.v[i]); }
-inline F sub(F a, F b) { LANES(F, a.v[i] - b.v[i]); }
-inline F mul(F a, F b) { LANES(F, a.v[i] * b.v[i]); }
-inline F div(F a, F b) { LANES(F, a.v[i] / b.v[i]); }
-inline F fma(F a, F b, F c) { LANES(F, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
-inline F max(F a, F b) { LANES(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-inline F min(F a, F b) { LANES(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-inline F magnitude(F a) { LANES(F, __builtin_fabsf(a.v[i])); }
-inline F round_even(F a) { LANES(F, __builtin_rintf(a.v[i])); }
-inline M not_less(F a, F b) { LANES(M, !(a.v[i] < b.v[i])); }
-inline M not_less_equal(F a, F b) { LANES(M, !(a.v[i] <= b.v[i])); }
-inline F keep(M m, F a) { LANES(F, m.v[i] ? a.v[i] : 0); }
-inline F choose(M m, F a, F b) { LANES(F, m.v[i] ? a.v[i] : b.v[i]); }
+INLINE F load(const float* p) { LANES(F, p[i]); }
+INLINE void store(float* p, F x) { memcpy(p, x.v, 64); }
+INLINE F all(float x) { LANES(F, x); }
+INLINE F zero() { LANES(F, 0); }
+INLINE F add(F a, F b) { LANES(F, a.v[i] + b.v[i]); }
+INLINE F sub(F a, F b) { LANES(F, a.v[i] - b.v[i]); }
+INLINE F mul(F a, F b) { LANES(F, a.v[i] * b.v[i]); }
+INLINE F div(F a, F b) { LANES(F, a.v[i] / b.v[i]); }
+INLINE F fma(F a, F b, F c) { LANES(F, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }
+INLINE F max(F a, F b) { LANES(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+INLINE F min(F a, F b) { LANES(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+INLINE F magnitude(F a) { LANES(F, __builtin_fabsf(a.v[i])); }
+INLINE F round_even(F a) { LANES(F, __builtin_rintf(a.v[i])); }
+INLINE M not_less(F a, F b) { LANES(M, !(a.v[i] < b.v[i])); }
+INLINE M not_less_equal(F a, F b) { LANES(M, !(a.v[i] <= b.v[i])); }
+INLINE F keep(M m, F a) { LANES(F, m.v[i] ? a.v[i] : 0); }
+INLINE F choose(M m, F a, F b) { LANES(F, m.v[i] ? a.v[i] : b.v[i]); }
 
-inline I iload(const void* p) { I r; memcpy(r.v, p, 64); return r; }
-inline void istore(void* p, I x) { memcpy(p, x.v, 64); }
-inline I iall(int32_t x) { LANES(I, x); }
-inline I ball(int8_t x) { LANES(I, (int32_t)((uint8_t)x * 0x01010101u)); }
-inline I izero() { LANES(I, 0); }
-inline I iadd(I a, I b) { LANES(I, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
-inline I iand(I a, I b) { LANES(I, a.v[i] & b.v[i]); }
-inline I ior(I a, I b) { LANES(I, a.v[i] | b.v[i]); }
-template <int N> inline I left32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] << N)); }
-template <int N> inline I right32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] >> N)); }
-template <int N> inline I left16(I a) {
+INLINE I iload(const void* p) { I r; memcpy(r.v, p, 64); return r; }
+INLINE void istore(void* p, I x) { memcpy(p, x.v, 64); }
+INLINE I iall(int32_t x) { LANES(I, x); }
+INLINE I ball(int8_t x) { LANES(I, (int32_t)((uint8_t)x * 0x01010101u)); }
+INLINE I izero() { LANES(I, 0); }
+INLINE I iadd(I a, I b) { LANES(I, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+INLINE I iand(I a, I b) { LANES(I, a.v[i] & b.v[i]); }
+INLINE I ior(I a, I b) { LANES(I, a.v[i] | b.v[i]); }
+template <int N> INLINE I left32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] << N)); }
+template <int N> INLINE I right32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] >> N)); }
+template <int N> INLINE I left16(I a) {
     LANES(I, (int32_t)((((uint32_t)a.v[i] & 0xffffu) << N & 0xffffu) | (((uint32_t)a.v[i] & 0xffff0000u) << N)));
 }
-template <int N> inline I right16(I a) {
+template <int N> INLINE I right16(I a) {
     LANES(I, (int32_t)((((uint32_t)a.v[i] & 0xffffu) >> N) | (((uint32_t)a.v[i] >> 16 >> N) << 16)));
 }
-inline F to_float(I a) { LANES(F, (float)a.v[i]); }
-inline I to_int(F a) { LANES(I, (int32_t)__builtin_rintf(a.v[i])); }
-inline F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
-inline I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
-inline I choose(M m, I a, I b) { LANES(I, m.v[i] ? a.v[i] : b.v[i]); }
-inline F times_power_of_two(F a, F n) { LANES(F, a.v[i] * __builtin_ldexpf(1.f, (int)n.v[i])); }
+INLINE F to_float(I a) { LANES(F, (float)a.v[i]); }
+INLINE I to_int(F a) { LANES(I, (int32_t)__builtin_rintf(a.v[i])); }
+INLINE F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
+INLINE I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
+INLINE I choose(M m, I a, I b) { LANES(I, m.v[i] ? a.v[i] : b.v[i]); }
+INLINE F times_power_of_two(F a, F n) { LANES(F, a.v[i] * __builtin_ldexpf(1.f, (int)n.v[i])); }
 
-inline F ior_sign(F a, F sign) { LANES(F, __builtin_copysignf(a.v[i], sign.v[i])); }
-inline M not_nan(F a) { LANES(M, a.v[i] == a.v[i]); }
-inline M both(M a, M b) { LANES(M, a.v[i] && b.v[i]); }
+INLINE F ior_sign(F a, F sign) { LANES(F, __builtin_copysignf(a.v[i], sign.v[i])); }
+INLINE M not_nan(F a) { LANES(M, a.v[i] == a.v[i]); }
+INLINE M both(M a, M b) { LANES(M, a.v[i] && b.v[i]); }
 
 // The largest magnitude; NaN counts as larger than anything (as integers, the bits are in that order).
-inline float highest_magnitude(F a, F b) {
+INLINE float highest_magnitude(F a, F b) {
     const I p = as_int(magnitude(a)), q = as_int(magnitude(b));
     int32_t most = 0;
     for (int i = 0; i < 16; i++) {
@@ -74,7 +77,7 @@ inline float highest_magnitude(F a, F b) {
     memcpy(&x, &most, 4);
     return x;
 }
-inline float half_to_float(uint16_t h) {
+INLINE float half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
     if (exponent == 0) {
         const float tiny = (float)fraction * 0x1p-24f;
@@ -85,33 +88,33 @@ inline float half_to_float(uint16_t h) {
     memcpy(&x, &bits, 4);
     return x;
 }
-inline float bf16_to_float(uint16_t h) {
+INLINE float bf16_to_float(uint16_t h) {
     const uint32_t bits = (uint32_t)h << 16;
     float x;
     memcpy(&x, &bits, 4);
     return x;
 }
-inline F half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, half_to_float(h[i])); }
-inline F bf16(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, bf16_to_float(h[i])); }
-inline F unsigned_bytes(const void* p) { LANES(F, (float)((const uint8_t*)p)[i]); }
-inline F signed_bytes(const void* p) { LANES(F, (float)((const int8_t*)p)[i]); }
-inline void store_bytes(void* p, I a) {
+INLINE F half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, half_to_float(h[i])); }
+INLINE F bf16(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, bf16_to_float(h[i])); }
+INLINE F unsigned_bytes(const void* p) { LANES(F, (float)((const uint8_t*)p)[i]); }
+INLINE F signed_bytes(const void* p) { LANES(F, (float)((const int8_t*)p)[i]); }
+INLINE void store_bytes(void* p, I a) {
     for (int i = 0; i < 16; i++) ((int8_t*)p)[i] = (int8_t)(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
 }
 
-inline I dot(I acc, I u, I s) {
+INLINE I dot(I acc, I u, I s) {
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 4; j++)
             acc.v[i] += (int)((uint32_t)u.v[i] >> 8 * j & 255) * (int)(int8_t)((uint32_t)s.v[i] >> 8 * j & 255);
     return acc;
 }
-inline I dot_small(I acc, I u, I s) { return dot(acc, u, s); }
-inline F dot_bf16(F acc, I a, I b) {
+INLINE I dot_small(I acc, I u, I s) { return dot(acc, u, s); }
+INLINE F dot_bf16(F acc, I a, I b) {
     const I top = iall((int)0xffff0000);
     acc = fma(as_float(left32<16>(a)), as_float(left32<16>(b)), acc);
     return fma(as_float(iand(a, top)), as_float(iand(b, top)), acc);
 }
-inline I round_bf16(F a) {
+INLINE I round_bf16(F a) {
     I r;
     for (int i = 0; i < 16; i++) {
         uint32_t x;
@@ -120,24 +123,25 @@ inline I round_bf16(F a) {
     }
     return r;
 }
-inline void store_bf16(void* p, F a) {
+INLINE void store_bf16(void* p, F a) {
     const I r = round_bf16(a);
     for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = (uint16_t)r.v[i];
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline float lane(F x, int i) { return x.v[i]; }
-inline float sum(F x) {
+INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // not into the first level
+INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+INLINE float lane(F x, int i) { return x.v[i]; }
+INLINE float sum(F x) {
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; i++) x.v[i] += x.v[i + n];
     return x.v[0];
 }
-inline float highest(F x) {
+INLINE float highest(F x) {
     float m = x.v[0];
     for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;
     return m;
 }
-inline int sum(I x) {
+INLINE int sum(I x) {
     int s = 0;
     for (int i = 0; i < 16; i++) s += x.v[i];
     return s;

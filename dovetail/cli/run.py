@@ -42,7 +42,7 @@ def command(
 
     \b
     Examples:
-      dovetail run smollm2-135m "What is the capital of France?" --temperature 0
+      dovetail run smollm2-135m "Name the capital of France." --temperature 0
       dovetail run smollm2-135m "Once upon a time" --raw --max-tokens 100
       git diff | dovetail run smollm2-135m - --system "Summarise this change." --json answer.json
     """

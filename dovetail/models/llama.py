@@ -7,7 +7,7 @@ scaling), so one block serves all of them: norm, attention, residual, norm, gate
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import ModelError
 from dovetail.core.seams import EVERY_ROW, Format, Geometry, RowFilter, SlidingWindow, Variant
-from dovetail.ops.norm import rms_norm
+from dovetail.layers.embedding import Embedding, StoredEmbedding
+from dovetail.layers.norm import Norm
 from dovetail.ops.rope import Rope, rotate
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.kv import KV
+
+if TYPE_CHECKING:
+    from dovetail.runtime.recorder import Recorder
 
 Linear = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,15 +40,6 @@ class Stage(Protocol):
     def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor: ...
 
 
-class Norm:
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class Loader:
     """Reads one layer's weights through the Format seam."""
 
@@ -56,6 +51,12 @@ class Loader:
 
     def tensor(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name).dequantize(self.dtype).to(self.device)
+
+    def embedding(self, name: str) -> Embedding | StoredEmbedding:
+        """On a CPU rows are expanded as they are looked up."""
+        if self.device.type == "cpu":
+            return StoredEmbedding(self.checkpoint.tensor(f"{name}.weight"), self.dtype)
+        return Embedding(self.tensor(f"{name}.weight"))
 
     def norm(self, name: str) -> Norm:
         return Norm(self.tensor(f"{name}.weight"), self.checkpoint.config.rms_norm_eps)
@@ -78,19 +79,27 @@ class Attention:
         self.variant = variant
         self.qkv = load.linear(*(f"{prefix}.{n}_proj" for n in "qkv"), bias=c.qkv_bias)
         self.o = load.linear(f"{prefix}.o_proj", bias=c.o_bias)
-        self.q_norm = load.norm(f"{prefix}.q_norm") if c.qk_norm else _same
-        self.k_norm = load.norm(f"{prefix}.k_norm") if c.qk_norm else _same
+        self.q_norm = load.norm(f"{prefix}.q_norm") if c.qk_norm else None
+        self.k_norm = load.norm(f"{prefix}.k_norm") if c.qk_norm else None
 
     def __call__(self, x: Tensor, layer: int, batch: Batch, kv: KV) -> Tensor:
         q, k, v = (t.unflatten(1, (-1, self.head_dim)) for t in self.qkv(x).split(self.sizes, dim=-1))
         angles = batch.once(self.rope, lambda: self.rope.angles(batch.positions, x.dtype))
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q, k = rotate(_normed(q, self.q_norm), angles), rotate(_normed(k, self.k_norm), angles)
         kv.write(layer, k, v, batch)
         return self.o(kv.attend(layer, q, batch, self.variant).flatten(1))
 
+    def record(self, to: Recorder, norm: Norm, layer: int) -> None:
+        """The same, and the residual, on the program's buffers."""
+        qkv = to.slot("qkv", sum(self.sizes))
+        to.linear(to.x, qkv, self.qkv, norm=norm)
+        to.rope(qkv, layer, self.rope, (self.q_norm, self.k_norm))
+        to.attend(layer, self.variant)
+        to.linear(to.attended, to.x, self.o, add=True)
 
-def _same(x: Tensor) -> Tensor:
-    return x
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class Block:
@@ -105,11 +114,18 @@ class Block:
         self.gate_up = load.linear(f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj", bias=c.mlp_bias)
         self.down = load.linear(f"{prefix}.mlp.down_proj", bias=c.mlp_bias)
         self.activation = ACTIVATIONS[c.hidden_act]
+        self.gate, self.width = c.hidden_act, c.intermediate_size
 
     def __call__(self, x: Tensor, layer: int, batch: Batch, kv: KV) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layer, batch, kv)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(self.activation(gate) * up)
+
+    def record(self, to: Recorder, layer: int) -> None:
+        self.attention.record(to, self.attention_norm, layer)
+        gated = to.slot("gated", self.width)
+        to.linear(to.x, gated, self.gate_up, norm=self.mlp_norm, gate=self.gate)
+        to.linear(gated, to.x, self.down, add=True)
 
 
 class Blocks:
@@ -137,6 +153,13 @@ class Blocks:
             index = rows
         return hidden
 
+    def record(self, to: Recorder) -> None:
+        """All layers and all rows: for a program in which no filter drops any."""
+        for block in self.blocks:
+            to.angles(block.attention.rope)
+        for i, block in enumerate(self.blocks):
+            block.record(to, i)
+
 
 class Llama:
     """Embedding, program, head. `program` is a list of callables; tied models repeat one."""
@@ -150,20 +173,35 @@ class Llama:
         rope = Rope(c.rope, c.head_dim, load.device)
         windows = c.sliding_windows or (None,) * c.num_layers
         variants = [variant if w is None else SlidingWindow(w, variant) for w in windows]
-        self.embedding = load.tensor("model.embed_tokens.weight")
+        self.embedding = load.embedding("model.embed_tokens")
         blocks = [Block(load, i, rope, variants[i]) for i in range(c.num_layers)]
         self.program: list[Stage] = [Blocks(blocks, rows)]
         self.norm = load.norm("model.norm")
         self.head = load.linear("model.embed_tokens" if c.tie_word_embeddings else "lm_head")
 
+    def blocks(self) -> list[Block]:
+        """Every layer of every stage, in order."""
+        return [b for stage in self.program if isinstance(stage, Blocks) for b in stage.blocks]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [rows] -> [rows, width]."""
-        return self.embedding.index_select(0, tokens)
+        return self.embedding(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, width] -> [rows, vocabulary] in float32, or float64 for a float64 model."""
         out = self.head(self.norm(hidden))
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def record_embed(self, to: Recorder) -> None:
+        if not isinstance(self.embedding, StoredEmbedding):
+            raise TypeError("only stored rows can be recorded")
+        to.embed(self.embedding.stored)
+
+    def record_head(self, to: Recorder) -> int:
+        """The buffer of logits of the rows to sample from."""
+        logits = to.slot("logits", self.config.vocab_size, sampled=True)
+        to.linear(to.x, logits, self.head, norm=self.norm, sampled=True)
+        return logits
 
 
 def facts(c: ModelConfig) -> frozenset[str]:

@@ -11,23 +11,29 @@ from dovetail.core.seams import Geometry, Seams, Variant
 from dovetail.core.types import ALL, Sealed, StepPlan
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
-from dovetail.runtime.store import Store, store_type
+from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
 
 
 @dataclass(frozen=True)
 class KVConfig:
-    """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own."""
+    """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own.
+
+    tiled: in the native kernels' layout, where that holds such pages.
+    """
 
     num_pages: int
     page_size: int
     kv_cache_dtype: str
     num_stages: int = 1
+    tiled: bool = False
 
 
-def bytes_per_token(geometry: Geometry, kv_cache_dtype: str) -> int:
-    """Bytes of K and V of one token over all layers."""
-    kind, dtype = store_type(kv_cache_dtype)
-    return 2 * geometry.num_layers * kind.token_bytes(geometry.num_kv_heads, geometry.head_dim, dtype)
+def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 0) -> int:
+    """Bytes of K and V of one token over all layers; `native_page` is the page size under native kernels."""
+    flat, dtype = store_type(kv_cache_dtype)
+    tiled = native_page and fits_tiles(kv_cache_dtype, native_page)
+    count = TiledStore.token_bytes if tiled else flat.token_bytes
+    return 2 * geometry.num_layers * count(geometry.num_kv_heads, geometry.head_dim, dtype)
 
 
 class KV:
@@ -37,8 +43,14 @@ class KV:
         kind, dtype = store_type(config.kv_cache_dtype)
         slots = config.num_pages * config.page_size
         shape = (geometry.num_layers * config.num_stages, slots, geometry.num_kv_heads, geometry.head_dim)
-        self.k: Store = kind(shape, dtype, device)
-        self.v: Store = kind(shape, dtype, device)
+        self.k: Store
+        self.v: Store
+        if config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
+            self.k, self.v = (TiledStore(shape, dtype, config.page_size, keys=keys) for keys in (True, False))
+        else:
+            self.k, self.v = kind(shape, dtype, device), kind(shape, dtype, device)
+        self.num_kv_heads, self.head_dim = geometry.num_kv_heads, geometry.head_dim
+        self.pages_per_layer = config.num_pages
         self.page_size = config.page_size
         self.num_stages = config.num_stages
         self.stage_pages = geometry.num_layers * config.num_pages

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 
 from dovetail.checkpoint import Checkpoint
-from dovetail.config import Config
+from dovetail.config import TORCH, Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Site
+from dovetail.core.seams import Executor, Site
 from dovetail.core.technique import Composition
 from dovetail.layers.linear import Dense
+from dovetail.layers.packed import Packed
 from dovetail.models import MODELS, Loader, geometry
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.kv import KV, KVConfig
+from dovetail.runtime.native import NativeExecutor, recordable
 
 
 def stored_format(checkpoint: Checkpoint) -> str:
@@ -31,13 +33,21 @@ def build_engine(checkpoint: Checkpoint, config: Config, composition: Compositio
     pool = PagePool(config.num_kv_pages, config.block_size)
     site = Site(shape, config.block_size, pool, device=device)
     seams = composition.build(site)
-    load = Loader(checkpoint, seams.format or Dense(dtype, device), dtype, device)
+    native = config.kernels != TORCH
+    default = Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, device)
+    load = Loader(checkpoint, seams.format or default, dtype, device)
     site.model = model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant)
-    sizes = KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program))
+    sizes = KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native)
     site.kv = kv = KV(shape, sizes, device)
     kv.seams = seams
-    builder = BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, device)
-    executor = seams.executor or ModelExecutor(model, kv, builder)
+    executor: Executor
+    if seams.executor is not None:
+        executor = seams.executor
+    elif native and seams.format is None and recordable(model, seams):
+        executor = NativeExecutor(model, kv, config.kernels, config.threads)
+    else:
+        builder = BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, device)
+        executor = ModelExecutor(model, kv, builder)
     limits = Limits(
         config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
         shape.vocab_size,

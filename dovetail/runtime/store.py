@@ -14,22 +14,38 @@ from torch import Tensor
 
 from dovetail.core.errors import ConfigError
 
-KV_DTYPES = ("float32", "bf16", "float16", "int8", "float64")
+KV_DTYPES = ("float32", "bf16", "float16", "int8", "int4", "float64")
+
+
+LINE = 64  # bytes
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now."""
+    """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now.
+
+    They begin on a cache line: vectors that lie across two are read at half the speed.
+    """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + LINE, np.uint8)
+    skip = -memory.ctypes.data % LINE
+    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
 
 
 class FloatStore:
     """One tensor [layers, pages * page_size, KV heads, head_dim] of a floating type."""
 
+    layout = "NHD"
+
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.slots = shape[1]
         self.data = lazy_zeros(shape, dtype, device).flatten(0, 1)
+        self.kind = {torch.float32: "float32", torch.bfloat16: "bf16"}.get(dtype, "")
+
+    def memory(self) -> tuple[int, int]:
+        """Addresses of the data and of its scales, for the native kernels."""
+        return self.data.data_ptr(), 0
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -55,10 +71,16 @@ class FloatStore:
 class Int8Store:
     """Symmetric int8 per token and head: scale = max|x| / 127 (float32), x ~ scale * round(x / scale)."""
 
+    layout = "NHD"
+    kind = "int8"
+
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.slots = shape[1]
         self.codes = lazy_zeros(shape, torch.int8, device).flatten(0, 1)
         self.scales = lazy_zeros(shape[:3], torch.float32, device).flatten(0, 1)
+
+    def memory(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), self.scales.data_ptr()
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -99,14 +121,157 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.clamp(-127, 127).to(torch.int8), scales
 
 
-Store = FloatStore | Int8Store
+class Int4Store:
+    """Asymmetric int4 per token and head: x ~ low + scale * code, code 0..15, scale = (max - min) / 15."""
+
+    layout = "NHD"
+    kind = "int4"
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.slots = shape[1]
+        self.codes = lazy_zeros((*shape[:3], shape[3] // 2), torch.uint8, device).flatten(0, 1)
+        self.scales = lazy_zeros((*shape[:3], 2), torch.float32, device).flatten(0, 1)
+
+    def memory(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), self.scales.data_ptr()
+
+    @staticmethod
+    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return num_kv_heads * (head_dim // 2 + 8)
+
+    def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
+        codes, scales = quantize_int4(values)
+        at = slots + layer * self.slots
+        self.codes.index_copy_(0, at, codes)
+        self.scales.index_copy_(0, at, scales)
+
+    def read(self, layer: int, slots: Tensor) -> Tensor:
+        flat = slots.flatten() + layer * self.slots
+        return _from_int4(self.codes[flat], self.scales[flat]).unflatten(0, slots.shape)
+
+    def read_heads(self, layer: int, slots: Tensor) -> Tensor:
+        heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
+        at = slots + layer * self.slots
+        return _from_int4(self.codes[at, heads], self.scales[at, heads])
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        _copy(self.codes, self.slots, source, target)
+        _copy(self.scales, self.slots, source, target)
 
 
-def store_type(kv_cache_dtype: str) -> tuple[type[FloatStore] | type[Int8Store], torch.dtype]:
+def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., d] -> codes uint8 [..., d / 2], even dimensions in the low half, and (scale, low) [..., 2]."""
+    x = x.to(torch.float32)
+    low, high = x.aminmax(dim=-1)
+    scale = (high - low) / 15
+    tiny = torch.finfo(torch.float32).tiny
+    codes = torch.round((x - low[..., None]) / scale.clamp_min(tiny)[..., None]).clamp(0, 15).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, torch.stack([scale, low], -1)
+
+
+def _from_int4(codes: Tensor, scales: Tensor) -> Tensor:
+    values = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.float32)
+    return values * scales[..., :1] + scales[..., 1:]
+
+
+class TiledStore:
+    """K or V as the native kernels read it: per page and head, tiles of 16 tokens, head_dim padded to 16.
+
+    K tiles have tokens in lanes: float32 [dim][16], bfloat16 [dim / 2][16][2]. V tiles have dimensions in lanes:
+    float32 [16][dim], bfloat16 [8][dim][2].
+    """
+
+    layout = "tiled"
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, page_size: int, *, keys: bool
+    ) -> None:  # fmt: skip
+        layers, self.slots, heads, self.dim = shape
+        self.page_size = page_size
+        self.keys = keys
+        self.kind = "float32" if dtype is torch.float32 else "bf16"
+        pages, tiles, dim = layers * self.slots // page_size, page_size // 16, padded(self.dim)
+        inner: tuple[int, ...]
+        if dtype is torch.float32:
+            inner = (dim, 16) if keys else (16, dim)
+        else:
+            inner = (dim // 2, 16, 2) if keys else (8, dim, 2)
+        self.data = lazy_zeros((pages, heads, tiles, *inner), dtype, torch.device("cpu"))
+
+    def memory(self) -> tuple[int, int]:
+        return self.data.data_ptr(), 0
+
+    @staticmethod
+    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return num_kv_heads * padded(head_dim) * dtype.itemsize
+
+    def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
+        values = torch.nn.functional.pad(values.to(self.data.dtype), (0, padded(self.dim) - self.dim))
+        page, tile, t = self._place(layer, slots)
+        if self.keys and self.kind == "bf16":
+            self.data[page, :, tile, :, t] = values.unflatten(-1, (-1, 2))
+        elif self.keys:
+            self.data[page, :, tile, :, t] = values
+        elif self.kind == "bf16":
+            self.data[page, :, tile, t // 2, :, t % 2] = values
+        else:
+            self.data[page, :, tile, t] = values
+
+    def read(self, layer: int, slots: Tensor) -> Tensor:
+        """slots [...] -> [..., KV heads, head_dim]."""
+        page, tile, t = self._place(layer, slots.flatten())
+        return self._vectors((page, slice(None), tile), t).unflatten(0, slots.shape)
+
+    def read_heads(self, layer: int, slots: Tensor) -> Tensor:
+        """slots [rows, KV heads, n] -> [rows, KV heads, n, head_dim]."""
+        heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None].expand_as(slots).flatten()
+        page, tile, t = self._place(layer, slots.flatten())
+        return self._vectors((page, heads, tile), t).unflatten(0, slots.shape)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole pages, given as their slots."""
+        per_layer = self.slots // self.page_size
+        layers = self.data.unflatten(0, (-1, per_layer))
+        old, new = (s[:: self.page_size] // self.page_size for s in (source, target))
+        layers.index_copy_(1, new, layers.index_select(1, old))
+
+    def _place(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        at = slots + layer * self.slots
+        inside = at % self.page_size
+        return at // self.page_size, inside // 16, inside % 16
+
+    def _vectors(self, where: tuple[Tensor, Tensor | slice, Tensor], t: Tensor) -> Tensor:
+        page, head, tile = where
+        if self.keys:
+            found = self.data[page, head, tile, :, t]
+            found = found.flatten(-2) if self.kind == "bf16" else found
+        elif self.kind == "bf16":
+            found = self.data[page, head, tile, t // 2, :, t % 2]
+        else:
+            found = self.data[page, head, tile, t]
+        return found[..., : self.dim]
+
+
+def padded(head_dim: int) -> int:
+    return -(-head_dim // 16) * 16
+
+
+Store = FloatStore | Int8Store | Int4Store | TiledStore
+Flat = type[FloatStore] | type[Int8Store] | type[Int4Store]
+
+
+def store_type(kv_cache_dtype: str) -> tuple[Flat, torch.dtype]:
     """The class and element type that a `--kv-cache-dtype` names. Raises ConfigError for an unknown one."""
     floats = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if kv_cache_dtype in floats:
         return FloatStore, floats[kv_cache_dtype]
     if kv_cache_dtype == "int8":
         return Int8Store, torch.int8
+    if kv_cache_dtype == "int4":
+        return Int4Store, torch.uint8
     raise ConfigError(f"kv_cache_dtype '{kv_cache_dtype}' is unknown; the known ones are {', '.join(KV_DTYPES)}")
+
+
+def fits_tiles(kv_cache_dtype: str, page_size: int) -> bool:
+    """Whether the native kernels' own layout holds such pages."""
+    return kv_cache_dtype in ("float32", "bf16") and page_size % 16 == 0

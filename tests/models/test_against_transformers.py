@@ -11,7 +11,9 @@ import transformers
 from dovetail.checkpoint import open_checkpoint
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Span
+from dovetail.ops.cpu import isas
 from dovetail.runtime.executor import ModelExecutor
+from dovetail.runtime.native import NativeExecutor
 from tests.tiny import VOCAB, make_request, run_all, tiny_engine
 
 SHAPE = dict(
@@ -54,16 +56,22 @@ def save(name: str, directory: Path) -> transformers.PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("kernels", ["torch", *isas()])
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
+def test_logits_and_greedy_tokens(name: str, kernels: str, tmp_path: Path) -> None:
     model = save(name, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (1, 2, 17, 40, 33)]
 
-    engine = tiny_engine(checkpoint=checkpoint, dtype="float32", kv_cache_dtype="float32", pages=200)
-    assert isinstance(engine.executor, ModelExecutor)
-    seen = logits_of_every_row(engine, prompts)
+    page_size = 4 if kernels == "torch" else 16
+    engine = tiny_engine(
+        checkpoint=checkpoint, dtype="float32", kv_cache_dtype="float32", pages=200, kernels=kernels,
+        page_size=page_size, threads=2,
+    )  # fmt: skip
+    kind, see = (ModelExecutor, logits_of_every_row) if kernels == "torch" else (NativeExecutor, native_logits)
+    assert isinstance(engine.executor, kind)
+    seen = see(engine, prompts)
     for prompt, ours in zip(prompts, seen, strict=True):
         with torch.no_grad():
             theirs = model(torch.tensor([prompt])).logits[0]
@@ -91,3 +99,21 @@ def logits_of_every_row(engine, prompts) -> list[torch.Tensor]:
     for r in requests:
         r.table.clear()
     return list(logits)
+
+
+def native_logits(engine, prompts) -> list[torch.Tensor]:
+    """The same by the recorded program."""
+    program = engine.executor.program
+    requests = [make_request(engine, str(i), p, SamplingParams(max_tokens=4)) for i, p in enumerate(prompts)]
+    for r in requests:
+        r.table.grow(0, len(r.prompt))
+    program.clear()
+    for r in requests:
+        program.add(0, len(r.prompt), r.tokens, [], r.table.ids, 0, len(r.prompt))
+    program.plan()
+    program.run(0, program.mark())
+    rows = sum(map(len, prompts))
+    logits = torch.from_numpy(program.view(engine.executor._logits, rows)[:, :VOCAB].copy())
+    for r in requests:
+        r.table.clear()
+    return list(logits.split([len(p) for p in prompts]))

@@ -54,12 +54,16 @@ def test_64_greedy_tokens_equal_transformers(llm: LLM, smollm2: Path, tmp_path: 
 
 def test_it_says_paris_however_it_is_run(llm: LLM, smollm2: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=32)
-    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    chat = [{"role": "user", "content": "Name the capital of France."}]  # sure by more than int8's error
     plain = llm.chat(chat, params)[0].outputs[0]
     assert "Paris" in plain.text
     assert plain.finish_reason == "stop"
     for options in (
         {"use": ["ngram"]},
+        {"activations": "exact"},
+        {"kernels": "torch"},
+        {"kernels": "avx2"},
+        {"kv_cache_dtype": "int4"},
         {"kv_cache_dtype": "int8"},
         {"dtype": "bfloat16"},
         {"block_size": 1, "max_num_batched_tokens": 7},

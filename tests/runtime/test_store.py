@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.runtime.store import quantize_int8, store_type
-from tests.tiny import finish, make_request, run_all, tiny_engine
+from tests.tiny import break_token, finish, make_request, run_all, tiny_engine
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
@@ -75,8 +75,7 @@ def test_a_request_whose_logits_are_nan_ends_with_an_error_and_the_others_go_on(
     params = SamplingParams(temperature=0, max_tokens=8)
     want = run_all(tiny_engine(), [(1, 2, 3)], params)[0]
     engine = tiny_engine()
-    engine.executor.model.embedding = engine.executor.model.embedding.clone()
-    engine.executor.model.embedding[50] = float("nan")
+    break_token(engine, 50)
     good, bad = make_request(engine, "good", (1, 2, 3), params), make_request(engine, "bad", (1, 50), params)
     for r in (bad, good):
         engine.add(r)

@@ -95,11 +95,13 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 def _softmax(scores: Tensor, variant: Variant, places: Places) -> Tensor:
     """Weights of scores [n, KV heads, group, c, t] as the variant changes them.
 
-    A later key never counts, whatever the mask says: what lies there is not committed.
+    A later key never counts, whatever the mask says: what lies there is not committed. A row that may read
+    nothing gives 0.
     """
     readable = variant.mask(*places) & (places.k_pos <= places.q_pos)
     new = torch.where(readable, variant.score(scores, *places), float("-inf"))
-    return torch.softmax(new.to(scores.dtype).expand_as(scores), dim=-1)
+    weights = torch.softmax(new.to(scores.dtype).expand_as(scores), dim=-1)
+    return weights.masked_fill(~readable.any(-1, keepdim=True), 0)
 
 
 def _mix(weights: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""A Variant as the native attention kernels take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dovetail.core.seams import SlidingWindow, Variant
+from dovetail.ops.template import TraceError, compile_variant, trace, window
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """A Variant as the native attention takes it.
+
+    window: keys that may be read, 0 for all. address: a compiled function, 0 for none. `held` keeps it alive.
+    """
+
+    window: int
+    address: int
+    params: list[float]
+    held: Any = None
+
+
+def kernel_variant(variant: Variant, num_heads: int) -> KernelVariant:
+    """Windows are native, other scores and masks are compiled on first use.
+
+    Raises TemplateError where the definition cannot be traced or compiled; the reference then takes over.
+    """
+    if type(variant) is Variant:
+        return KernelVariant(0, 0, [])
+    if type(variant) is SlidingWindow:
+        inner = kernel_variant(variant.inner, num_heads)
+        narrow = min(variant.window, inner.window or variant.window)
+        return KernelVariant(narrow, inner.address, inner.params, inner.held)
+    traced = trace(variant)
+    if traced.is_causal:
+        return KernelVariant(0, 0, [])
+    if traced.num_heads is not None and traced.num_heads < num_heads:
+        raise TraceError(f"{variant!r} covers {traced.num_heads} heads, the model has {num_heads}")
+    reach, compiled = window(traced), compile_variant(traced)
+    return KernelVariant(0 if reach is None else reach + 1, compiled.address, compiled.params.tolist(), compiled)

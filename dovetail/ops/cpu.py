@@ -1,0 +1,58 @@
+"""The native CPU kernels' Python face: what this machine can run, and packed weights.
+
+torch is imported first, so that both use one OpenMP runtime and one set of threads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.core.errors import ConfigError
+
+TORCH = "torch"  # the name of the reference kernels
+ACTIVATIONS = {torch.bfloat16: "bf16"}
+
+
+@cache
+def native() -> Any:
+    """The extension module, or None where it was not built."""
+    try:
+        from dovetail import _native
+    except ImportError:
+        return None
+    return _native
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this build has and this CPU runs, best first; empty without the extension."""
+    module = native()
+    return tuple(module.isas()) if module is not None else ()
+
+
+def pack(weight: StoredTensor, dtype: torch.dtype, threads: int) -> Any:
+    """Weights [out, in] in the kernels' layout, with the stored bits where a kernel reads that format.
+
+    dtype bfloat16 rounds everything to bfloat16; formats without a kernel are expanded to float32.
+    """
+    module = native()
+    if module is None:
+        raise ConfigError("the native kernels were not built; run with --kernels torch")
+    if dtype is torch.bfloat16 and weight.format != "BF16":
+        weight = plain(weight, torch.bfloat16)
+    elif weight.format not in module.formats():
+        weight = plain(weight, torch.float32)
+    data = weight.data if weight.data.stride(-1) == 1 else weight.data.contiguous()
+    n, k = weight.shape
+    return module.Packed(weight.format, data.data_ptr(), data.stride(0), n, k, threads)
+
+
+def plain(weight: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    """The same values as a plain tensor of `dtype`."""
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    values: Tensor = weight.dequantize(dtype).contiguous()
+    return StoredTensor(weight.name, name, weight.shape, values.view(-1, weight.shape[-1]).view(torch.uint8))

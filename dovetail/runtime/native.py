@@ -1,0 +1,173 @@
+"""The Executor of a recorded program: a step is a few calls into the native kernels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.core.seams import Codec, Residency, RowFilter, Seams, Selector
+from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
+from dovetail.ops import cpu
+from dovetail.ops.attention.kernel_variant import kernel_variant
+from dovetail.ops.template import TemplateError
+from dovetail.runtime.kv import KV
+from dovetail.runtime.recorder import Recorder, connect
+from dovetail.runtime.sampler import Row, by_span, describe, sample
+
+LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
+
+
+def recordable(model: Any, seams: Seams) -> bool:
+    """Whether nothing in Python must act between two operations of a layer."""
+    defaults = (
+        (seams.selector, Selector), (seams.codec, Codec), (seams.residency, Residency), (seams.rows, RowFilter),
+    )  # fmt: skip
+    if any(type(filler) is not default for filler, default in defaults):
+        return False
+    try:
+        variants = {id(v): v for v in (block.attention.variant for block in model.blocks())}
+        for variant in variants.values():
+            kernel_variant(variant, model.geometry.num_heads)
+    except TemplateError as error:
+        warnings.warn(f"attention runs on the slow reference: {error}", stacklevel=2)
+        return False
+    return True
+
+
+class NativeExecutor:
+    """Runs plans on a model's recorded program.
+
+    The stages of the program are recorded once, one range of operations for each distinct callable; a step
+    lists its spans, and each range runs by one call on all threads.
+    """
+
+    def __init__(self, model: Any, kv: KV, isa: str, threads: int) -> None:
+        self.model = model
+        self.kv = kv
+        self.num_stages = len(model.program)
+        self.calls = 0
+        shape = model.geometry
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        self.program = program = cpu.native().Program(isa, threads, heads, True, True)
+        connect(program, kv)
+        to = Recorder(program, shape, model.config.hidden_size)
+        self.recorder = to
+        self._x, self._width = to.x, model.config.hidden_size
+        model.record_embed(to)
+        self._embed = (0, program.mark())
+        self._ranges: dict[int, tuple[int, int]] = {}
+        for stage in model.program:
+            if id(stage) not in self._ranges:
+                first = program.mark()
+                stage.record(to)
+                self._ranges[id(stage)] = (first, program.mark())
+        first = program.mark()
+        self._logits = model.record_head(to)
+        self._head = (first, program.mark())
+        self._carry: dict[str, Tensor] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.kv.begin(plan)
+        for request_id in plan.released:
+            self._carry.pop(request_id, None)
+        spans = plan.spans
+        if self.num_stages == 1:
+            self.calls += 1
+            return StepResult(self._stage(spans))
+        results = [SpanResult()] * len(spans)
+        groups: dict[int, list[int]] = {}
+        for i, span in enumerate(spans):
+            groups.setdefault(id(self.model.program[span.stage]), []).append(i)
+        for members in groups.values():
+            self.calls += 1
+            for i, result in zip(members, self._stage([spans[i] for i in members]), strict=True):
+                results[i] = result
+        return StepResult(results)
+
+    def _stage(self, spans: Sequence[Span]) -> list[SpanResult]:
+        """One range of the program for spans, and the head for those that end with it."""
+        program = self.program
+        program.clear()
+        offset, last = self.kv.stage_pages, self.num_stages - 1
+        for s in spans:
+            r = s.request
+            program.add(s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample)
+        program.plan()
+        first, end = self._ranges[id(self.model.program[spans[0].stage])]
+        if all(s.stage == 0 for s in spans):
+            if last == 0 and first == self._embed[1] and end == self._head[0]:
+                program.run(0, self._head[1])  # the whole model in one call
+            else:
+                program.run(*self._embed)
+                program.run(first, end)
+                self._finish_stage(spans, last)
+        else:
+            self._enter(spans)
+            program.run(first, end)
+            self._finish_stage(spans, last)
+        return self._results(spans, last)
+
+    def _enter(self, spans: Sequence[Span]) -> None:
+        """The rows' hidden state: the embedding, or what the stage before left."""
+        self.program.run(*self._embed)
+        x, at = self._hidden(), 0
+        for s in spans:
+            n = s.stop - s.start
+            if s.stage:
+                x[at : at + n] = self._carry.pop(s.request.id)
+            at += n
+
+    def _finish_stage(self, spans: Sequence[Span], last: int) -> None:
+        x, at = self._hidden(), 0
+        for s in spans:
+            n = s.stop - s.start
+            if s.stage < last:
+                self._carry[s.request.id] = x[at : at + n].clone()
+            at += n
+        self.program.run(*self._head)
+
+    def _hidden(self) -> Tensor:
+        return torch.from_numpy(self.program.view(self._x, self.program.num_rows()))[:, : self._width]
+
+    # -- sampling ------------------------------------------------------------------------------------
+
+    def _results(self, spans: Sequence[Span], last: int) -> list[SpanResult]:
+        counts = [s.sample for s in spans]
+        rows = [Row(s.request, j) for s in spans if s.sample for j in range(s.sample)]
+        results = [SpanResult()] * len(spans)
+        if rows:
+            if all(r.plain for r in rows):
+                tokens = self.program.argmax(self._logits)
+                results = by_span(counts, tokens, [None] * len(tokens), [t >= 0 for t in tokens])
+            else:
+                results = by_span(counts, *sample(self._view(len(rows)), rows))
+        at = 0
+        for i, s in enumerate(spans):
+            if s.request.params.prompt_logprobs is not None and s.stage == last:
+                results[i] = SpanResult(
+                    results[i].tokens, results[i].logprobs, tuple(self._score(s, at)), results[i].error
+                )
+            at += s.stop - s.start
+        return results
+
+    def _view(self, rows: int) -> Tensor:
+        """Logits [rows, vocabulary] of the last head."""
+        view = torch.from_numpy(self.program.view(self._logits, rows))
+        return view[:, : self.model.config.vocab_size]
+
+    def _score(self, span: Span, row: int) -> list[TokenLogprobs]:
+        """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them."""
+        request = span.request
+        first, stop = max(span.start, request.scored), min(span.stop, len(request.prompt) - 1)
+        out: list[TokenLogprobs] = []
+        for at in range(first, stop, LOGIT_ROWS):
+            end = min(at + LOGIT_ROWS, stop)
+            self.program.sample([row + i - span.start for i in range(at, end)])
+            self.program.run(*self._head)
+            counts = [request.params.prompt_logprobs or 0] * (end - at)
+            out += describe(self._view(end - at), request.prompt[at + 1 : end + 1], counts)
+        return out

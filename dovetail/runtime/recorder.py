@@ -1,0 +1,87 @@
+"""Records a model's layers as a native program: operations on numbered row buffers, replayed by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.core.seams import Geometry, Variant
+from dovetail.layers.norm import Norm
+from dovetail.layers.packed import PackedLinear
+from dovetail.ops import cpu
+from dovetail.ops.attention.kernel_variant import kernel_variant
+from dovetail.ops.rope import Rope
+from dovetail.runtime.kv import KV
+
+
+class Recorder:
+    """The program under construction. Buffers are shared by all layers: `x` holds the hidden rows."""
+
+    def __init__(self, program: Any, geometry: Geometry, width: int) -> None:
+        self.program = program
+        self.geometry = geometry
+        self.x = program.slot(width)
+        heads, dim = geometry.num_heads, geometry.head_dim
+        self.q = program.slot(heads * (-(-dim // 16) * 16))
+        self.attended = program.slot(heads * dim)
+        self._angles: dict[Rope, int] = {}
+        self._slots: dict[tuple[str, int], int] = {}
+        self._held: list[Any] = []  # what the program's addresses point into
+
+    def slot(self, name: str, width: int, sampled: bool = False) -> int:
+        """A buffer for rows of `width` floats, the same for every caller of that name and width."""
+        if (name, width) not in self._slots:
+            self._slots[name, width] = self.program.slot(width, sampled)
+        return self._slots[name, width]
+
+    def embed(self, stored: StoredTensor) -> None:
+        """Rows of the embedding of the step's tokens into `x`."""
+        if stored.format not in cpu.native().formats():
+            stored = cpu.plain(stored, torch.float32)
+        self._held.append(stored)
+        data = stored.data
+        self.program.embed(self.x, stored.format, data.data_ptr(), data.stride(0), stored.shape[1], 1.0)
+
+    def angles(self, rope: Rope) -> None:
+        """cos and sin of the step's positions, for `rope`."""
+        if rope not in self._angles:
+            self._angles[rope] = self.program.slot(2 * len(rope.freqs))
+            self.program.angles(self._angles[rope], rope.freqs.tolist(), rope.temper)
+
+    def linear(
+        self, source: int, target: int, layer: Callable[[Tensor], Tensor], *, norm: Norm | None = None,
+        add: bool = False, gate: str = "", sampled: bool = False,
+    ) -> None:  # fmt: skip
+        """target = layer(norm(source)); or += with `add`; or act(gate half) * up half of the columns."""
+        if not isinstance(layer, PackedLinear):
+            raise TypeError(f"only packed weights can be recorded, not {type(layer).__name__}")
+        weights = norm.weight.float().tolist() if norm else []
+        self.program.linear(
+            source, target, layer.parts, layer.activation, norm=weights, eps=norm.eps if norm else 0.0,
+            bias=layer.bias, add=add, gate=gate, sampled=sampled,
+        )  # fmt: skip
+
+    def rope(self, source: int, layer: int, rope: Rope, norms: tuple[Norm | None, Norm | None]) -> None:
+        """Rotate q and k of source's columns (q, k, v), norm them before where the model does; write k and v."""
+        q_norm, k_norm = ([] if n is None else n.weight.float().tolist() for n in norms)
+        eps = next((n.eps for n in norms if n is not None), 0.0)
+        self.program.rope(source, self._angles[rope], self.q, layer, q_norm, k_norm, eps)
+
+    def attend(self, layer: int, variant: Variant) -> None:
+        """Attention of `q` over the step's sequences into `attended`."""
+        v = kernel_variant(variant, self.geometry.num_heads)
+        self._held.append(v.held)
+        self.program.attend(self.q, self.attended, layer, v.window, v.address, v.params)
+
+
+def connect(program: Any, kv: KV) -> None:
+    """Give the program the addresses of K and V."""
+    k, v = kv.k.memory(), kv.v.memory()
+    program.set_kv(
+        kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
+        (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim),
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""Native linear kernels against their torch references, for every format, activation and instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dovetail.ops.dequant import BLOCKS
+
+native = pytest.importorskip("dovetail._native")
+
+ISAS = native.isas()
+QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+CASES = [(f, a) for f in QUANTIZED for a in ("int8", "exact")] + [
+    ("F32", "exact"), ("F16", "exact"), ("BF16", "exact"), ("BF16", "bf16")
+]  # fmt: skip
+
+
+def stored(name: str, n: int, k: int, seed: int) -> torch.Tensor:
+    """Random bytes [n, row bytes] whose float16 scales are ordinary numbers."""
+    rng = np.random.default_rng(seed)
+    if BLOCKS[name].values == 1:
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+        values = torch.from_numpy(rng.standard_normal((n, k)).astype(np.float32)).to(dtype)
+        return values.view(torch.uint8)
+    block = BLOCKS[name]
+    data = rng.integers(0, 256, (n, k // block.values, block.bytes), dtype=np.uint8)
+    for at in {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
+        scale = rng.uniform(-0.02, 0.02, data.shape[:2]).astype(np.float16)
+        data[:, :, at : at + 2] = scale[..., None].view(np.uint8)
+    return torch.from_numpy(data.reshape(n, -1))
+
+
+def dense(name: str, data: torch.Tensor, k: int) -> torch.Tensor:
+    block = BLOCKS[name]
+    return block.dequantize(data.reshape(-1, block.bytes)).view(data.shape[0], k)
+
+
+def quantized_rows(x: torch.Tensor) -> torch.Tensor:
+    """The int8 activations' values: per row and 32 values, scale = max|x| / 127."""
+    blocks = x.view(x.shape[0], -1, 32)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 127 / blocks.abs().amax(-1, keepdim=True), 0)
+    return (torch.round(blocks * inverse) * scale).view_as(x)
+
+
+class Layer:
+    """One linear operation in a program of its own."""
+
+    def __init__(self, parts, k, isa, activation, threads=2, gate="", bias=(), norm=(), add=False):
+        self.program = native.Program(isa, threads, (1, 1, 2), True, True)
+        self.keep = [native.Packed(f, d.data_ptr(), d.shape[1], d.shape[0], k, threads) for f, d in parts]
+        n = parts[0][1].shape[0] if gate else sum(d.shape[0] for _, d in parts)
+        self.x, self.y = self.program.slot(k, False), self.program.slot(n, False)
+        self.n = n
+        args = (self.keep, activation, list(norm), 1e-5, list(bias), add, gate, False)
+        self.program.linear(self.x, self.y, *args)
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        rows = len(x)
+        self.program.set_kv("NHD", "float32", (0, 0, 0, 0), (1, 4096, 1, 2))
+        self.program.clear()
+        self.program.add(0, rows, [0] * rows, [], [0], 0, 0)
+        self.program.run(0, 0)
+        self.program.view(self.x, rows)[:, : x.shape[1]] = x.numpy()
+        if y is not None:
+            self.program.view(self.y, rows)[:, : self.n] = y.numpy()
+        self.program.run(0, 1)
+        return torch.from_numpy(self.program.view(self.y, rows)[:, : self.n].copy())
+
+
+def reference(x: torch.Tensor, w: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "int8":
+        x = quantized_rows(x)
+    elif activation == "bf16":
+        x = x.to(torch.bfloat16).float()
+    return (x.double() @ w.double().T).float()
+
+
+def close(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Within float32 rounding of sums of this size."""
+    size = x.double().abs() @ w.double().abs().T
+    return bool(((got - want).abs() <= 2e-6 * size + 1e-7).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_matches_the_reference(name: str, activation: str, isa: str) -> None:
+    k = 512
+    for n, rows in ((16, 1), (48, 2), (64, 3), (32, 5), (80, 7), (112, 17), (200, 33)):
+        data = stored(name, n, k, n)
+        w = dense(name, data, k)
+        x = torch.randn(rows, k, generator=torch.Generator().manual_seed(n)) * 3
+        got = Layer([(name, data)], k, isa, activation)(x)
+        assert close(got, reference(x, w, activation), x, w), (n, rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("name", "activation"), CASES)
+def test_a_row_does_not_depend_on_the_others(name: str, activation: str, isa: str) -> None:
+    k, n = 256, 80
+    data = stored(name, n, k, 1)
+    x = torch.randn(40, k, generator=torch.Generator().manual_seed(0))
+    layer = Layer([(name, data)], k, isa, activation)
+    alone = torch.cat([layer(row[None]) for row in x])
+    for rows in (2, 3, 4, 5, 6, 7, 11, 40):
+        assert torch.equal(layer(x[:rows]), alone[:rows]), rows
+    assert torch.equal(Layer([(name, data)], k, isa, activation, threads=1)(x), alone)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_integer_products_are_the_same_on_every_instruction_set(name: str) -> None:
+    k, n = 512, 64
+    data = stored(name, n, k, 3)
+    x = torch.randn(9, k, generator=torch.Generator().manual_seed(0))
+    results = [Layer([(name, data)], k, isa, "int8")(x) for isa in ISAS]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_gate_norm_bias_and_residual(gate: str, isa: str) -> None:
+    k, n = 96, 40
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_pytorch_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "relu": torch.relu,
+    }
+    random = torch.Generator().manual_seed(5)
+    norm, bias = torch.rand(k, generator=random) + 0.5, torch.randn(2 * n, generator=random)
+    gate_data, up_data = stored("F32", n, k, 1), stored("Q8_0", n, k, 2)
+    w = torch.cat([dense("F32", gate_data, k), dense("Q8_0", up_data, k)])
+    for rows in (1, 3, 9):
+        x = torch.randn(rows, k, generator=random)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm
+        full = normed @ w.T + bias
+        want = functions[gate](full[:, :n]) * full[:, n:]
+        parts = [("F32", gate_data), ("Q8_0", up_data)]
+        got = Layer(parts, k, isa, "exact", gate=gate, norm=norm.tolist(), bias=bias.tolist())(x)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        before = torch.randn(rows, 2 * n, generator=random)
+        added = Layer(parts, k, isa, "exact", norm=norm.tolist(), bias=bias.tolist(), add=True)(x, before)
+        torch.testing.assert_close(added, before + full, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_widths_that_fill_no_tile_or_block(isa: str) -> None:
+    for n, k in ((1, 1), (7, 5), (17, 33), (30, 70)):
+        data = stored("F32", n, k, 9)
+        x = torch.randn(6, k, generator=torch.Generator().manual_seed(k))
+        got = Layer([("F32", data)], k, isa, "exact")(x)
+        torch.testing.assert_close(got, x @ dense("F32", data, k).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["int8", "exact"])
+def test_nan_and_infinity_in_a_row_stay_in_that_row(activation: str, isa: str) -> None:
+    data = stored("Q4_1", 32, 64, 0)
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        x[1, 40] = bad
+        got = Layer([("Q4_1", data)], 64, isa, activation)(x)
+        assert not torch.isfinite(got[1]).any()
+        assert torch.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_single_rows_are_dequantized_bit_for_bit(name: str) -> None:
+    if name not in native.formats():
+        pytest.skip("not a native format")
+    data = stored(name, 20, 512, 4)
+    want = dense(name, data, 512)
+    got = torch.empty_like(want)
+    for row, out in zip(data, got, strict=True):
+        native.dequantize_row(name, row.data_ptr(), 512, out.data_ptr())
+    assert torch.equal(got, want)
