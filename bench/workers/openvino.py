@@ -3,8 +3,8 @@
 `LLMPipeline` answers one request and reports tokens to a streamer; `ContinuousBatchingPipeline` answers any number
 in steps. Both get token ids and give token ids, so that counts are exact and no text is made on this side.
 Everything not named in a setting is the library's default: weights in the file's groups, activations quantized to
-8 bits in groups of 32, KV in u8. Left out, because never the fastest: the SDPA backend of `LLMPipeline`, activations
-in other groups or in full, and prompts in chunks of the default 256 tokens.
+8 bits in groups of 32, KV in u8. Left out, because never the fastest: the SDPA backend of `LLMPipeline`,
+activations in other groups or in full, and prompts in chunks of the default 256 tokens.
 """
 
 from __future__ import annotations
