@@ -1,0 +1,490 @@
+"""How close the native kernels come to what the machine can do: its raw read bandwidth, and its arithmetic peak.
+
+    .venv/bin/python bench/ops.py [--only NAME ...] [--threads N] [--rounds R] [--isa NAME] [--json]
+                                  [--megabytes MB] [--peak-gops KIND=N ...]
+
+Kernels, by the names that --only picks from (any part of "kernel shape" will do: gemv, Q4_0, decode, 1536x576):
+  gemv.FORMAT.ACTIVATIONS  rows 1 to 8 times weights [out x in]
+  gemm.FORMAT.ACTIVATIONS  rows 32 and 512
+  decode.KV                one row of attention behind C tokens; shape: query heads / KV heads, head dimension, C
+  prefill.KV               512 rows of attention from position 0 on
+  balance.KV               a request of 64K tokens beside 31 of 100: long ones cut over the threads, against not
+  cascade.KV               32 requests of 2048 shared and 64 own tokens: shared KV read once, against once each
+
+Weights and KV are cold: a run replays one kernel over different weights or layers, --megabytes of them in all (an
+eighth for gemm and prefill), as one program, so that a kernel's start and end count as in a step; `us` is a run
+divided by its kernels. GB/s are stored bytes of weights or KV per second. GOP/s count two operations for each
+multiply-add, of attention only up to the diagonal. K formats take rows of a multiple of 256: 512 for 576.
+
+In each round every kernel of a group runs once, in turns, beside one raw read with as many threads (the best of
+three passes over 256 MB). Columns are medians of the rounds, `us` with the lowest and highest; `read %` is the
+median of each round's GB/s by the raw read of the same round. balance and cascade are per layer, and a speed-up
+is the median of the rounds'. KV bytes of the cascade are what the plan reads; requests that read the same pages
+one by one take most of that from caches, so there is no `read %` for them.
+
+`peak %` needs --peak-gops, GOP/s of all threads: clock under load in GHz (`perf stat -e cycles,task-clock`) x
+threads x instructions per cycle (from the vendor's tables: 1 on Zen 4, 2 on server cores with two 512-bit units) x
+operations of one: int8 (vpdpbusd) 128, bf16 (vdpbf16ps) 64, float32 (vfmadd) 32 with 512 bits, half of each with
+256. Two Zen 4 cores at 3.5 GHz: --peak-gops int8=896 bf16=448 float32=224. Float32 KV and activations "exact" are
+float32 kernels.
+
+Run it on an otherwise idle machine. The last line is JSON with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dovetail import machine
+from dovetail.ops import cpu
+from dovetail.ops.dequant import BLOCKS
+from dovetail.runtime.store import TiledStore, padded
+
+READ_MB = 256
+PAGE = 16  # tokens
+FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F32")
+ACTIVATIONS = {"BF16": ("bf16",), "F32": ("exact",), "Q8_0": ("int8", "exact"), "Q4_K": ("int8", "exact")}
+GEMV_SHAPES, GEMM_SHAPES = ((1536, 576), (49152, 576), (4096, 4096)), ((1536, 576), (4096, 4096))
+GEMV_ROWS, GEMM_ROWS = (1, 2, 4, 8), (32, 512)
+KV_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+PEAKS = {"int8": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
+LONG, SHORT = 65536, (31, 100)
+SHARED, OWN, SHARERS = 2048, 64, 32
+SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes; others (0,)
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.kv} d{self.dim}"
+
+
+HEADS = (Heads(9, 3, 64), Heads(32, 8, 128))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel: `run` does `count` of them, each of which reads `bytes` and does `operations`."""
+
+    kernel: str
+    shape: str
+    rows: int
+    run: Callable[[], None]
+    count: int
+    bytes: float = 0
+    operations: float = 0
+    kind: str = ""  # of its peak
+    cached: bool = False  # not comparable with the raw read
+
+
+@dataclass
+class Bench:
+    threads: int
+    rounds: int
+    isa: str
+    only: Sequence[str]
+    cold: int  # bytes
+    peaks: dict[str, float]
+    results: list[dict[str, Any]] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
+
+    def wants(self, kernel: str, shape: str) -> bool:
+        return not self.only or any(name in f"{kernel} {shape}" for name in self.only)
+
+    def measure(self, cases: Sequence[Case]) -> list[list[float]]:
+        """Time the cases in turns, print and keep a line of each; seconds of one kernel: [cases][rounds]."""
+        samples, reads = interleave(cases, self.rounds, self.threads)
+        self.reads += reads
+        for case, seconds in zip(cases, samples, strict=True):
+            self.results.append(summary(case, seconds, reads, self.peaks.get(case.kind)))
+            show(self.results[-1])
+        return samples
+
+
+def interleave(cases: Sequence[Case], rounds: int, threads: int) -> tuple[list[list[float]], list[float]]:
+    """Seconds of one kernel of each case, [cases][rounds], and GB/s of the raw read of each round."""
+    samples: list[list[float]] = [[] for _ in cases]
+    reads = []
+    for case in cases:
+        case.run()  # allocates, and maps memory
+    for i in range(rounds):
+        reads.append(cpu.native().read_bandwidth(READ_MB, threads))
+        order = range(len(cases)) if i % 2 == 0 else range(len(cases) - 1, -1, -1)
+        cases[order[0]].run()  # the first run after the raw read, whose memory has just been unmapped, is slower
+        for at in order:
+            start = time.perf_counter()
+            cases[at].run()
+            samples[at].append((time.perf_counter() - start) / cases[at].count)
+    return samples, reads
+
+
+def summary(case: Case, seconds: list[float], reads: list[float], peak: float | None) -> dict[str, Any]:
+    middle = statistics.median(seconds)
+    row: dict[str, Any] = {"kernel": case.kernel, "shape": case.shape, "rows": case.rows}
+    row |= {"us": middle * 1e6, "us_low": min(seconds) * 1e6, "us_high": max(seconds) * 1e6}
+    if case.bytes:
+        row["gb_per_s"] = case.bytes / middle / 1e9
+    if case.bytes and not case.cached:
+        ratios = [case.bytes / s / 1e9 / read for s, read in zip(seconds, reads, strict=True)]
+        row["of_read"] = statistics.median(ratios)
+    if case.operations:
+        row["gop_per_s"] = case.operations / middle / 1e9
+        if peak:
+            row["of_peak"] = row["gop_per_s"] / peak
+    return row
+
+
+def header() -> str:
+    return (
+        f"{'kernel':<18} {'shape':<16} {'rows':>4} {'us':>10} {'(lowest-highest)':>20}"
+        f" {'GB/s':>7} {'read %':>6} {'GOP/s':>7} {'peak %':>6}"
+    )
+
+
+def show(row: dict[str, Any]) -> None:
+    def cell(key: str, width: int, by: float = 1) -> str:
+        return (f"{row[key] * by:.1f}" if key in row else "-").rjust(width)
+
+    spread = f"({row['us_low']:.1f}-{row['us_high']:.1f})"
+    print(
+        f"{row['kernel']:<18} {row['shape']:<16} {row['rows']:>4} {row['us']:>10.1f} {spread:>20}"
+        f" {cell('gb_per_s', 7)} {cell('of_read', 6, 100)} {cell('gop_per_s', 7)} {cell('of_peak', 6, 100)}",
+        flush=True,
+    )
+
+
+def check_finite(program: Any, slot: int, rows: int, what: str) -> None:
+    """A kernel that computed nothing, or nonsense, must not be timed."""
+    out = program.view(slot, rows)
+    if not (np.isfinite(out).all() and out.any(axis=1).all()):
+        raise SystemExit(f"{what}: the result is not finite, or zero; its time would mean nothing")
+
+
+# -- linear ------------------------------------------------------------------------------------------
+
+
+def stored(name: str, n: int, k: int) -> torch.Tensor:
+    """Random weights as a checkpoint stores them, uint8 [n, row bytes]: 256 rows, again and again."""
+    random, block = np.random.default_rng(0), BLOCKS[name]
+    rows = min(n, 256)
+    if block.values == 1:
+        values = torch.from_numpy(random.standard_normal((rows, k), np.float32) * 0.02)
+        data = values.to(torch.bfloat16 if name == "BF16" else torch.float32).view(torch.uint8)
+    else:
+        codes = random.integers(0, 256, (rows, k // block.values, block.bytes), dtype=np.uint8)
+        for at in SCALES.get(name, (0,)):
+            scale = random.uniform(-0.02, 0.02, codes.shape[:2]).astype(np.float16)
+            codes[:, :, at : at + 2] = scale[..., None].view(np.uint8)
+        data = torch.from_numpy(codes.reshape(rows, -1))
+    return data.repeat(-(-n // rows), 1)[:n].contiguous()
+
+
+class Linears:
+    """Copies of one weight, and a program with an operation for each."""
+
+    def __init__(self, copies: Sequence[Any], activation: str, most: int, bench: Bench) -> None:
+        self.copies = copies
+        n, k = copies[0].n, copies[0].k
+        self.program = program = cpu.native().Program(bench.isa, bench.threads, (1, 1, 2), True, True)
+        self.source, self.target = program.slot(k), program.slot(n)
+        for copy in copies:
+            program.linear(
+                self.source, self.target, [copy], activation, norm=[], eps=0.0, bias=[], add=False, gate="",
+                sampled=False,
+            )  # fmt: skip
+        program.set_rows(most)
+        program.run(0, 0)
+        rows = np.random.default_rng(1).standard_normal((most, k), np.float32)
+        program.view(self.source, most)[:, :k] = rows
+        program.run(0, 1)
+        check_finite(program, self.target, most, f"{copies[0].format} {activation}")
+
+    def run(self, rows: int, count: int) -> None:
+        self.program.set_rows(rows)
+        self.program.run(0, count)
+
+
+def linears(bench: Bench) -> None:
+    for n, k in GEMV_SHAPES:
+        for name in FORMATS:
+            linear_group(bench, name, n, k)
+
+
+def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
+    """All row counts and activations of one format and shape."""
+    k = width // BLOCKS[name].values * BLOCKS[name].values
+    shape, wanted = f"{n}x{k}", {}
+    for activation in ACTIVATIONS.get(name, ("int8",)):
+        gemv, gemm = (f"{kind}.{name}.{activation}" for kind in ("gemv", "gemm"))
+        rows = [(gemv, m) for m in GEMV_ROWS if bench.wants(gemv, shape)]
+        if (n, width) in GEMM_SHAPES and name != "F32" and activation != "exact":
+            rows += [(gemm, m) for m in GEMM_ROWS if bench.wants(gemm, shape)]
+        if rows:
+            wanted[activation] = rows
+    if not wanted:
+        return
+    data = stored(name, n, k)
+    copies: list[Any] = []
+    cold = bench.cold if any(m <= GEMV_ROWS[-1] for rows in wanted.values() for _, m in rows) else bench.cold // 8
+    while sum(c.bytes for c in copies) <= cold:
+        copies.append(cpu.native().Packed(name, data.data_ptr(), data.stride(0), n, k, bench.threads))
+    size = copies[0].bytes
+    cases = []
+    for activation, rows in wanted.items():
+        linear = Linears(copies, activation, max(m for _, m in rows), bench)
+        for kernel, m in rows:
+            few = m <= GEMV_ROWS[-1]
+            count = len(copies) if few else min(len(copies), bench.cold // 8 // size + 1)
+            run = functools.partial(linear.run, m, count)
+            operations = 2.0 * m * n * k
+            cases.append(Case(kernel, shape, m, run, count, size if few else 0, operations, PEAKS[activation]))
+    bench.measure(cases)
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+class KVPool:
+    """Random K and V: as many layers of `tokens` tokens as fill `size` bytes."""
+
+    def __init__(self, heads: Heads, kind: str, tokens: int, size: int) -> None:
+        self.heads, self.kind = heads, kind
+        self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, KV_DTYPES[kind])
+        self.tokens = tokens * -(-size // (tokens * self.token_bytes))
+        self.k, self.v = (self._filled(keys) for keys in (True, False))
+
+    def _filled(self, keys: bool) -> torch.Tensor:
+        shape = (1, self.tokens, self.heads.kv, self.heads.dim)
+        data = TiledStore(shape, KV_DTYPES[self.kind], PAGE, keys=keys).data
+        some = torch.randn(min(1024, len(data)), *data.shape[1:]).to(data.dtype)
+        for at in range(0, len(data), len(some)):
+            part = data[at : at + len(some)]
+            part.copy_(some[: len(part)])
+        return data
+
+
+@dataclass(frozen=True)
+class Request:
+    start: int  # position of its first row
+    stop: int
+    pages: Sequence[int]
+
+
+class Attention:
+    """A step's attention over every layer of `tokens` tokens that the pool has room for, but at most `layers`."""
+
+    def __init__(
+        self, pool: KVPool, requests: Sequence[Request], tokens: int, bench: Bench, *, layers: int = 1 << 30,
+        cascade: bool = True, split: bool = True,
+    ) -> None:  # fmt: skip
+        heads = pool.heads
+        self.pool = pool
+        self.layers = min(layers, pool.tokens // tokens)
+        keys = sum((r.start + 1 + r.stop) * (r.stop - r.start) / 2 for r in requests)
+        self.operations = 4.0 * heads.query * heads.dim * keys
+        self.program = program = cpu.native().Program(
+            bench.isa, bench.threads, (heads.query, heads.kv, heads.dim), cascade, split
+        )
+        sizes = (tokens // PAGE, PAGE, heads.kv, heads.dim)
+        program.set_kv("tiled", pool.kind, (pool.k.data_ptr(), pool.v.data_ptr(), 0, 0), sizes)
+        q, out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
+        for layer in range(self.layers):
+            program.attend(q, out, layer, 0, 0, [])
+        program.clear()
+        for r in requests:
+            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1)
+        program.plan()
+        self.stats: dict[str, int] = program.attention_stats()
+        program.run(0, 0)
+        rows = program.num_rows()
+        self._queries(program.view(q, rows).reshape(-1), rows)
+        program.run(0, 1)
+        check_finite(program, out, rows, f"attention {heads} {pool.kind}")
+
+    def _queries(self, memory: np.ndarray, rows: int) -> None:
+        """Rows lie one after the other in the compute type, scaled."""
+        heads = self.pool.heads
+        random = torch.Generator().manual_seed(2)
+        q = torch.randn(rows * heads.query * padded(heads.dim), generator=random) * heads.dim**-0.5
+        if self.pool.kind == "bf16":
+            memory.view(np.int16)[: len(q)] = q.to(torch.bfloat16).view(torch.int16).numpy()
+        else:
+            memory[: len(q)] = q.numpy()
+
+    def run(self) -> None:
+        self.program.run(0, self.layers)
+
+
+def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None:
+    for heads in HEADS:
+        for kind in KV_DTYPES:
+            kernel = f"decode.{kind}"
+            wanted = [c for c in contexts if bench.wants(kernel, f"{heads} {c}")]
+            if not wanted:
+                continue
+            pool = KVPool(heads, kind, max(wanted), bench.cold)
+            cases = []
+            for c in wanted:
+                steps = Attention(pool, [Request(c - 1, c, range(c // PAGE))], c, bench)
+                size = c * pool.token_bytes
+                cases.append(
+                    Case(kernel, f"{heads} {c}", 1, steps.run, steps.layers, size, steps.operations, kind)
+                )
+            bench.measure(cases)
+
+
+def prefills(bench: Bench, rows: int = 512, layers: int = 8) -> None:
+    for heads in HEADS:
+        wanted = [kind for kind in KV_DTYPES if bench.wants(f"prefill.{kind}", str(heads))]
+        cases = []
+        for kind in wanted:
+            pool = KVPool(heads, kind, rows, bench.cold // 8)
+            steps = Attention(pool, [Request(0, rows, range(rows // PAGE))], rows, bench, layers=layers)
+            name = f"prefill.{kind}"
+            cases.append(Case(name, str(heads), rows, steps.run, steps.layers, 0, steps.operations, kind))
+        if cases:
+            bench.measure(cases)
+
+
+def pair(bench: Bench, kernel: str, rows: int, both: dict[str, Attention], sizes: list[int]) -> dict[str, Any]:
+    """Two plans of the same attention in turns; how much faster the first is."""
+    first, least = next(iter(both.values())), min(sizes)
+    cases = [
+        Case(kernel, f"{first.pool.heads} {name}", rows, a.run, a.layers, size, a.operations, "bf16", size > least)
+        for (name, a), size in zip(both.items(), sizes, strict=True)
+    ]
+    fast, slow = bench.measure(cases)
+    ratios = [b / a for a, b in zip(fast, slow, strict=True)]
+    return {"speed_up": statistics.median(ratios), "speed_up_low": min(ratios), "speed_up_high": max(ratios)}
+
+
+def balance(bench: Bench) -> dict[str, Any]:
+    """One long request beside short ones. What is not cut has one piece of work for each request and KV head."""
+    heads, kernel = HEADS[0], "balance.bf16"
+    count, tokens = SHORT
+    each, total = -(-tokens // PAGE), LONG // PAGE
+    requests = [Request(LONG - 1, LONG, range(total))]
+    for _ in range(count):
+        requests.append(Request(tokens - 1, tokens, range(total, total + each)))
+        total += each
+    pool = KVPool(heads, "bf16", total * PAGE, bench.cold)
+    both = {
+        name: Attention(pool, requests, total * PAGE, bench, split=split)
+        for name, split in (("split", True), ("whole", False))
+    }
+    size = (LONG + count * tokens) * pool.token_bytes
+    found = pair(bench, kernel, len(requests), both, [size, size])
+    threads = bench.threads
+    found["bound"] = max(1.0, -(-heads.kv // threads) * threads / heads.kv)
+    found["items"] = {name: a.stats["items"] for name, a in both.items()}
+    spread = f"{found['speed_up_low']:.2f}-{found['speed_up_high']:.2f}"
+    print(
+        f"  split is {found['speed_up']:.2f} times as fast ({spread});"
+        f" {found['bound']:.2f} is what {heads.kv} KV heads on {threads} threads leave to gain"
+    )
+    return found
+
+
+def cascade(bench: Bench) -> dict[str, Any]:
+    """Requests that share most of their pages."""
+    heads, kernel = HEADS[0], "cascade.bf16"
+    shared, own, length = SHARED // PAGE, OWN // PAGE, SHARED + OWN
+    requests = [
+        Request(length - 1, length, [*range(shared), *range(shared + i * own, shared + (i + 1) * own)])
+        for i in range(SHARERS)
+    ]
+    tokens = SHARED + SHARERS * OWN
+    pool = KVPool(heads, "bf16", tokens, bench.cold)
+    both = {
+        name: Attention(pool, requests, tokens, bench, cascade=on)
+        for name, on in (("shared", True), ("apart", False))
+    }
+    read = [a.stats["tokens_read"] * pool.token_bytes for a in both.values()]
+    found = pair(bench, kernel, len(requests), both, read)
+    found |= {"bytes": dict(zip(both, read, strict=True)), "bytes_ratio": read[1] / read[0]}
+    stats = both["shared"].stats
+    assert read[1] == stats["tokens_without_sharing"] * pool.token_bytes
+    print(
+        f"  shared reads {read[0] / 1e6:.2f} MB of KV a layer, apart {read[1] / 1e6:.2f} MB:"
+        f" {found['bytes_ratio']:.1f} times as much; it is {found['speed_up']:.2f} times as fast"
+        f" ({found['speed_up_low']:.2f}-{found['speed_up_high']:.2f})"
+    )
+    return found
+
+
+# -- command -----------------------------------------------------------------------------------------
+
+
+def peak(text: str) -> tuple[str, float]:
+    kind, _, number = text.partition("=")
+    if kind not in PEAKS.values():
+        raise argparse.ArgumentTypeError(f"'{text}' is not KIND=N with KIND one of {', '.join(PEAKS.values())}")
+    try:
+        return kind, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{number}' is not a number") from None
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help='parts of "kernel shape"')
+    parser.add_argument("--threads", type=int, default=machine.cores().budget, help="default: all cores")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", default="", choices=("", *cpu.isas()), metavar="NAME",
+                        help=f"instruction set: {', '.join(cpu.isas())} (default the first)")  # fmt: skip
+    parser.add_argument("--megabytes", type=int, default=512, help="that a run goes through (default 512)")
+    parser.add_argument("--peak-gops", type=peak, nargs="+", default=[], metavar="KIND=N", help="see above")
+    parser.add_argument("--json", action="store_true", help="also print a line of JSON")
+    args = parser.parse_args()
+    if min(args.rounds, args.threads, args.megabytes) < 1:
+        parser.error("--rounds, --threads and --megabytes must be at least 1")
+    if not cpu.isas():
+        parser.exit(1, "the native kernels were not built\n")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    isa = args.isa or cpu.isas()[0]
+    bench = Bench(args.threads, args.rounds, isa, args.only, args.megabytes << 20, dict(args.peak_gops))
+    torch.manual_seed(0)
+    print(f"{machine.cpu_model()}, {isa}, {args.threads} threads, medians of {args.rounds} rounds")
+    print(header())
+    out: dict[str, Any] = {}
+    linears(bench)
+    decodes(bench)
+    prefills(bench)
+    for name, run in (("balance", balance), ("cascade", cascade)):
+        if bench.wants(f"{name}.bf16", str(HEADS[0])):
+            out[name] = run(bench)
+    if not bench.results:
+        sys.exit(f"no kernel matches {' '.join(args.only)}")
+    low, middle, high = min(bench.reads), statistics.median(bench.reads), max(bench.reads)
+    print(f"raw read: {middle:.1f} GB/s ({low:.1f}-{high:.1f})")
+    if args.json:
+        facts = {"cpu": machine.cpu_model(), "cores": machine.cores().budget}
+        out = {
+            "machine": facts, "isa": isa, "threads": args.threads, "rounds": args.rounds,
+            "megabytes": args.megabytes, "peak_gops": bench.peaks,
+            "read_gb_per_s": {"median": middle, "low": low, "high": high}, "kernels": bench.results, **out,
+        }  # fmt: skip
+        print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
