@@ -114,6 +114,7 @@ void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& h
     row_pieces_.assign(rows, 0), row_state_.assign(rows, -1);
     cut();
     std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+    deal();
     int states = 0;
     for (int r = 0; r < rows; r++) {
         if (row_pieces_[r] == 0) continue;
@@ -124,6 +125,23 @@ void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& h
     const size_t need = (size_t)states * heads.query * record();
     if (states_.size() < need) states_.resize(need);
     stats_.items = (int64_t)items_.size(), stats_.merged_rows = (int64_t)merges_.size();
+}
+
+// Put items in the order in which threads own them: the longest first to the least loaded.
+void AttentionPlan::deal() {
+    const int n = (int)items_.size(), t = threads_;
+    if (t == 1 || n <= 1) return;
+    std::vector<int> room(t), at(t);
+    std::vector<double> load(t, 0);
+    for (int i = 0; i < t; i++) at[i] = (int)((int64_t)n * i / t), room[i] = (int)((int64_t)n * (i + 1) / t) - at[i];
+    std::vector<Item> dealt(n);
+    for (const Item& item : items_) {
+        int best = -1;
+        for (int i = 0; i < t; i++)
+            if (room[i] && (best < 0 || load[i] < load[best])) best = i;
+        dealt[at[best]++] = item, room[best]--, load[best] += item.cost;
+    }
+    items_.swap(dealt);
 }
 
 void AttentionPlan::cut() {

@@ -80,6 +80,7 @@ class AttentionPlan {
     bool plain(int s) const;
     int add_node(const int* members, int count, int first, int last, int piece);
     void cut();
+    void deal();
     void cut_rows(int node, double target);
     void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
     void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,

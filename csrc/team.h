@@ -1,13 +1,15 @@
 // Threads of one parallel region, and the sharing of work between them.
 //
-// The region is OpenMP's, so that torch and this library use one runtime and one set of threads. Inside it work is
-// taken from a counter per phase, and a phase ends when all its pieces are done: a thread that the system has put
-// aside holds up nobody unless it holds a piece.
+// The region is OpenMP's, so that torch and this library use one runtime and one set of threads. In a phase every
+// thread has a range of its own and then takes from the others' ranges; the phase ends when all pieces are done. So
+// a thread that the system has put aside holds up nobody unless it holds a piece, and cores that are far apart touch
+// each other's cache lines once per phase.
 #pragma once
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
+#include <climits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -22,8 +24,8 @@ inline void pause_cpu() {
 #endif
 }
 
-struct alignas(64) Phase {
-    std::atomic<int> next{0}, done{0};
+struct alignas(64) Counter {
+    std::atomic<int> value{0};
 };
 
 class Team;
@@ -31,7 +33,8 @@ class Team;
 // One thread's view. All members call `share` in the same order.
 class Member {
    public:
-    Member(Team& team, int id) : id(id), team_(team) {}
+    Member(Team& team, int id);
+    ~Member();
 
     // f(i) for every i in [0, n), each by one member; returns when all are done.
     template <class F> void share(int n, F&& f);
@@ -40,18 +43,28 @@ class Member {
     const int id;
 
    private:
+    template <class F> int take(int owner, int n, F& f);
+
     Team& team_;
     int phase_ = 0;
 };
 
 class Team {
    public:
-    explicit Team(int threads, int phases = 64) : threads(threads), phases_(phases) {}
+    explicit Team(int threads) : threads(threads) { reserve(64); }
+
+    // At least this many `share`s may follow in one `run`.
+    void reserve(int phases) {
+        if (phases <= phases_) return;
+        phases_ = phases;
+        next_ = std::vector<Counter>((size_t)phases * threads);
+        for (auto& done : done_) done = std::vector<Counter>(phases);
+        for (Counter& c : next_) c.value = INT_MAX / 2;
+    }
 
     // f(member) on every thread.
     template <class F> void run(F&& f) {
-        for (int i = 0; i < used_; i++) phases_[i].next = 0, phases_[i].done = 0;
-        used_ = 0;
+        turn_ ^= 1;
         if (threads == 1) {
             Member m(*this, 0);
             f(m);
@@ -64,33 +77,53 @@ class Team {
         }
     }
 
-    // At least this many `share`s may follow in one `run`.
-    void reserve(int phases) {
-        if ((int)phases_.size() < phases) phases_ = std::vector<Phase>(phases);
-    }
-
     const int threads;
 
    private:
     friend class Member;
-    std::vector<Phase> phases_;
-    int used_ = 0;
+    Counter& next(int owner, int phase) { return next_[(size_t)owner * phases_ + phase]; }
+    int first(int owner, int n) const { return (int)((long long)n * owner / threads); }
+
+    int phases_ = 0, turn_ = 0;
+    std::vector<Counter> next_;     // [thread][phase]: pieces of its range given out; far beyond any range between runs
+    std::vector<Counter> done_[2];  // pieces done, for this run and the next in turns
 };
 
+inline Member::Member(Team& team, int id) : id(id), team_(team) {
+    if (team_.threads == 1) return;
+    for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(0, std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_release);
+}
+
+inline Member::~Member() {
+    if (team_.threads == 1) return;
+    for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(INT_MAX / 2, std::memory_order_relaxed);
+    if (id == 0)  // the set of the run before this one, which is the next one's
+        for (int p = 0; p < team_.phases_; p++) team_.done_[team_.turn_ ^ 1][p].value.store(0, std::memory_order_relaxed);
+}
+
 inline int Member::threads() const { return team_.threads; }
+
+template <class F> int Member::take(int owner, int n, F& f) {
+    const int first = team_.first(owner, n), count = team_.first(owner + 1, n) - first;
+    std::atomic<int>& next = team_.next(owner, phase_).value;
+    int taken = 0;
+    if (next.load(std::memory_order_relaxed) >= count) return 0;
+    for (int i; (i = next.fetch_add(1, std::memory_order_acq_rel)) < count; taken++) f(first + i);
+    return taken;
+}
 
 template <class F> void Member::share(int n, F&& f) {
     if (team_.threads == 1) {
         for (int i = 0; i < n; i++) f(i);
         return;
     }
-    Phase& phase = team_.phases_[phase_++];
-    if (id == 0) team_.used_ = phase_;
-    for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-        f(i);
-        phase.done.fetch_add(1, std::memory_order_release);
-    }
-    for (int spins = 0; phase.done.load(std::memory_order_acquire) < n;) {
+    int mine = 0;
+    for (int k = 0; k < team_.threads; k++) mine += take((id + k) % team_.threads, n, f);
+    std::atomic<int>& done = team_.done_[team_.turn_][phase_].value;
+    phase_++;
+    if (mine) done.fetch_add(mine, std::memory_order_acq_rel);
+    for (int spins = 0; done.load(std::memory_order_acquire) < n;) {
         if (++spins < 500) pause_cpu();
         else sched_yield();
     }

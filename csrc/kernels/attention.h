@@ -21,6 +21,7 @@ INLINE void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBl
         I k[U];
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = iload((const char*)keys.k[first + u] + 64 * d);
+            pin(k[u]);
             prefetch_far((const char*)keys.next_k[first + u] + 64 * d);
         }
         UNROLL for (int r = 0; r < R; r++) {
@@ -61,20 +62,27 @@ template <int R> void scores_rows(bool wide, const void* q, size_t stride, int n
 // ---- softmax and V
 
 // Turn a row of scores into weights relative to the new maximum; the factor that older sums must be scaled by.
-INLINE float weigh(float* scores, float& most, float& total) {
+template <bool WIDE> INLINE float weigh(float* scores, float& most, float& total) {
     F s[KEY_TILES];
     UNROLL for (int u = 0; u < KEY_TILES; u++) s[u] = load(scores + 16 * u);
     const float high = highest(max(max(s[0], s[1]), max(s[2], s[3])));
     const float now = most > high ? most : high;
     const float base = now == -__builtin_inff() ? 0.0f : now;
     float by = 1.0f;
+    constexpr float LOG2E = 1.44269504f;
     if (now > most) {
-        by = lane(exponential(all(most - base)), 0);
-        total *= by, most = now;
+        by = lane(WIDE ? exponential(all(most - base)) : power_of_two(all((most - base) * LOG2E)), 0);
+        total *= by;
     }
+    most = now;
     UNROLL for (int u = 0; u < KEY_TILES; u++) {
-        s[u] = exponential(sub(s[u], all(base)));
-        store(scores + 16 * u, s[u]);
+        if (WIDE) s[u] = exponential(sub(s[u], all(base)));
+        else s[u] = power_of_two(mul(sub(s[u], all(base)), all(LOG2E)));
+        if (WIDE) store(scores + 16 * u, s[u]);
+    }
+    if (!WIDE) {
+        store_bf16_pair(scores, s[0], s[1]);  // weights take the place of the scores, in half the room
+        store_bf16_pair(scores + 16, s[2], s[3]);
     }
     total += sum(add(add(s[0], s[1]), add(s[2], s[3])));
     return by;
@@ -90,10 +98,11 @@ INLINE void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, floa
         I x[V];
         UNROLL for (int v = 0; v < V; v++) {
             x[v] = iload((const char*)keys.v[t / 8] + at + 64 * v);
+            pin(x[v]);
             prefetch_far((const char*)keys.next_v[t / 8] + at + 64 * v);
         }
         UNROLL for (int r = 0; r < R; r++) {
-            const I w = iall(((const int32_t*)(p + r * KEYS))[t]);
+            const I w = iall(((const int32_t*)(p + r * 2 * KEYS))[t])  /* rows keep the scores' stride */;
             UNROLL for (int v = 0; v < V; v++) acc[r][v] = dot_bf16(acc[r][v], x[v], w);
         }
     }
@@ -121,23 +130,19 @@ INLINE void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* o
         UNROLL for (int v = 0; v < V; v++) store(out + r * n + d + 16 * v, acc[r][v]);
 }
 
-template <int R> void fold_rows(bool wide, float* scores, int n, const KeyBlock& keys, State& state, int first) {
-    alignas(64) uint16_t rounded[R * KEYS];
+template <bool WIDE, int R> void fold_rows(float* scores, int n, const KeyBlock& keys, State& state, int first) {
     float by[R];
-    for (int r = 0; r < R; r++) {
-        by[r] = weigh(scores + r * KEYS, state.max[first + r], state.sum[first + r]);
-        if (!wide)
-            for (int u = 0; u < KEYS; u += 16) store_bf16(rounded + r * KEYS + u, load(scores + r * KEYS + u));
-    }
+    UNROLL for (int r = 0; r < R; r++)
+        by[r] = weigh<WIDE>(scores + r * KEYS, state.max[first + r], state.sum[first + r]);
     float* out = state.out + (size_t)first * n;
     int d = 0;
     for (; d + 16 * VALUE_STEP <= n; d += 16 * VALUE_STEP) {
-        if (wide) mix_f32<R, VALUE_STEP>(scores, n, keys, d, out, by);
-        else mix_bf16<R, VALUE_STEP>(rounded, n, keys, d, out, by);
+        if (WIDE) mix_f32<R, VALUE_STEP>(scores, n, keys, d, out, by);
+        else mix_bf16<R, VALUE_STEP>((const uint16_t*)scores, n, keys, d, out, by);
     }
     for (; d < n; d += 16) {
-        if (wide) mix_f32<R, 1>(scores, n, keys, d, out, by);
-        else mix_bf16<R, 1>(rounded, n, keys, d, out, by);
+        if (WIDE) mix_f32<R, 1>(scores, n, keys, d, out, by);
+        else mix_bf16<R, 1>((const uint16_t*)scores, n, keys, d, out, by);
     }
 }
 
@@ -154,7 +159,7 @@ template <bool WIDE> void scores(const void* q, size_t stride, int rows, int n, 
 }
 template <bool WIDE, int R>
 void fold_by(float* scores, int rows, int n, const KeyBlock& keys, State& state, int first) {
-    if (rows == R) return fold_rows<R>(WIDE, scores, n, keys, state, first);
+    if (rows == R) return fold_rows<WIDE, R>(scores, n, keys, state, first);
     if constexpr (R > 1) fold_by<WIDE, R - 1>(scores, rows, n, keys, state, first);
 }
 template <bool WIDE> void fold(float* scores, int rows, int n, const KeyBlock& keys, State& state) {

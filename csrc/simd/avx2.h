@@ -139,6 +139,10 @@ INLINE void store_bf16(void* p, F a) {
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(r.a, r.b), 0xd8));
 }
 
+INLINE void store_bf16_pair(void* p, F a, F b) { store_bf16(p, a), store_bf16((uint16_t*)p + 16, b); }
+
+INLINE void pin(I&) {}
+INLINE void pin(F&) {}
 INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first level
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 INLINE float lane(F x, int i) { return i < 8 ? x.a[i] : x.b[i - 8]; }

@@ -98,6 +98,17 @@ INLINE I round_bf16(F a) {
 INLINE void store_bf16(void* p, F a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(round_bf16(a))); }
 
 INLINE float lane(F a, int i) { return a[i]; }
+// Thirty-two values. The instruction flushes what is below the smallest normal number to zero.
+INLINE void store_bf16_pair(void* p, F a, F b) {
+#ifdef __AVX512BF16__
+    istore(p, (I)_mm512_cvtne2ps_pbh(b, a));
+#else
+    store_bf16(p, a), store_bf16((uint16_t*)p + 16, b);
+#endif
+}
+
+INLINE void pin(I& x) { __asm__("" : "+v"(x)); }  // stays in its register instead of being loaded again
+INLINE void pin(F& x) { __asm__("" : "+v"(x)); }
 INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }  // not into the first level
 INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -128,6 +128,10 @@ INLINE void store_bf16(void* p, F a) {
     for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = (uint16_t)r.v[i];
 }
 
+INLINE void store_bf16_pair(void* p, F a, F b) { store_bf16(p, a), store_bf16((uint16_t*)p + 16, b); }
+
+INLINE void pin(I&) {}
+INLINE void pin(F&) {}
 INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // not into the first level
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 INLINE float lane(F x, int i) { return x.v[i]; }

@@ -138,7 +138,7 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=range(len(VARIANTS)))
 def test_variants(variant: Variant) -> None:
     case = Case(3, [5, 200, 333], [5, 1, 50])
     got, want = case.run(variant=variant, threads=2), case.reference(variant)
