@@ -6,19 +6,19 @@
 
 namespace dovetail {
 
-namespace {
-
-constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and per query row and head
-constexpr int ITEM_ROWS = 32;         // rows of an item whose sequence has many, at most
-constexpr int PIECES = 4;             // items per thread to aim at
-
-int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
-
 // Memory that a thread keeps for the layers of a step.
 struct Scratch {
     Aligned<float> states;
     Aligned<uint8_t> q, k, v;
 };
+
+namespace {
+
+constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and per query row and head
+constexpr int ITEM_ROWS = 32;         // rows of an item whose sequence has many, at most
+constexpr int PIECES = 8;             // items per thread to aim at
+
+int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
 
 Scratch& scratch() {
     thread_local Scratch s;
@@ -152,9 +152,12 @@ void AttentionPlan::cut() {
     for (int i = 0; i < (int)nodes_.size(); i++) {
         Node& n = nodes_[i];
         const int chunks = n.last - n.first;
-        const int row_parts = (n.rows + ITEM_ROWS - 1) / ITEM_ROWS;
-        const double one = cost(chunks * CHUNK, std::min(n.rows, ITEM_ROWS));
-        n.parts = row_parts > 1 ? 1 : std::max(1, std::min(chunks, (int)std::ceil(one / target)));
+        // Rows are cut before chunks: that needs no states. At least a register block of them stays together.
+        const int wanted = std::max(1, (int)std::ceil(cost(chunks * CHUNK, n.rows) / target));
+        const int together = (MAX_QUERIES + heads_.group() - 1) / heads_.group();
+        const int each = std::clamp((n.rows + wanted - 1) / wanted, std::min(together, ITEM_ROWS), ITEM_ROWS);
+        const int row_parts = (n.rows + each - 1) / each;
+        n.parts = std::clamp((wanted + row_parts - 1) / row_parts, 1, std::max(1, chunks));
         const bool from_start = n.first == 0, to_end = n.last == chunks_of(sequences_[n.sequence].length);
         n.whole = from_start && to_end && n.parts == 1;
         int piece = row_pieces_[row_lists_[n.row_list]];  // its rows share all earlier nodes
@@ -162,8 +165,8 @@ void AttentionPlan::cut() {
         for (int p = 0; p < n.parts; p++) {
             const int first = n.first + chunks * p / n.parts, last = n.first + chunks * (p + 1) / n.parts;
             for (int h = 0; h < heads_.kv; h++)
-                for (int r = 0; r < n.rows; r += ITEM_ROWS) {
-                    const int some = std::min(ITEM_ROWS, n.rows - r);
+                for (int r = 0; r < n.rows; r += each) {
+                    const int some = std::min(each, n.rows - r);
                     items_.push_back({i, h, r, some, first, last, piece, (float)cost((last - first) * CHUNK, some)});
                 }
             piece += first == 0 ? 1 : last - first;
@@ -198,9 +201,11 @@ struct Reader {
     // Tile pointers of 16-token tiles [from, from + count) of the list.
     void tiles(int from, int count, Tiles& out, int at) const {
         const int per_page = kv.page_size / 16;
-        for (int i = 0; i < count; i++) {
-            const size_t tile = kv.tile(page((from + i) / per_page), head, (from + i) % per_page);
-            out.k[at + i] = kv.k + tile, out.v[at + i] = kv.v + tile;
+        const size_t bytes = kv.tile_bytes();
+        for (int i = 0, p = from / per_page, inside = from % per_page; i < count; p++, inside = 0) {
+            const size_t base = kv.tile(page(p), head, 0);
+            for (; inside < per_page && i < count; inside++, i++)
+                out.k[at + i] = kv.k + base + inside * bytes, out.v[at + i] = kv.v + base + inside * bytes;
         }
     }
 
@@ -250,10 +255,17 @@ void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const Att
     Tiles tiles;
     for (int c = item.first; c < item.last; c++) {
         if (c * CHUNK < length) {
-            if (args.kv->layout == TILED) reader.tiles(c * CHUNK_TILES, 2 * CHUNK_TILES, tiles, 0);
-            else reader.gather(c, mine, tiles);
+            if (args.kv->layout != TILED) {
+                reader.gather(c, mine, tiles);
+            } else if (c == item.first) {
+                reader.tiles(c * CHUNK_TILES, 2 * CHUNK_TILES, tiles, 0);
+            } else {  // what was next is now
+                memcpy(tiles.k, tiles.k + CHUNK_TILES, CHUNK_TILES * sizeof *tiles.k);
+                memcpy(tiles.v, tiles.v + CHUNK_TILES, CHUNK_TILES * sizeof *tiles.v);
+                reader.tiles((c + 1) * CHUNK_TILES, CHUNK_TILES, tiles, CHUNK_TILES);
+            }
             for (int p = 0; p < packed; p += MAX_QUERIES)
-                run_rows(item, kernels, args, p, std::min(MAX_QUERIES, packed - p), c, tiles, mine.states.data());
+                run_rows(item, kernels, args, p, std::min(MAX_QUERIES, packed - p), c, tiles, mine);
         }
         if (node.whole || (item.first == 0 && c + 1 < item.last)) continue;
         const int piece = item.piece + (item.first == 0 ? 0 : c - item.first);
@@ -279,7 +291,7 @@ void AttentionPlan::finish(float* state, int row, int query_head, const Kernels&
 
 // One chunk for a few packed rows (row and head of the group), merged into their states.
 void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
-                             int chunk, const Tiles& tiles, float* states) {
+                             int chunk, const Tiles& tiles, Scratch& mine) {
     const Node& node = nodes_[item.node];
     const Sequence& s = sequences_[node.sequence];
     const int* rows = row_lists_.data() + node.row_list + item.row;
@@ -307,7 +319,7 @@ void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const Att
         memcpy(keys.k, tiles.k + b * KEY_TILES, sizeof keys.k), memcpy(keys.v, tiles.v + b * KEY_TILES, sizeof keys.v);
         memcpy(keys.next_k, tiles.k + (b + 2) * KEY_TILES, sizeof keys.k);
         memcpy(keys.next_v, tiles.v + (b + 2) * KEY_TILES, sizeof keys.v);
-        kernels.scores[type](scratch().q.data() + packed * q_row, padded_, count, padded_, keys, scores);
+        kernels.scores[type](mine.q.data() + packed * q_row, padded_, count, padded_, keys, scores);
         const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)item.head * s.num_pages);
         const bool explicit_positions = listed || args.variant;
         if (explicit_positions)
@@ -333,7 +345,7 @@ void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const Att
     }
     if (!any) return;
     for (int r = 0; r < count; r++) {
-        float* to = states + (size_t)(packed + r) * record();
+        float* to = mine.states.data() + (size_t)(packed + r) * record();
         kernels.merge(&to[padded_], &to[padded_ + 1], to, state.max[r], state.sum[r], out + r * padded_, padded_);
     }
 }

@@ -84,7 +84,7 @@ class AttentionPlan {
     void cut_rows(int node, double target);
     void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
     void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
-                  int chunk, const struct Tiles& tiles, float* states);
+                  int chunk, const struct Tiles& tiles, struct Scratch& mine);
     void finish(float* state, int row, int query_head, const Kernels& kernels, const AttendArgs& args) const;
     void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args);
     int record() const { return padded_ + 16; }

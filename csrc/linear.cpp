@@ -9,7 +9,7 @@ namespace dovetail {
 namespace {
 
 constexpr int ALONE = 2;       // rows up to which every thread prepares all activations itself
-constexpr int CHUNKS = 4;      // pieces per thread
+constexpr int CHUNKS = 12;     // pieces per thread: its last one is what others may have to wait for
 constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed before they are combined
 constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
 constexpr size_t PANEL = 256 << 10;  // bytes of activation rows that stay in a core's cache
@@ -55,7 +55,7 @@ int LinearOp::total(const Work& work) const {
 
 void LinearOp::prepare(const Work& work) {
     const size_t need = (size_t)total(work) * row_bytes_;
-    if (rows_.size() < need) rows_.resize(need);
+    if (work.rows->size() < need) work.rows->resize(need);
 }
 
 void LinearOp::activate(const Kernels& kernels, const float* x, uint8_t* row) const {
@@ -76,7 +76,7 @@ void LinearOp::run(Member& member, const Work& work) {
     auto input = [&](int r) {
         return in.data.data() + (size_t)(args_.sampled ? work.step->sampled[r] : r) * in.stride;
     };
-    const uint8_t* rows = rows_.data();
+    const uint8_t* rows = work.rows->data();
     if (n <= ALONE) {
         Aligned<uint8_t>& mine = own_rows();
         if (mine.size() < n * row_bytes_) mine.resize(n * row_bytes_);
@@ -86,7 +86,7 @@ void LinearOp::run(Member& member, const Work& work) {
         const int each = std::max(1, n / (member.threads() * CHUNKS));
         member.share((n + each - 1) / each, [&](int c) {
             for (int r = c * each; r < std::min(n, (c + 1) * each); r++)
-                activate(*work.kernels, input(r), rows_.data() + r * row_bytes_);
+                activate(*work.kernels, input(r), work.rows->data() + r * row_bytes_);
         });
     }
     const Kernels& k = *work.kernels;

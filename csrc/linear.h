@@ -29,7 +29,6 @@ class LinearOp : public Op {
     std::vector<Segment> segments_;
     int tiles_ = 0, k_blocks_, in_width_;
     size_t row_bytes_;
-    Aligned<uint8_t> rows_;
 };
 
 }  // namespace dovetail

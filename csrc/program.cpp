@@ -189,7 +189,7 @@ void Program::plan() {
 
 void Program::run(int first, int last) {
     fit(step.rows());
-    const Work work{&step, &plan_, kernels_, &slots_};
+    const Work work{&step, &plan_, kernels_, &slots_, &rows_};
     int phases = 0;
     for (int i = first; i < last; i++) ops_[i]->prepare(work), phases += ops_[i]->phases();
     team_.reserve(phases);

@@ -35,6 +35,7 @@ struct Work {
     AttentionPlan* plan;
     const Kernels* kernels;
     std::vector<Slot>* slots;
+    Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
 };
 
 class Op {
@@ -106,6 +107,7 @@ class Program {
     bool cascade_, split_;
     KVMemory kv_{};
     std::vector<Slot> slots_;
+    Aligned<uint8_t> rows_;
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_;
 };

@@ -42,6 +42,8 @@ INLINE void scores_f32(const float* q, size_t stride, int n, const KeyBlock& key
         F k[U];
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = load((const float*)keys.k[first + u] + 16 * d);
+            prefetch_far((const float*)keys.next_k[first + u] + 16 * d);
+            pin(k[u]);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const F x = all(q[r * stride + d]);
@@ -120,6 +122,8 @@ INLINE void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* o
         F x[V];
         UNROLL for (int v = 0; v < V; v++) {
             x[v] = load((const float*)keys.v[t / 16] + at + 16 * v);
+            prefetch_far((const float*)keys.next_v[t / 16] + at + 16 * v);
+            pin(x[v]);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const F w = all(p[r * KEYS + t]);
