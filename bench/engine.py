@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/engine.py [MODEL] [--dtype D] [--tokens N] [--rounds R] [--json]
 
-Host time is what a step spends outside the model's layers and head: planning, batching, sampling, committing,
-detokenizing. The last line is JSON with --json. Run it on an otherwise idle machine.
+Host time is what a step spends outside the executor: planning, committing, detokenizing. The last line is JSON with
+--json. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def main() -> None:
     llm = LLM(args.model, dtype=args.dtype)
     load = time.perf_counter() - start
     model_time = Stopwatch()
-    model: Any = llm.engine.executor.model  # type: ignore[attr-defined]
-    model.program = [model_time.around(stage) for stage in model.program]
-    model.logits = model_time.around(model.logits)
+    executor: Any = llm.engine.executor
+    executor.run = model_time.around(executor.run)
     measure(llm, 1, 8, model_time)  # first calls allocate
     print(f"{args.model}, {llm.config.dtype}, {llm.config.threads} threads, loaded in {load:.2f} s")
     print(f"medians of {args.rounds} rounds (lowest-highest)")

@@ -59,12 +59,13 @@ class NativeExecutor:
         self._x, self._width = to.x, model.config.hidden_size
         model.record_embed(to)
         self._embed = (0, program.mark())
-        self._ranges: dict[int, tuple[int, int]] = {}
+        recorded: dict[int, tuple[int, int]] = {}  # tied stages are the same callable, recorded once
         for stage in model.program:
-            if id(stage) not in self._ranges:
+            if id(stage) not in recorded:
                 first = program.mark()
                 stage.record(to)
-                self._ranges[id(stage)] = (first, program.mark())
+                recorded[id(stage)] = (first, program.mark())
+        self._ranges = [recorded[id(stage)] for stage in model.program]
         first = program.mark()
         self._logits = model.record_head(to)
         self._head = (first, program.mark())
@@ -79,9 +80,9 @@ class NativeExecutor:
             self.calls += 1
             return StepResult(self._stage(spans))
         results = [SpanResult()] * len(spans)
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, int], list[int]] = {}
         for i, span in enumerate(spans):
-            groups.setdefault(id(self.model.program[span.stage]), []).append(i)
+            groups.setdefault(self._ranges[span.stage], []).append(i)
         for members in groups.values():
             self.calls += 1
             for i, result in zip(members, self._stage([spans[i] for i in members]), strict=True):
@@ -97,7 +98,7 @@ class NativeExecutor:
             r = s.request
             program.add(s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample)
         program.plan()
-        first, end = self._ranges[id(self.model.program[spans[0].stage])]
+        first, end = self._ranges[spans[0].stage]
         if all(s.stage == 0 for s in spans):
             if last == 0 and first == self._embed[1] and end == self._head[0]:
                 program.run(0, self._head[1])  # the whole model in one call

@@ -14,6 +14,7 @@ from dovetail.core.technique import Technique, compose
 from dovetail.core.types import PageSet
 from dovetail.layers.linear import Dense
 from dovetail.models import MODELS, Llama
+from dovetail.ops.cpu import isas
 from tests.tiny import TinyCheckpoint, break_token, finish, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
@@ -258,8 +259,13 @@ def test_experts_default_to_the_device() -> None:
     assert Experts().place(0, [3, 0, 9]) == ["device"] * 3
 
 
+@pytest.mark.parametrize("kernels", ["torch", *isas()[:1]])
 @pytest.mark.parametrize("use", [(), ("sink-window:sink=4,window=8",), ("ngram:min_n=1",)])
-def test_a_tied_program_batches_requests_at_different_depths(use: tuple[str, ...], monkeypatch) -> None:
+def test_a_tied_program_batches_requests_at_different_depths(
+    use: tuple[str, ...], kernels: str, monkeypatch
+) -> None:  # fmt: skip
+    native: dict[str, Any] = dict(kernels=kernels, dtype="float32", kv_cache_dtype="bf16")
+
     def looped(loops: int, **more: Any):
         class Looped(Llama):
             def __init__(self, *args: Any) -> None:
@@ -267,7 +273,7 @@ def test_a_tied_program_batches_requests_at_different_depths(use: tuple[str, ...
                 self.program *= loops
 
         monkeypatch.setitem(MODELS, "llama", Looped)
-        return tiny_engine(*use, pages=128, **more)
+        return tiny_engine(*use, pages=128, **more, **(native if kernels != "torch" else {}))
 
     one_by_one = [run_all(looped(3), [p], PARAMS)[0] for p in PROMPTS]
     engine = looped(3, max_num_batched_tokens=11)  # so that requests fall out of step
