@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/engine.py [MODEL] [--dtype D] [--tokens N] [--rounds R] [--json]
 
-Host time is what a step spends outside the executor: planning, committing, detokenizing. The last line is JSON with
---json. Run it on an otherwise idle machine.
+Host time is what a step spends outside the executor: planning, committing, detokenizing. The last line is JSON
+with --json. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
