@@ -91,3 +91,18 @@ def test_leaving_a_stream_early_frees_its_pages(llm: LLM) -> None:
     stream.close()
     llm.engine.check()
     assert not llm.engine.busy
+
+
+def test_the_default_precision_gives_the_same_text_under_any_schedule(llm: LLM, smollm2: Path) -> None:
+    """int8 activations and bf16 KV: alone, together, in chunks, with drafts and with a warm prefix cache."""
+    params = SamplingParams(temperature=0, max_tokens=24)
+    chats = [llm.chat_tokens([{"role": "user", "content": q}]) for q in QUESTIONS[:4]]
+    options = dict(max_model_len=512, kv_memory=64 << 20, threads=2)
+    alone = LLM(smollm2, **options, enable_prefix_caching=False)
+    assert (alone.config.activations, alone.config.kv_cache_dtype) in {("int8", "bf16"), ("exact", "float32")}
+    want = [alone.generate([c], params)[0].outputs[0].token_ids for c in chats]
+    for more in ({}, {"max_num_batched_tokens": 7}, {"use": ["ngram:min_n=1"]}):
+        other = LLM(smollm2, **options, **more)
+        for _ in range(2):  # the second time prompts are in the prefix cache
+            assert [o.outputs[0].token_ids for o in other.generate(chats, params)] == want, more
+        other.engine.check()
