@@ -48,8 +48,8 @@ bool AttentionPlan::same_chunk(int a, int b, int chunk) const {
     return true;
 }
 
-int AttentionPlan::add_node(const int* members, int count, int first, int last, int piece) {
-    Node n{members[0], (int)row_lists_.size(), 0, first, last, piece, 1, false};
+void AttentionPlan::add_node(const int* members, int count, int first, int last) {
+    Node n{members[0], (int)row_lists_.size(), 0, first, last, 1, false};
     for (int i = 0; i < count; i++) {
         const Sequence& s = sequences_[members[i]];
         for (int r = 0; r < s.rows; r++) row_lists_.push_back(s.row + r);
@@ -58,15 +58,14 @@ int AttentionPlan::add_node(const int* members, int count, int first, int last, 
     nodes_.push_back(n);
     stats_.tokens_read += std::min(last * CHUNK, sequences_[members[0]].length) - first * CHUNK;
     if (count > 1) stats_.shared_rows += n.rows;
-    return (int)nodes_.size() - 1;
 }
 
-void AttentionPlan::add_sequence(int s, int first, int piece) {
-    add_node(&s, 1, first, chunks_of(sequences_[s].length), piece);
+void AttentionPlan::add_sequence(int s, int first) {
+    add_node(&s, 1, first, chunks_of(sequences_[s].length));
 }
 
 // A trie of chunks: members share everything before `first`.
-void AttentionPlan::group(std::vector<int>& members, int first, int piece) {
+void AttentionPlan::group(std::vector<int>& members, int first) {
     std::vector<int> rest;
     while (!members.empty()) {
         const int lead = members[0];
@@ -79,13 +78,13 @@ void AttentionPlan::group(std::vector<int>& members, int first, int piece) {
             (joins ? same : rest).push_back(m);
         }
         if (same.size() == 1) {
-            add_sequence(lead, first, piece);
+            add_sequence(lead, first);
         } else {
             int last = first + 1;
             auto goes_on = [&](int m) { return past(m, last) && same_chunk(lead, m, last); };
             while (std::all_of(same.begin(), same.end(), goes_on)) last++;
-            add_node(same.data(), (int)same.size(), first, last, piece);
-            group(same, last, piece + 1);
+            add_node(same.data(), (int)same.size(), first, last);
+            group(same, last);
         }
         members.swap(rest);
     }
@@ -108,9 +107,9 @@ void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& h
     std::vector<int> members;
     for (int i = 0; i < (int)sequences_.size(); i++) {
         if (cascade) members.push_back(i);
-        else add_sequence(i, 0, 0);
+        else add_sequence(i, 0);
     }
-    if (cascade) group(members, 0, 0);
+    if (cascade) group(members, 0);
     row_pieces_.assign(rows, 0), row_state_.assign(rows, -1);
     cut();
     std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
@@ -161,7 +160,6 @@ void AttentionPlan::cut() {
         const bool from_start = n.first == 0, to_end = n.last == chunks_of(sequences_[n.sequence].length);
         n.whole = from_start && to_end && n.parts == 1;
         int piece = row_pieces_[row_lists_[n.row_list]];  // its rows share all earlier nodes
-        n.piece = piece;
         for (int p = 0; p < n.parts; p++) {
             const int first = n.first + chunks * p / n.parts, last = n.first + chunks * (p + 1) / n.parts;
             for (int h = 0; h < heads_.kv; h++)

@@ -61,7 +61,6 @@ class AttentionPlan {
         int sequence;  // whose pages to read
         int row_list, rows;
         int first, last;
-        int piece;     // states that the rows already have from earlier chunks
         int parts;     // ranges of chunks that are computed apart
         bool whole;    // first and only node of its rows, in one part
     };
@@ -73,15 +72,14 @@ class AttentionPlan {
         int row, state, pieces;
     };
 
-    void add_sequence(int s, int first, int piece);
-    void group(std::vector<int>& members, int first, int piece);
+    void add_sequence(int s, int first);
+    void group(std::vector<int>& members, int first);
     bool same_chunk(int a, int b, int chunk) const;
     bool past(int s, int chunk) const;
     bool plain(int s) const;
-    int add_node(const int* members, int count, int first, int last, int piece);
+    void add_node(const int* members, int count, int first, int last);
     void cut();
     void deal();
-    void cut_rows(int node, double target);
     void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
     void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
                   int chunk, const struct Tiles& tiles, struct Scratch& mine);
@@ -96,7 +94,7 @@ class AttentionPlan {
     Heads heads_;
     int page_size_, threads_, padded_;
     std::vector<Node> nodes_;
-    std::vector<int> row_lists_, row_start_, row_position_, row_state_, row_pieces_;
+    std::vector<int> row_lists_, row_position_, row_state_, row_pieces_;
     std::vector<Item> items_;
     std::vector<Merge> merges_;
     Aligned<float> states_;

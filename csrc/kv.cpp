@@ -3,24 +3,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "pack.h"
+#include "small_floats.h"
 
 namespace dovetail {
 
 namespace {
-
-uint16_t to_bf16(float x) {
-    uint32_t b;
-    memcpy(&b, &x, 4);
-    return x != x ? 0x7fc0 : (uint16_t)((b + (b >> 16 & 1) + 0x7fff) >> 16);
-}
-
-float from_bf16(uint16_t h) {
-    const uint32_t b = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &b, 4);
-    return x;
-}
 
 constexpr float LARGEST = 3.38e38f;  // stays finite as bfloat16
 
@@ -30,10 +17,9 @@ bool sound(const float* x, int n) {
     return ok;
 }
 
-void put_k(KVType type, uint8_t* tile, int n, int t, int d, float x) {
+void put_k(KVType type, uint8_t* tile, int t, int d, float x) {
     if (type == KV_F32) ((float*)tile)[d * 16 + t] = x;
     else ((uint16_t*)tile)[(d / 2) * 32 + t * 2 + d % 2] = to_bf16(x);
-    (void)n;
 }
 
 void put_v(KVType type, uint8_t* tile, int n, int t, int d, float x) {
@@ -75,7 +61,7 @@ float get(const KVMemory& kv, const uint8_t* base, const float* scales, size_t a
     const size_t n = kv.dim;
     switch (kv.stored) {
         case STORE_F32: return ((const float*)base)[at * n + d];
-        case STORE_BF16: return from_bf16(((const uint16_t*)base)[at * n + d]);
+        case STORE_BF16: return bf16_value(((const uint16_t*)base)[at * n + d]);
         case STORE_INT8: return (float)((const int8_t*)base)[at * n + d] * scales[at];
         default: {
             const uint8_t byte = base[(at * n + d) / 2];
@@ -116,7 +102,7 @@ void write_token(const KVMemory& kv, int64_t page, int head, int offset, const f
         const size_t at = kv.tile(page, head, offset / 16);
         if (kv.stored == STORE_BF16) return write_bf16(kv, at, offset % 16, k, v);
         const int n = kv.padded(), t = offset % 16;
-        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + at, n, t, d, k[d]);
+        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + at, t, d, k[d]);
         for (int d = 0; d < kv.dim; d++) put_v(kv.compute(), kv.v + at, n, t, d, v[d]);
         return;
     }
@@ -133,7 +119,7 @@ void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int co
         const int t = (at + i) % 16;
         uint8_t *kt = k + tile * ((at + i) / 16), *vt = v + tile * ((at + i) / 16);
         for (int d = 0; d < kv.dim; d++) {
-            put_k(kv.compute(), kt, n, t, d, get(kv, kv.k, kv.k_scale, from, d));
+            put_k(kv.compute(), kt, t, d, get(kv, kv.k, kv.k_scale, from, d));
             put_v(kv.compute(), vt, n, t, d, get(kv, kv.v, kv.v_scale, from, d));
         }
     }

@@ -6,28 +6,11 @@
 #include <new>
 #include <stdexcept>
 
+#include "small_floats.h"
+
 namespace dovetail {
 
-float half_value(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-    if (exponent == 0) {
-        const float tiny = (float)fraction * 0x1p-24f;
-        return sign ? -tiny : tiny;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 namespace {
-
-float bf16_value(uint16_t h) {
-    const uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 uint16_t u16(const uint8_t* p) {
     uint16_t x;

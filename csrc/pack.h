@@ -28,6 +28,4 @@ class Packed {
 // A stored row of k values as float32, equal to the format's reference bit for bit.
 void dequantize_row(Format format, const uint8_t* row, int k, float* out);
 
-float half_value(uint16_t h);
-
 }  // namespace dovetail

@@ -97,7 +97,6 @@ class Program {
     std::vector<std::pair<std::string, double>> profile(int first, int last);
 
    private:
-    friend class AttendOp;
     void fit(int rows);
     void add(Op* op) { ops_.emplace_back(op); }
 

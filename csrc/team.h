@@ -33,7 +33,7 @@ class Team;
 // One thread's view. All members call `share` in the same order.
 class Member {
    public:
-    Member(Team& team, int id);
+    Member(Team& team, int id, int count);
     ~Member();
 
     // f(i) for every i in [0, n), each by one member; returns when all are done.
@@ -46,6 +46,7 @@ class Member {
     template <class F> int take(int owner, int n, F& f);
 
     Team& team_;
+    const int count_;  // of threads that the region really has: limits of OpenMP may allow fewer than asked for
     int phase_ = 0;
 };
 
@@ -66,13 +67,13 @@ class Team {
     template <class F> void run(F&& f) {
         turn_ ^= 1;
         if (threads == 1) {
-            Member m(*this, 0);
+            Member m(*this, 0, 1);
             f(m);
             return;
         }
 #pragma omp parallel num_threads(threads)
         {
-            Member m(*this, omp_get_thread_num());
+            Member m(*this, omp_get_thread_num(), omp_get_num_threads());
             f(m);
         }
     }
@@ -82,30 +83,29 @@ class Team {
    private:
     friend class Member;
     Counter& next(int owner, int phase) { return next_[(size_t)owner * phases_ + phase]; }
-    int first(int owner, int n) const { return (int)((long long)n * owner / threads); }
 
     int phases_ = 0, turn_ = 0;
     std::vector<Counter> next_;     // [thread][phase]: pieces of its range given out; far beyond any range between runs
     std::vector<Counter> done_[2];  // pieces done, for this run and the next in turns
 };
 
-inline Member::Member(Team& team, int id) : id(id), team_(team) {
-    if (team_.threads == 1) return;
+inline Member::Member(Team& team, int id, int count) : id(id), team_(team), count_(count) {
+    if (count_ == 1) return;
     for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(0, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
 }
 
 inline Member::~Member() {
-    if (team_.threads == 1) return;
+    if (count_ == 1) return;
     for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(INT_MAX / 2, std::memory_order_relaxed);
     if (id == 0)  // the set of the run before this one, which is the next one's
         for (int p = 0; p < team_.phases_; p++) team_.done_[team_.turn_ ^ 1][p].value.store(0, std::memory_order_relaxed);
 }
 
-inline int Member::threads() const { return team_.threads; }
+inline int Member::threads() const { return count_; }
 
 template <class F> int Member::take(int owner, int n, F& f) {
-    const int first = team_.first(owner, n), count = team_.first(owner + 1, n) - first;
+    const int first = (int)((long long)n * owner / count_), count = (int)((long long)n * (owner + 1) / count_) - first;
     std::atomic<int>& next = team_.next(owner, phase_).value;
     int taken = 0;
     if (next.load(std::memory_order_relaxed) >= count) return 0;
@@ -114,12 +114,12 @@ template <class F> int Member::take(int owner, int n, F& f) {
 }
 
 template <class F> void Member::share(int n, F&& f) {
-    if (team_.threads == 1) {
+    if (count_ == 1) {
         for (int i = 0; i < n; i++) f(i);
         return;
     }
     int mine = 0;
-    for (int k = 0; k < team_.threads; k++) mine += take((id + k) % team_.threads, n, f);
+    for (int k = 0; k < count_; k++) mine += take((id + k) % count_, n, f);
     std::atomic<int>& done = team_.done_[team_.turn_][phase_].value;
     phase_++;
     if (mine) done.fetch_add(mine, std::memory_order_acq_rel);

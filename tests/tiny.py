@@ -119,6 +119,19 @@ def run_all(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingPa
     return [r.output for r in requests]
 
 
+def run_staggered(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int]) -> None:
+    """Each request joins at its step, or when the engine has nothing else to do; the pool is checked each step."""
+    waiting = sorted(zip(arrivals, range(len(requests)), strict=False))
+    for step in range(5000):
+        while waiting and (waiting[0][0] <= step or not engine.busy):
+            engine.add(requests[waiting.pop(0)[1]])
+        if not engine.busy:
+            return
+        engine.step()
+        engine.check()
+    raise AssertionError("not finished after 5000 steps")
+
+
 def finish(engine: Engine, limit: int = 5000) -> None:
     for _ in range(limit):
         if not engine.busy:

@@ -3,7 +3,6 @@
 #include "macros.h"
 
 #include <math.h>
-#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -13,6 +13,7 @@ from dovetail.core.seams import SlidingWindow, Variant
 from dovetail.ops.attention.paged import PagedAttention, Shape, State, merge_states
 from dovetail.ops.cpu import isas
 from dovetail.ops.template import ALiBi, BlockDiagonal, Sinks, SoftCap, with_tables
+from dovetail.runtime.store import quantize_int8
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
 SHAPE = Shape(6, 2, 24, 4)
@@ -229,6 +230,22 @@ def test_wrong_plans_are_refused(change: dict, text: str) -> None:
     plan = dict(qo_indptr=[0, 1], indptr=[0, 2], indices=[0, 1], last_page_len=[4]) | change
     with pytest.raises(ConfigError, match=text):
         PagedAttention(SHAPE).plan(**plan)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_int8_pages_are_read_as_codes_times_scales(layout: str) -> None:
+    case = Case(4, [5, 150], [2, 7])
+    codes, scales = zip(*(quantize_int8(t) for t in (case.k, case.v)), strict=True)
+    k, v, *by = (t.transpose(1, 2) if layout == "HND" else t for t in (*codes, *scales))
+    engine = PagedAttention(SHAPE, layout=layout, threads=2)
+    engine.plan(case.qo, case.indptr, [p for x in case.lists for p in x], case.last)
+    got = engine.run(case.q, k, v, scales=(by[0], by[1]))
+    case.k, case.v = (c.float() * s[..., None] for c, s in zip(codes, scales, strict=True))
+    torch.testing.assert_close(got, case.reference().out, atol=3e-6, rtol=3e-6)
+    with pytest.raises(ConfigError, match="scales are"):
+        engine.run(case.q, k, v, scales=(by[0][:1], by[1]))
+    with pytest.raises(ConfigError, match="int8 with scales"):
+        engine.run(case.q, k.float(), v.float(), scales=(by[0], by[1]))
 
 
 def test_wrong_tensors_are_refused() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dovetail.core.sampling import SamplingParams
 from dovetail.ops.cpu import isas
 from dovetail.runtime.native import NativeExecutor
-from tests.tiny import TinyCheckpoint, finish, make_request, run_all, tiny_config, tiny_engine
+from tests.tiny import TinyCheckpoint, finish, make_request, run_all, run_staggered, tiny_config, tiny_engine
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
 BEST = isas()[0] if isas() else ""
@@ -63,14 +63,7 @@ def test_same_text_under_any_schedule(batch, store, dtype, drafts, budget, cachi
         pages=480 // page_size, max_num_batched_tokens=budget, enable_prefix_caching=caching, threads=2,
     )  # fmt: skip
     requests = [make_request(engine, f"r{i}", p, GREEDY) for i, p in enumerate(batch)]
-    waiting = sorted(zip(arrivals, range(len(batch)), strict=False))
-    for step in range(5000):
-        while waiting and (waiting[0][0] <= step or not engine.busy):
-            engine.add(requests[waiting.pop(0)[1]])
-        if not engine.busy:
-            break
-        engine.step()
-        engine.check()
+    run_staggered(engine, requests, arrivals)
     assert [r.output for r in requests] == [alone(kv, page_size, dtype, p) for p in batch]
 
 

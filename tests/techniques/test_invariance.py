@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.techniques import MODULES, technique
-from tests.tiny import finish, make_request, run_all, tiny_engine
+from tests.tiny import finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
 LOSSY = ["sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"]
@@ -46,14 +46,7 @@ def test_same_text_under_any_schedule(batch, spec, drafts, budget, seqs, pages, 
     )
     params = SamplingParams(temperature=0, max_tokens=NEW)
     requests = [make_request(engine, f"r{i}", p, params) for i, p in enumerate(batch)]
-    waiting = sorted(zip(arrivals, range(len(batch)), strict=False))
-    for step in range(5000):
-        while waiting and (waiting[0][0] <= step or not engine.busy):
-            engine.add(requests[waiting.pop(0)[1]])
-        if not engine.busy:
-            break
-        engine.step()
-        engine.check()
+    run_staggered(engine, requests, arrivals)
     assert [r.output for r in requests] == [alone(spec, p) for p in batch]
 
 

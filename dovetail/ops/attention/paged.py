@@ -21,7 +21,7 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 
 LAYOUTS = ("NHD", "HND")
-_KINDS = {torch.float32: "float32", torch.bfloat16: "bf16"}
+_KINDS = {(torch.float32, False): "float32", (torch.bfloat16, False): "bf16", (torch.int8, True): "int8"}
 
 
 class Shape(NamedTuple):
@@ -140,7 +140,7 @@ class PagedAttention:
         """The result with its log-sum-exp, to be merged with others."""
         s = self.shape
         inner = (s.page_size, s.num_kv_heads) if self.layout == "NHD" else (s.num_kv_heads, s.page_size)
-        kind = "int8" if scales is not None else _KINDS.get(k.dtype, "")
+        kind = _KINDS.get((k.dtype, scales is not None), "")
         for name, t in (("k", k), ("v", v)):
             if (
                 not kind
@@ -154,6 +154,11 @@ class PagedAttention:
                 )
         if tuple(q.shape) != (self._rows, s.num_heads, s.head_dim):
             raise ConfigError(f"q is {list(q.shape)}; planned were {[self._rows, s.num_heads, s.head_dim]}")
+        for codes, scale in zip((k, v), scales or (), strict=False):
+            if tuple(scale.shape) != tuple(codes.shape[:3]):
+                raise ConfigError(
+                    f"scales are {list(scale.shape)}; needed: {list(codes.shape[:3])}, one per vector"
+                )
         q, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
         out, lse = torch.empty_like(q), torch.empty(self._rows, s.num_heads)
         held = [t.float().contiguous() for t in scales] if scales is not None else []

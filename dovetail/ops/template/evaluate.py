@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dovetail.ops.template.expression import Table
+from dovetail.ops.template.expression import OPERATORS, Table
 from dovetail.ops.template.program import Program, Step
 
 
@@ -67,21 +66,7 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
 
 
 TORCH: dict[str, Callable[..., Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "floordiv": operator.floordiv,
-    "mod": operator.mod,
-    "neg": operator.neg,
-    "lt": operator.lt,
-    "le": operator.le,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-    "not": operator.invert,
+    **OPERATORS,
     "tanh": torch.tanh,
     "exp": torch.exp,
     "log": torch.log,

@@ -413,15 +413,14 @@ _RULES: dict[str, Callable[..., Expr]] = {
     "where": _where,
 }
 
-# What Python's own numbers do, for parameters and for definitions that are called with numbers.
-PYTHON: dict[str, Callable[..., Any]] = {
+# What tensors and Python's own numbers have in common.
+OPERATORS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
     "div": operator.truediv,
     "floordiv": operator.floordiv,
     "mod": operator.mod,
-    "pow": operator.pow,
     "neg": operator.neg,
     "lt": operator.lt,
     "le": operator.le,
@@ -431,6 +430,12 @@ PYTHON: dict[str, Callable[..., Any]] = {
     "or": operator.or_,
     "xor": operator.xor,
     "not": operator.invert,
+}
+
+# What Python's own numbers do, for parameters and for definitions that are called with numbers.
+PYTHON: dict[str, Callable[..., Any]] = {
+    **OPERATORS,
+    "pow": operator.pow,
     "tanh": math.tanh,
     "exp": math.exp,
     "log": math.log,
