@@ -185,7 +185,8 @@ def test_fewer_threads_than_asked_for_do_the_same_work() -> None:
     """OpenMP's own limits may give a region one thread where two were asked for; nobody may wait for the other."""
     code = (
         "from tests.ops.test_linear import Layer, stored; import torch; "
-        "print(float(Layer([('Q4_1', stored('Q4_1', 64, 64, 0))], 64, '', 'int8', threads=2)(torch.ones(5, 64)).sum()))"
+        "layer = Layer([('Q4_1', stored('Q4_1', 64, 64, 0))], 64, '', 'int8', threads=2); "
+        "print(float(layer(torch.ones(5, 64)).sum()))"
     )
     root = Path(__file__).parents[2]
     seen = {
