@@ -18,7 +18,7 @@ INLINE F exponential(F x) {
     return keep(finite, times_power_of_two(p, keep(finite, n)));
 }
 
-// 2^x for x <= 0, 2.6e-6 relative: enough where the result becomes bfloat16. Zero below 2^-126; NaN stays NaN.
+// 2^x for x below 1, 2.6e-6 relative: enough where the result becomes bfloat16. Zero below 2^-126; NaN stays NaN.
 INLINE F power_of_two(F x) {
     const M finite = not_less(x, all(-126.0f));
     const F n = round_even(x), f = sub(x, n);
