@@ -142,6 +142,10 @@ void AttentionPlan::deal() {
 void AttentionPlan::cut() {
     double total = 0;
     auto cost = [&](int tokens, int rows) { return tokens * (READ + ROW * rows * heads_.group()); };
+    auto until = [&](const Node& n, int row) {  // chunks that a row of the node can read
+        const Sequence& s = sequences_[n.sequence];
+        return s.page_positions ? n.last : std::min(n.last, row_position_[row_lists_[n.row_list + row]] / CHUNK + 1);
+    };
     for (const Node& n : nodes_) total += cost((n.last - n.first) * CHUNK, n.rows) * heads_.kv;
     const double target = threads_ == 1 ? 1e30 : std::max(total / (threads_ * PIECES), cost(CHUNK, 1));
     for (int i = 0; i < (int)nodes_.size(); i++) {
@@ -161,7 +165,8 @@ void AttentionPlan::cut() {
             for (int h = 0; h < heads_.kv; h++)
                 for (int r = 0; r < n.rows; r += each) {
                     const int some = std::min(each, n.rows - r);
-                    items_.push_back({i, h, r, some, first, last, piece, (float)cost((last - first) * CHUNK, some)});
+                    const int read = std::max(0, std::min(last, until(n, r + some - 1)) - first);
+                    items_.push_back({i, h, r, some, first, last, piece, (float)cost(read * CHUNK, some)});
                 }
             piece += first == 0 ? 1 : last - first;
         }

@@ -21,6 +21,7 @@ struct GemmArgs {
     size_t row_stride;
     float* out;
     int out_stride;
+    bool add;  // to what `out` holds
     const uint8_t* ahead;
     int lines;
 };
@@ -30,6 +31,15 @@ using Gemm = void (*)(const GemmArgs& args);
 
 enum KVType : int { KV_F32, KV_BF16, NUM_KV };
 enum Gate : int { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU };
+
+// out = activation(gate) * up, for `rows` rows of n values.
+struct GateArgs {
+    Gate kind;
+    const float *gate, *up;
+    int stride;
+    float* out;
+    int out_stride, rows, n;
+};
 
 // Query rows' softmax over a block of keys: maximum, sum of exponentials, and sum of exponentials times V.
 struct State {
@@ -62,11 +72,13 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
     // A row of floats, zero-padded to k_blocks * 32, into an activation row.
     void (*activate[NUM_ACTIVATIONS])(const float* x, int k_blocks, uint8_t* row);
-    void (*add)(const float* x, int n, float* y);  // y += x
-    void (*gate)(Gate kind, const float* gate, const float* up, int n, float* out);
+    void (*gate)(const GateArgs& args);
     // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
     void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);
     void (*to_bf16)(const float* x, int n, uint16_t* y);
+    // A token's K and V [n], n a multiple of 16, as bfloat16 into column `t` of its tiles; false, and nothing is
+    // written, where one is not finite.
+    bool (*write_bf16)(const float* k, const float* v, int n, int t, uint8_t* k_tile, uint8_t* v_tile);
     void (*argmax)(const float* x, int n, float* best, int* index);  // lowest index of the largest; NaN wins
 
     // Scores of query rows [rows][head_dim] against a block: scores [rows][KEYS].

@@ -36,9 +36,14 @@ struct KVMemory {
     }
 };
 
+struct TokenPlace {
+    int64_t page;
+    int head, offset;  // of the token in its page
+};
+
 // Store K and V [dim] of one token. What is not finite is stored so that only rows that read the token see it: as
 // NaN in K, whose scores are masked by selection, and 0 in V, whose weight is then 0.
-void write_token(const KVMemory& kv, int64_t page, int head, int offset, const float* k, const float* v);
+void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& place, const float* k, const float* v);
 
 // Copy tokens [first, first + count) of a page into rows `at`.. of the block of tiles in the compute type.
 void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v);

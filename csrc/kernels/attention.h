@@ -208,10 +208,35 @@ void merge(float* const* records, int rows, const State& state, int n) {
     }
 }
 
+// ---- the write of a token
+
+bool finite(const float* x, int n) {
+    constexpr float LARGEST = 3.38e38f;  // stays finite as bfloat16
+    bool ok = true;
+    int i = 0;
+    for (; i + 32 <= n; i += 32) ok &= highest_magnitude(load(x + i), load(x + i + 16)) <= LARGEST;
+    if (i < n) ok &= highest_magnitude(load(x + i), zero()) <= LARGEST;
+    return ok;
+}
+
+bool write_bf16(const float* k, const float* v, int n, int t, uint8_t* k_tile, uint8_t* v_tile) {
+    if (!finite(k, n) || !finite(v, n)) return false;
+    alignas(64) uint16_t rounded[512];
+    for (int d = 0; d < n; d += 16) store_bf16(rounded + d, load(k + d));
+    uint8_t* to = k_tile + 4 * t;
+    for (int d = 0; d < n; d += 2) __builtin_memcpy(to + 32 * d, rounded + d, 4);
+    uint8_t* pairs = v_tile + (size_t)(t / 2) * 4 * n;
+    for (int d = 0; d < n; d += 16) {
+        const I old = iload(pairs + 4 * d), x = round_bf16(load(v + d));
+        istore(pairs + 4 * d, t % 2 ? ior(iand(old, iall(0xffff)), left32<16>(x)) : ior(iand(old, iall(-65536)), x));
+    }
+    return true;
+}
+
 inline void add_attention(dovetail::Kernels& k) {
     k.scores[dovetail::KV_F32] = scores<true>, k.scores[dovetail::KV_BF16] = scores<false>;
     k.mix[dovetail::KV_F32] = mix<true>, k.mix[dovetail::KV_BF16] = mix<false>;
-    k.merge = merge;
+    k.merge = merge, k.write_bf16 = write_bf16;
 }
 
 }  // namespace
