@@ -225,11 +225,9 @@ bool write_bf16(const float* k, const float* v, int n, int t, uint8_t* k_tile, u
     for (int d = 0; d < n; d += 16) store_bf16(rounded + d, load(k + d));
     uint8_t* to = k_tile + 4 * t;
     for (int d = 0; d < n; d += 2) __builtin_memcpy(to + 32 * d, rounded + d, 4);
-    uint8_t* pairs = v_tile + (size_t)(t / 2) * 4 * n;
-    for (int d = 0; d < n; d += 16) {
-        const I old = iload(pairs + 4 * d), x = round_bf16(load(v + d));
-        istore(pairs + 4 * d, t % 2 ? ior(iand(old, iall(0xffff)), left32<16>(x)) : ior(iand(old, iall(-65536)), x));
-    }
+    for (int d = 0; d < n; d += 16) store_bf16(rounded + d, load(v + d));
+    uint16_t* pairs = (uint16_t*)v_tile + (size_t)(t / 2) * 2 * n + t % 2;
+    for (int d = 0; d < n; d++) pairs[2 * d] = rounded[d];  // one by one: another thread may write the other token
     return true;
 }
 
