@@ -6,13 +6,6 @@
 
 namespace dovetail {
 
-// Memory that a thread keeps for the layers of a step.
-struct Scratch {
-    Aligned<float> states;
-    Aligned<uint8_t> q, k, v;
-    KeyBlock keys;
-};
-
 namespace {
 
 constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and per query row and head
@@ -21,17 +14,14 @@ constexpr int PIECES = 8;             // items per thread to aim at
 
 int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
 
-Scratch& scratch() {
-    thread_local Scratch s;
-    return s;
-}
-
 }  // namespace
 
 // ---- planning
 
 // Whether all keys of the chunk lie before the sequence's first row, so that no mask can differ between rows.
-bool AttentionPlan::past(int s, int chunk) const { return (chunk + 1) * CHUNK <= sequences_[s].start; }
+bool AttentionPlan::past(int s, int chunk) const {
+    return (chunk + 1) * CHUNK <= std::min(sequences_[s].start, sequences_[s].length);
+}
 
 // Whether it reads one list of pages from position 0 on.
 bool AttentionPlan::plain(int s) const { return sequences_[s].lists == 1 && !sequences_[s].page_positions; }
@@ -88,8 +78,13 @@ void AttentionPlan::group(std::vector<int>& members, int first) {
 
 void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& heads, int page_size, int threads,
                           bool cascade, bool split) {
-    sequences_ = sequences, heads_ = heads, page_size_ = page_size, threads_ = split ? threads : 1;
+    sequences_.clear();
+    for (const Sequence& s : sequences)
+        if (s.rows > 0) sequences_.push_back(s);
+    heads_ = heads, page_size_ = page_size, threads_ = split ? threads : 1;
     padded_ = (heads.dim + 15) / 16 * 16;
+    scratch_.resize(threads);
+    packed_rows_ = 1;
     nodes_.clear(), row_lists_.clear(), items_.clear(), merges_.clear();
     stats_ = {};
     int rows = 0;
@@ -165,6 +160,7 @@ void AttentionPlan::cut() {
             for (int h = 0; h < heads_.kv; h++)
                 for (int r = 0; r < n.rows; r += each) {
                     const int some = std::min(each, n.rows - r);
+                    packed_rows_ = std::max(packed_rows_, some * heads_.group());
                     const int read = std::max(0, std::min(last, until(n, r + some - 1)) - first);
                     items_.push_back({i, h, r, some, first, last, piece, (float)cost(read * CHUNK, some)});
                 }
@@ -177,14 +173,22 @@ void AttentionPlan::cut() {
 
 // ---- running
 
-void AttentionPlan::run(Member& member, const Kernels& kernels, const AttendArgs& args) {
-    member.share((int)items_.size(), [&](int i) { run_item(i, kernels, args); });
-    if (merges_.empty()) return;
-    member.share((int)merges_.size() * heads_.kv,
-                 [&](int i) { run_merge(merges_[i / heads_.kv], i % heads_.kv, kernels, args); });
+void AttentionPlan::prepare(const KVMemory& kv) {
+    const size_t gathered = kv.layout == TILED ? 0 : (size_t)KEYS * padded_ * 4;
+    for (Scratch& s : scratch_) {
+        if (s.states.size() < (size_t)packed_rows_ * record()) s.states.resize((size_t)packed_rows_ * record());
+        if (s.q.size() < (size_t)packed_rows_ * padded_ * 4) s.q.resize((size_t)packed_rows_ * padded_ * 4);
+        if (s.k.size() < gathered) s.k.resize(gathered), s.v.resize(gathered);
+    }
 }
 
-namespace {
+void AttentionPlan::run(Member& member, const Kernels& kernels, const AttendArgs& args) {
+    Scratch& mine = scratch_[member.id];
+    member.share((int)items_.size(), [&](int i) { run_item(i, kernels, args, mine); });
+    if (merges_.empty()) return;
+    member.share((int)merges_.size() * heads_.kv,
+                 [&](int i) { run_merge(merges_[i / heads_.kv], i % heads_.kv, kernels, args, mine); });
+}
 
 struct Reader {
     const Sequence& s;
@@ -208,23 +212,9 @@ struct Reader {
                 k[i] = kv.k + base + inside * bytes, v[i] = kv.v + base + inside * bytes;
         }
     }
-
-    void gather(int chunk, Scratch& mine) const {
-        const size_t tile = (size_t)16 * kv.padded() * (kv.compute() == KV_F32 ? 4 : 2);
-        mine.k.assign(tile * KEY_TILES, 0), mine.v.assign(tile * KEY_TILES, 0);
-        const int end = std::min((chunk + 1) * CHUNK, std::min(s.length, s.num_pages * kv.page_size));
-        for (int t = chunk * CHUNK; t < end;) {
-            const int inside = t % kv.page_size, some = std::min(kv.page_size - inside, end - t);
-            gather_tokens(kv, page(t / kv.page_size), head, inside, some, t - chunk * CHUNK, mine.k.data(),
-                          mine.v.data());
-            t += some;
-        }
-        for (int i = 0; i < KEY_TILES; i++) {
-            mine.keys.k[i] = mine.keys.next_k[i] = mine.k.data() + tile * i;
-            mine.keys.v[i] = mine.keys.next_v[i] = mine.v.data() + tile * i;
-        }
-    }
 };
+
+namespace {
 
 void clear_state(float* state, int padded) {
     memset(state, 0, (size_t)(padded + 16) * 4);
@@ -233,59 +223,86 @@ void clear_state(float* state, int padded) {
 
 }  // namespace
 
-void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs& args) {
+void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs& args, Scratch& mine) {
     const Item& item = items_[index];
     const Node& node = nodes_[item.node];
     const Sequence& s = sequences_[node.sequence];
     const int group = heads_.group(), packed = item.rows * group;
-    Scratch& mine = scratch();
-    mine.states.resize((size_t)packed * record());
     for (int p = 0; p < packed; p++) clear_state(mine.states.data() + (size_t)p * record(), padded_);
     const size_t q_row = (size_t)padded_ * (args.kv->compute() == KV_F32 ? 4 : 2);
-    mine.q.resize(packed * q_row);
     const int* rows = row_lists_.data() + node.row_list + item.row;
-    int last_position = 0;
+    int begin = INT32_MAX, end = 0;  // what the rows may read
     for (int p = 0; p < packed; p++) {
-        const size_t from = (size_t)rows[p / group] * heads_.query + item.head * group + p % group;
+        const int row = rows[p / group], position = row_position_[row];
+        const size_t from = (size_t)row * heads_.query + item.head * group + p % group;
         memcpy(mine.q.data() + p * q_row, (const uint8_t*)args.q + from * q_row, q_row);
-        last_position = std::max(last_position, row_position_[rows[p / group]]);
+        begin = std::min(begin, args.window ? std::max(0, position - args.window + 1) : 0);
+        end = std::max(end, position + 1);
     }
-    const int length = s.page_positions ? s.length : std::min(s.length, last_position + 1);
+    if (s.page_positions) begin = 0, end = s.length;
+    bool follows = false;
     for (int c = item.first; c < item.last; c++) {
-        if (c * CHUNK < length) {
-            load_chunk(index, args, c, mine);
+        const bool read = c * CHUNK < std::min(end, s.length) && (c + 1) * CHUNK > begin;
+        if (read) {
+            load_chunk(index, args, c, follows, mine);
             for (int p = 0; p < packed; p += MAX_QUERIES)
                 run_rows({item, p, std::min(MAX_QUERIES, packed - p)}, kernels, args, c, mine);
         }
-        if (node.whole || (item.first == 0 && c + 1 < item.last)) continue;
-        const int piece = item.piece + (item.first == 0 ? 0 : c - item.first);
-        for (int p = 0; p < packed; p++) {
-            float* from = mine.states.data() + (size_t)p * record();
-            memcpy(state(row_state_[rows[p / group]], piece, item.head * group + p % group), from, record() * 4);
-            clear_state(from, padded_);
-        }
+        follows = read;
+        if (!node.whole && (item.first > 0 || c + 1 == item.last))
+            keep_piece(item, item.piece + (item.first == 0 ? 0 : c - item.first), mine);
     }
     if (!node.whole) return;
     for (int p = 0; p < packed; p++)
         finish(mine.states.data() + (size_t)p * record(), rows[p / group], item.head * group + p % group, kernels, args);
 }
 
-// The chunk's keys, and where to fetch from meanwhile: the next chunk, or the first one of the next item.
-void AttentionPlan::load_chunk(int index, const AttendArgs& args, int chunk, Scratch& mine) const {
+// Put the rows' states aside, to be merged with those of other items.
+void AttentionPlan::keep_piece(const Item& item, int piece, Scratch& mine) {
+    const int group = heads_.group();
+    const int* rows = row_lists_.data() + nodes_[item.node].row_list + item.row;
+    for (int p = 0; p < item.rows * group; p++) {
+        float* from = mine.states.data() + (size_t)p * record();
+        memcpy(state(row_state_[rows[p / group]], piece, item.head * group + p % group), from, record() * 4);
+        clear_state(from, padded_);
+    }
+}
+
+// The chunk's keys, and where to fetch from meanwhile: the next chunk, or the first one of the next item. `follows`:
+// the chunk before was loaded, so that its next one is this.
+void AttentionPlan::load_chunk(int index, const AttendArgs& args, int chunk, bool follows, Scratch& mine) const {
     const Item& item = items_[index];
     const Reader reader{sequences_[nodes_[item.node].sequence], *args.kv, args.first_page, item.head};
     KeyBlock& keys = mine.keys;
-    if (args.kv->layout != TILED) return reader.gather(chunk, mine);
-    if (chunk == item.first) {
-        reader.tiles(chunk, keys.k, keys.v);
-    } else {
+    if (args.kv->layout != TILED) return gather(reader, chunk, mine);
+    if (follows) {
         memcpy(keys.k, keys.next_k, sizeof keys.k), memcpy(keys.v, keys.next_v, sizeof keys.v);
+    } else {
+        reader.tiles(chunk, keys.k, keys.v);
     }
     if (chunk + 1 < item.last || index + 1 >= (int)items_.size())
         return reader.tiles(chunk + 1, keys.next_k, keys.next_v);
     const Item& next = items_[index + 1];
     Reader{sequences_[nodes_[next.node].sequence], *args.kv, args.first_page, next.head}.tiles(
         next.first, keys.next_k, keys.next_v);
+}
+
+// Other layouts: the chunk's keys as tiles of this thread's own.
+void AttentionPlan::gather(const Reader& reader, int chunk, Scratch& mine) const {
+    const KVMemory& kv = reader.kv;
+    const size_t tile = kv.tile_bytes();
+    memset(mine.k.data(), 0, tile * KEY_TILES), memset(mine.v.data(), 0, tile * KEY_TILES);
+    const int end = std::min((chunk + 1) * CHUNK, std::min(reader.s.length, reader.s.num_pages * kv.page_size));
+    for (int t = chunk * CHUNK; t < end;) {
+        const int inside = t % kv.page_size, some = std::min(kv.page_size - inside, end - t);
+        gather_tokens(kv, reader.page(t / kv.page_size), reader.head, inside, some, t - chunk * CHUNK, mine.k.data(),
+                      mine.v.data());
+        t += some;
+    }
+    for (int i = 0; i < KEY_TILES; i++) {
+        mine.keys.k[i] = mine.keys.next_k[i] = mine.k.data() + tile * i;
+        mine.keys.v[i] = mine.keys.next_v[i] = mine.v.data() + tile * i;
+    }
 }
 
 // The result of a row that has read nothing is 0.
@@ -346,19 +363,19 @@ void AttentionPlan::run_rows(const Rows& rows, const Kernels& kernels, const Att
     for (int r = 0; r < rows.count; r++) records[r][padded_] = state.max[r], records[r][padded_ + 1] = state.sum[r];
 }
 
-// Position of each key of the block that begins at index `first` of the list.
+// Position of each key of the block that begins at index `first` of the list; 0 beyond the list, which is masked.
 void AttentionPlan::key_positions(const Sequence& s, int head, int first, int32_t* out) const {
     const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
     for (int k = 0; k < KEYS; k++) {
         const int t = first + k, p = t / page_size_;
-        out[k] = !s.page_positions ? t : p < s.num_pages ? positions[p] + t % page_size_ : INT32_MAX;
+        out[k] = !s.page_positions ? t : p < s.num_pages ? positions[p] + t % page_size_ : 0;
     }
 }
 
-void AttentionPlan::run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args) {
+void AttentionPlan::run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args,
+                              Scratch& scratch) {
     const int group = heads_.group();
-    Aligned<float>& mine = scratch().states;
-    mine.resize(record());
+    Aligned<float>& mine = scratch.states;
     for (int g = 0; g < group; g++) {
         const int q_head = head * group + g;
         clear_state(mine.data(), padded_);

@@ -51,6 +51,7 @@ class AttentionPlan {
     // cascade: read pages that several sequences share once. split: cut long sequences over threads.
     void build(const std::vector<Sequence>& sequences, const Heads& heads, int page_size, int threads, bool cascade,
                bool split);
+    void prepare(const KVMemory& kv);  // on one thread, before `run`s on this kind of KV
     void run(Member& member, const Kernels& kernels, const AttendArgs& args);
     const PlanStats& stats() const { return stats_; }
 
@@ -84,12 +85,20 @@ class AttentionPlan {
     void add_node(const int* members, int count, int first, int last);
     void cut();
     void deal();
-    void run_item(int index, const Kernels& kernels, const AttendArgs& args);
-    void load_chunk(int index, const AttendArgs& args, int chunk, struct Scratch& mine) const;
-    void run_rows(const Rows& rows, const Kernels& kernels, const AttendArgs& args, int chunk, struct Scratch& mine);
+    // Memory of one thread.
+    struct Scratch {
+        Aligned<float> states;
+        Aligned<uint8_t> q, k, v;
+        KeyBlock keys;
+    };
+    void run_item(int index, const Kernels& kernels, const AttendArgs& args, Scratch& mine);
+    void load_chunk(int index, const AttendArgs& args, int chunk, bool follows, Scratch& mine) const;
+    void gather(const struct Reader& reader, int chunk, Scratch& mine) const;
+    void keep_piece(const Item& item, int piece, Scratch& mine);
+    void run_rows(const Rows& rows, const Kernels& kernels, const AttendArgs& args, int chunk, Scratch& mine);
     void key_positions(const Sequence& s, int head, int first, int32_t* out) const;
     void finish(float* state, int row, int query_head, const Kernels& kernels, const AttendArgs& args) const;
-    void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args);
+    void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args, Scratch& mine);
     int record() const { return padded_ + 16; }
     float* state(int row_state, int piece, int query_head) {
         return states_.data() + ((size_t)(row_state + piece) * heads_.query + query_head) * record();
@@ -103,6 +112,8 @@ class AttentionPlan {
     std::vector<Item> items_;
     std::vector<Merge> merges_;
     Aligned<float> states_;
+    std::vector<Scratch> scratch_;  // of each thread
+    int packed_rows_ = 1;           // of an item, at most
     PlanStats stats_;
 };
 

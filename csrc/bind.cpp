@@ -108,6 +108,7 @@ class PagedAttention {
         plan_.build(sequences, heads_, page_size, team_.threads, cascade_, split_);
     }
 
+    // The interpreter's lock is kept: a second thread would change the plan and the copy of q.
     void run(const KVMemory& kv, uintptr_t q, uintptr_t out, uintptr_t lse, int window, uintptr_t variant,
              const std::vector<float>& params) {
         const int padded = kv.padded(), rows = rows_ * heads_.query;
@@ -122,8 +123,8 @@ class PagedAttention {
         }
         const AttendArgs args{&kv, 0, q_.data(), (float*)out, heads_.query * heads_.dim, window, (Variant)variant,
                               params.data(), (float*)lse};
+        plan_.prepare(kv);
         team_.reserve(4);
-        nb::gil_scoped_release free;
         team_.run([&](Member& member) { plan_.run(member, *kernels_, args); });
     }
 

@@ -17,14 +17,22 @@ bool sound(const float* x, int n) {
     return ok;
 }
 
-void put_k(KVType type, uint8_t* tile, int t, int d, float x) {
-    if (type == KV_F32) ((float*)tile)[d * 16 + t] = x;
-    else ((uint16_t*)tile)[(d / 2) * 32 + t * 2 + d % 2] = to_bf16(x);
-}
+// A token's K and V [dim] into column t of its tiles.
+struct Column {
+    KVType type;
+    uint8_t *k, *v;
+    int t;
+};
 
-void put_v(KVType type, uint8_t* tile, int n, int t, int d, float x) {
-    if (type == KV_F32) ((float*)tile)[(size_t)t * n + d] = x;
-    else ((uint16_t*)tile)[(size_t)(t / 2) * 2 * n + d * 2 + t % 2] = to_bf16(x);
+void put_column(const Column& to, const KVMemory& kv, const float* k, const float* v) {
+    const int n = kv.padded(), t = to.t;
+    if (to.type == KV_F32) {
+        for (int d = 0; d < kv.dim; d++) ((float*)to.k)[d * 16 + t] = k[d];
+        memcpy((float*)to.v + (size_t)t * n, v, (size_t)kv.dim * 4);
+        return;
+    }
+    for (int d = 0; d < kv.dim; d++) ((uint16_t*)to.k)[(d / 2) * 32 + t * 2 + d % 2] = to_bf16(k[d]);
+    for (int d = 0; d < kv.dim; d++) ((uint16_t*)to.v)[(size_t)(t / 2) * 2 * n + d * 2 + t % 2] = to_bf16(v[d]);
 }
 
 // Symmetric int8: scale = max|x| / 127.
@@ -57,16 +65,21 @@ void put_vector(const KVMemory& kv, uint8_t* base, float* scales, size_t at, con
     else put_int4(base + at * n / 2, scales + 2 * at, x, (int)n);
 }
 
-float get(const KVMemory& kv, const uint8_t* base, const float* scales, size_t at, int d) {
+// A stored vector as float32.
+void get_vector(const KVMemory& kv, const uint8_t* base, const float* scales, size_t at, float* out) {
     const size_t n = kv.dim;
-    switch (kv.stored) {
-        case STORE_F32: return ((const float*)base)[at * n + d];
-        case STORE_BF16: return bf16_value(((const uint16_t*)base)[at * n + d]);
-        case STORE_INT8: return (float)((const int8_t*)base)[at * n + d] * scales[at];
-        default: {
-            const uint8_t byte = base[(at * n + d) / 2];
-            const float code = (float)(d % 2 ? byte >> 4 : byte & 15);
-            return code * scales[2 * at] + scales[2 * at + 1];
+    if (kv.stored == STORE_F32) {
+        memcpy(out, base + at * n * 4, n * 4);
+    } else if (kv.stored == STORE_BF16) {
+        for (size_t d = 0; d < n; d++) out[d] = bf16_value(((const uint16_t*)base)[at * n + d]);
+    } else if (kv.stored == STORE_INT8) {
+        for (size_t d = 0; d < n; d++) out[d] = (float)((const int8_t*)base)[at * n + d] * scales[at];
+    } else {
+        const uint8_t* codes = base + at * n / 2;
+        const float scale = scales[2 * at], low = scales[2 * at + 1];
+        for (size_t d = 0; d < n; d += 2) {
+            out[d] = (float)(codes[d / 2] & 15) * scale + low;
+            out[d + 1] = (float)(codes[d / 2] >> 4) * scale + low;
         }
     }
 }
@@ -98,9 +111,7 @@ void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& p
         }
     }
     if (kv.layout == TILED) {
-        const int n = kv.padded(), t = offset % 16;
-        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + tile, t, d, k[d]);
-        for (int d = 0; d < kv.dim; d++) put_v(kv.compute(), kv.v + tile, n, t, d, v[d]);
+        put_column({kv.compute(), kv.k + tile, kv.v + tile, offset % 16}, kv, k, v);
         return;
     }
     const size_t at = kv.vector(page, head, offset);
@@ -109,16 +120,14 @@ void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& p
 }
 
 void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v) {
-    const int n = kv.padded();
-    const size_t tile = (size_t)16 * n * (kv.compute() == KV_F32 ? 4 : 2);
+    const size_t tile = kv.tile_bytes();
+    float k_row[512], v_row[512];
     for (int i = 0; i < count; i++) {
         const size_t from = kv.vector(page, head, first + i);
-        const int t = (at + i) % 16;
-        uint8_t *kt = k + tile * ((at + i) / 16), *vt = v + tile * ((at + i) / 16);
-        for (int d = 0; d < kv.dim; d++) {
-            put_k(kv.compute(), kt, t, d, get(kv, kv.k, kv.k_scale, from, d));
-            put_v(kv.compute(), vt, n, t, d, get(kv, kv.v, kv.v_scale, from, d));
-        }
+        get_vector(kv, kv.k, kv.k_scale, from, k_row), get_vector(kv, kv.v, kv.v_scale, from, v_row);
+        if (!sound(v_row, kv.dim))  // as write_token stores it
+            for (int d = 0; d < kv.dim; d++) k_row[d] = NAN, v_row[d] = 0;
+        put_column({kv.compute(), k + tile * ((at + i) / 16), v + tile * ((at + i) / 16), (at + i) % 16}, kv, k_row, v_row);
     }
 }
 

@@ -23,7 +23,7 @@ struct KVMemory {
 
     KVType compute() const { return stored == STORE_BF16 ? KV_BF16 : KV_F32; }
     int padded() const { return (dim + 15) / 16 * 16; }
-    int element() const { return stored == STORE_F32 ? 4 : 2; }
+    int element() const { return compute() == KV_F32 ? 4 : 2; }
     size_t tile_bytes() const { return (size_t)16 * padded() * element(); }
     // Tile of tokens [16 i, 16 i + 16) of a page, in the TILED layout.
     size_t tile(int64_t page, int head, int i) const {

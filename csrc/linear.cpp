@@ -14,16 +14,6 @@ constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed befo
 constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
 constexpr size_t PANEL = 256 << 10;  // bytes of activation rows that stay in a core's cache
 
-Aligned<uint8_t>& own_rows() {
-    thread_local Aligned<uint8_t> rows;
-    return rows;
-}
-
-Aligned<float>& own_floats() {
-    thread_local Aligned<float> floats;
-    return floats;
-}
-
 }  // namespace
 
 LinearOp::LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kernels& kernels)
@@ -56,15 +46,16 @@ int LinearOp::total(const Work& work) const {
 void LinearOp::prepare(const Work& work) {
     const size_t need = (size_t)total(work) * row_bytes_;
     if (work.rows->size() < need) work.rows->resize(need);
+    for (Aligned<uint8_t>& own : *work.own)
+        if (own.size() < ALONE * row_bytes_ + norm_bytes()) own.resize(ALONE * row_bytes_ + norm_bytes());
 }
 
-void LinearOp::activate(const Kernels& kernels, const float* x, uint8_t* row) const {
+// `own`: room for a normalized row.
+void LinearOp::activate(const Kernels& kernels, const float* x, uint8_t* row, float* own) const {
     if (!args_.norm.empty()) {
-        Aligned<float>& y = own_floats();
-        if ((int)y.size() < k_blocks_ * BLOCK) y.resize(k_blocks_ * BLOCK);
-        kernels.rms_norm(x, args_.norm.data(), args_.eps, in_width_, y.data());
-        for (int i = (in_width_ + 15) / 16 * 16; i < k_blocks_ * BLOCK; i++) y[i] = 0;
-        x = y.data();
+        kernels.rms_norm(x, args_.norm.data(), args_.eps, in_width_, own);
+        for (int i = (in_width_ + 15) / 16 * 16; i < k_blocks_ * BLOCK; i++) own[i] = 0;
+        x = own;
     }
     kernels.activate[args_.activation](x, k_blocks_, row);
 }
@@ -77,16 +68,16 @@ void LinearOp::run(Member& member, const Work& work) {
         return in.data.data() + (size_t)(args_.sampled ? work.step->sampled[r] : r) * in.stride;
     };
     const uint8_t* rows = work.rows->data();
+    uint8_t* mine = (*work.own)[member.id].data();
+    float* norm = (float*)(mine + ALONE * row_bytes_);
     if (n <= ALONE) {
-        Aligned<uint8_t>& mine = own_rows();
-        if (mine.size() < n * row_bytes_) mine.resize(n * row_bytes_);
-        for (int r = 0; r < n; r++) activate(*work.kernels, input(r), mine.data() + r * row_bytes_);
-        rows = mine.data();
+        for (int r = 0; r < n; r++) activate(*work.kernels, input(r), mine + r * row_bytes_, norm);
+        rows = mine;
     } else {
         const int each = std::max(1, n / (member.threads() * CHUNKS));
         member.share((n + each - 1) / each, [&](int c) {
             for (int r = c * each; r < std::min(n, (c + 1) * each); r++)
-                activate(*work.kernels, input(r), work.rows->data() + r * row_bytes_);
+                activate(*work.kernels, input(r), work.rows->data() + r * row_bytes_, norm);
         });
     }
     const Kernels& k = *work.kernels;

@@ -27,7 +27,8 @@ class LinearOp : public Op {
         int stride;
         bool add;
     };
-    void activate(const Kernels& kernels, const float* x, uint8_t* row) const;
+    void activate(const Kernels& kernels, const float* x, uint8_t* row, float* own) const;
+    size_t norm_bytes() const { return (size_t)k_blocks_ * BLOCK * 4; }
     void panel(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;

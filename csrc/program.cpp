@@ -132,6 +132,7 @@ class AttendOp : public Op {
     AttendOp(int q, int out, int layer, int window, Variant variant, std::vector<float> params, const KVMemory& kv)
         : q_(q), out_(out), layer_(layer), window_(window), variant_(variant), params_(std::move(params)), kv_(kv) {}
     const char* name() const override { return "attend"; }
+    void prepare(const Work& work) override { work.plan->prepare(kv_); }
     void run(Member& member, const Work& work) override {
         Slot& out = (*work.slots)[out_];
         AttendArgs args{&kv_, layer_ * kv_.pages_per_layer, (*work.slots)[q_].data.data(), out.data.data(),
@@ -148,10 +149,27 @@ class AttendOp : public Op {
 
 }  // namespace
 
+namespace {
+
+// Marks a program as running; a second thread is told so instead of changing what the first one reads.
+class Alone {
+   public:
+    explicit Alone(std::atomic<bool>& running) : running_(running) {
+        if (running_.exchange(true)) throw std::runtime_error("a program is run by two threads at once: give each its own");
+    }
+    ~Alone() { running_ = false; }
+
+   private:
+    std::atomic<bool>& running_;
+};
+
+}  // namespace
+
 Program::Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split)
     : kernels_(isa.empty() ? best_kernels() : dovetail::kernels(isa.c_str())), team_(threads), heads_(heads),
       cascade_(cascade), split_(split) {
     if (!kernels_) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
+    own_.resize(threads);
 }
 
 int Program::slot(int width, bool sampled) {
@@ -186,14 +204,16 @@ void Program::fit(int rows) {
 }
 
 void Program::plan() {
+    const Alone alone(running_);
     for (size_t i = 0; i < step.sequences.size(); i++)
         step.sequences[i].pages = step.tables.data() + step.table_start[i];
     plan_.build(step.sequences, heads_, kv_.page_size, team_.threads, cascade_, split_);
 }
 
 void Program::run(int first, int last) {
+    const Alone alone(running_);
     fit(step.rows());
-    const Work work{&step, &plan_, kernels_, &slots_, &rows_};
+    const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_};
     int phases = 0;
     for (int i = first; i < last; i++) ops_[i]->prepare(work), phases += ops_[i]->phases();
     team_.reserve(phases);
@@ -214,6 +234,7 @@ std::vector<std::pair<std::string, double>> Program::profile(int first, int last
 }
 
 std::vector<int> Program::argmax(int slot) {
+    const Alone alone(running_);
     const int n = (int)step.sampled.size();
     std::vector<int> out(n);
     team_.reserve(1);

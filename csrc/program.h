@@ -1,5 +1,6 @@
 // A model's layers as a list of operations on row buffers ("slots"), recorded once and replayed by one call.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -37,6 +38,7 @@ struct Work {
     const Kernels* kernels;
     std::vector<Slot>* slots;
     Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
+    std::vector<Aligned<uint8_t>>* own;  // memory of each thread for the operation at work
 };
 
 class Op {
@@ -44,7 +46,7 @@ class Op {
     virtual ~Op() = default;
     virtual const char* name() const = 0;
     virtual int phases() const { return 4; }
-    virtual void prepare(const Work&) {}  // on one thread, before the region
+    virtual void prepare(const Work&) {}  // on one thread, before the region: all memory is taken here
     virtual void run(Member& member, const Work& work) = 0;
 };
 
@@ -108,6 +110,8 @@ class Program {
     KVMemory kv_{};
     std::vector<Slot> slots_;
     Aligned<uint8_t> rows_;
+    std::vector<Aligned<uint8_t>> own_;
+    std::atomic<bool> running_{false};
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_;
 };

@@ -2,14 +2,16 @@
 //
 // The region is OpenMP's, so that torch and this library use one runtime and one set of threads. In a phase every
 // thread has a range of its own and then takes from the others' ranges; the phase ends when all pieces are done. So
-// a thread that the system has put aside holds up nobody unless it holds a piece, and cores that are far apart touch
-// each other's cache lines once per phase.
+// a thread that the system has put aside, or has not started yet, holds up nobody unless it holds a piece, and cores
+// that are far apart touch each other's cache lines once per phase.
 #pragma once
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
-#include <climits>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -24,8 +26,27 @@ inline void pause_cpu() {
 #endif
 }
 
-struct alignas(64) Counter {
-    std::atomic<int> value{0};
+// A count that is zero again in every run: its high bits say to which run the low ones belong.
+class alignas(64) Counter {
+   public:
+    // The count before, to which n is added.
+    int add(uint64_t run, int n) {
+        uint64_t v = value_.load(std::memory_order_acquire);
+        for (;;) {
+            const uint64_t count = v >> BITS == run ? v & MASK : 0;
+            const uint64_t next = run << BITS | (count + (uint64_t)n);
+            if (value_.compare_exchange_weak(v, next, std::memory_order_acq_rel, std::memory_order_acquire)) return (int)count;
+        }
+    }
+    int get(uint64_t run) const {
+        const uint64_t v = value_.load(std::memory_order_acquire);
+        return v >> BITS == run ? (int)(v & MASK) : 0;
+    }
+
+   private:
+    static constexpr int BITS = 28;  // pieces of a phase; 2^36 runs before numbers come again
+    static constexpr uint64_t MASK = (1 << BITS) - 1;
+    std::atomic<uint64_t> value_{0};
 };
 
 class Team;
@@ -33,12 +54,11 @@ class Team;
 // One thread's view. All members call `share` in the same order.
 class Member {
    public:
-    Member(Team& team, int id, int count);
-    ~Member();
+    Member(Team& team, int id, int count) : id(id), team_(team), count_(count) {}
 
     // f(i) for every i in [0, n), each by one member; returns when all are done.
     template <class F> void share(int n, F&& f);
-    int threads() const;
+    int threads() const { return count_; }
 
     const int id;
 
@@ -52,20 +72,22 @@ class Member {
 
 class Team {
    public:
-    explicit Team(int threads) : threads(threads) { reserve(64); }
+    explicit Team(int threads) : threads(threads) {
+        if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+        reserve(64);
+    }
 
     // At least this many `share`s may follow in one `run`.
     void reserve(int phases) {
         if (phases <= phases_) return;
         phases_ = phases;
         next_ = std::vector<Counter>((size_t)phases * threads);
-        for (auto& done : done_) done = std::vector<Counter>(phases);
-        for (Counter& c : next_) c.value = INT_MAX / 2;
+        done_ = std::vector<Counter>(phases);
     }
 
-    // f(member) on every thread.
+    // f(member) on every thread. Nothing that f does may throw.
     template <class F> void run(F&& f) {
-        turn_ ^= 1;
+        run_++;
         if (threads == 1) {
             Member m(*this, 0, 1);
             f(m);
@@ -84,32 +106,18 @@ class Team {
     friend class Member;
     Counter& next(int owner, int phase) { return next_[(size_t)owner * phases_ + phase]; }
 
-    int phases_ = 0, turn_ = 0;
-    std::vector<Counter> next_;     // [thread][phase]: pieces of its range given out; far beyond any range between runs
-    std::vector<Counter> done_[2];  // pieces done, for this run and the next in turns
+    int phases_ = 0;
+    uint64_t run_ = 0;
+    std::vector<Counter> next_;  // [thread][phase]: pieces of its range given out
+    std::vector<Counter> done_;  // [phase]: pieces done
 };
-
-inline Member::Member(Team& team, int id, int count) : id(id), team_(team), count_(count) {
-    if (count_ == 1) return;
-    for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(0, std::memory_order_relaxed);
-    std::atomic_thread_fence(std::memory_order_release);
-}
-
-inline Member::~Member() {
-    if (count_ == 1) return;
-    for (int p = 0; p < team_.phases_; p++) team_.next(id, p).value.store(INT_MAX / 2, std::memory_order_relaxed);
-    if (id == 0)  // the set of the run before this one, which is the next one's
-        for (int p = 0; p < team_.phases_; p++) team_.done_[team_.turn_ ^ 1][p].value.store(0, std::memory_order_relaxed);
-}
-
-inline int Member::threads() const { return count_; }
 
 template <class F> int Member::take(int owner, int n, F& f) {
     const int first = (int)((long long)n * owner / count_), count = (int)((long long)n * (owner + 1) / count_) - first;
-    std::atomic<int>& next = team_.next(owner, phase_).value;
+    Counter& next = team_.next(owner, phase_);
     int taken = 0;
-    if (next.load(std::memory_order_relaxed) >= count) return 0;
-    for (int i; (i = next.fetch_add(1, std::memory_order_acq_rel)) < count; taken++) f(first + i);
+    if (next.get(team_.run_) >= count) return 0;
+    for (int i; (i = next.add(team_.run_, 1)) < count; taken++) f(first + i);
     return taken;
 }
 
@@ -120,10 +128,9 @@ template <class F> void Member::share(int n, F&& f) {
     }
     int mine = 0;
     for (int k = 0; k < count_; k++) mine += take((id + k) % count_, n, f);
-    std::atomic<int>& done = team_.done_[team_.turn_][phase_].value;
-    phase_++;
-    if (mine) done.fetch_add(mine, std::memory_order_acq_rel);
-    for (int spins = 0; done.load(std::memory_order_acquire) < n;) {
+    Counter& done = team_.done_[phase_++];
+    if (mine) done.add(team_.run_, mine);
+    for (int spins = 0; done.get(team_.run_) < n;) {
         if (++spins < 500) pause_cpu();
         else sched_yield();
     }

@@ -1,0 +1,108 @@
+"""Requests and machines at the edge of what the native kernels are asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from dovetail.core.seams import Variant
+from dovetail.ops import cpu
+from dovetail.ops.attention.paged import PagedAttention, Shape
+from dovetail.ops.template import minimum
+
+pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the native library is not built")
+
+
+def test_a_request_without_rows_is_nothing() -> None:
+    attention = PagedAttention(Shape(6, 2, 24, 4))
+    attention.plan([0, 0, 1], [0, 1, 2], [0, 1], [4, 4])
+    k = torch.randn(2, 4, 2, 24)
+    assert torch.isfinite(attention.run(torch.randn(1, 6, 24), k, k)).all()
+    attention.plan([0, 0], [0, 1], [0], [4])
+    assert attention.stats()["items"] == 0
+
+
+def test_rows_beyond_their_list_share_only_what_is_listed() -> None:
+    """A shard of the keys: rows may stand later than its end."""
+    torch.manual_seed(0)
+    pages, k, q = list(range(8)), torch.randn(8, 16, 1, 16), torch.randn(3, 2, 16)
+    outs = []
+    for cascade in (False, True):
+        attention = PagedAttention(Shape(2, 1, 16, 16), cascade=cascade)
+        attention.plan([0, 1, 2, 3], [0, 8, 16, 24], pages * 3, [16] * 3, starts=[1000, 2000, 127])
+        outs.append(attention.run(q, k, k))
+    assert torch.equal(*outs)
+
+
+@dataclass(frozen=True)
+class Looked(Variant):
+    """Indexes a table by position, so that a position that is none would read outside it."""
+
+    bias: tuple[float, ...] = (0.5, 0.25, 0.1, 0.0)
+
+    def score(self, score, q_pos, k_pos, head):  # type: ignore[no-untyped-def]
+        return score + self.bias[minimum(q_pos + k_pos, 3)]
+
+
+def test_a_variant_sees_positions_only() -> None:
+    attention = PagedAttention(Shape(4, 2, 16, 16), variant=Looked())
+    k = torch.randn(8, 16, 2, 16)
+    lists, positions = [[0, 3, 4], [2, 5, 6]], [[0, 48, 64], [32, 80, 96]]
+    attention.plan([0, 1], [0, 3], lists, [16], positions=positions, starts=[100])
+    assert torch.isfinite(attention.run(torch.randn(1, 4, 16), k, k)).all()
+
+
+def test_a_broken_value_is_seen_by_the_rows_that_read_it_only() -> None:
+    attention = PagedAttention(Shape(1, 1, 16, 16))
+    attention.plan([0, 2], [0, 1], [0], [2])
+    v = torch.randn(1, 16, 1, 16)
+    v[0, 1] = torch.nan
+    broken = attention.run(torch.randn(2, 1, 16), torch.randn(1, 16, 1, 16), v).isnan().flatten(1).any(1)
+    assert broken.tolist() == [False, True]
+
+
+def test_windows_read_the_same_from_any_layout() -> None:
+    """Chunks before the window are skipped: what is gathered must still be the right ones."""
+    from dovetail.core.seams import SlidingWindow
+
+    torch.manual_seed(1)
+    k, v, q = torch.randn(64, 8, 2, 16), torch.randn(64, 8, 2, 16), torch.randn(3, 4, 16)
+    attention = PagedAttention(Shape(4, 2, 16, 8), variant=SlidingWindow(20))
+    attention.plan([0, 3], [0, 64], list(range(64)), [8])
+    got = attention.run(q, k, v)
+    keys, values = k.flatten(0, 1).repeat_interleave(2, 1), v.flatten(0, 1).repeat_interleave(2, 1)
+    for i in range(3):
+        at = 509 + i
+        seen = slice(at - 19, at + 1)
+        weights = torch.softmax(torch.einsum("hd,khd->hk", q[i], keys[seen]) / 4, -1)
+        torch.testing.assert_close(got[i], torch.einsum("hk,khd->hd", weights, values[seen]), rtol=1e-5, atol=1e-5)
+
+
+def test_regions_of_changing_size() -> None:
+    """OpenMP may give a region fewer threads than the one before, and then more again."""
+    code = """
+import ctypes, torch
+from dovetail.ops import cpu
+from tests.ops.test_linear import Layer, stored
+layer = Layer([("Q4_1", stored("Q4_1", 512, 64, 0))], 64, "", "int8", threads=2)
+gomp = ctypes.CDLL([line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line][0])
+a, b = torch.randn(5, 64), torch.randn(5, 64)
+want = layer(a).clone(), layer(b).clone()
+level = gomp.omp_set_max_active_levels
+for _ in range(20):
+    assert torch.equal(layer(a), want[0])
+    level(0)
+    assert torch.equal(layer(b), want[1])
+    level(1)
+    assert torch.equal(layer(a), want[0])
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, check=True, timeout=60
+    )
