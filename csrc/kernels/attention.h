@@ -71,11 +71,16 @@ INLINE F lanes_from(int first) {
     return add(load(LANES), all((float)first));
 }
 
-// Turn a row of scores into weights relative to its maximum.
-template <bool WIDE>
-INLINE void weigh(float* scores, const KeyBlock& keys, int from, int to, float& most, float& total) {
+INLINE bool whole(const KeyBlock& keys) { return keys.first == 0 && keys.last == KEY_TILES; }
+
+// The largest score of a row, those outside [from, to] replaced by -infinity.
+INLINE float largest(float* scores, const KeyBlock& keys, int from, int to) {
     const F none = all(-__builtin_inff());
     F high = none;
+    if (whole(keys) && from <= 0 && to >= KEYS - 1) {
+        UNROLL for (int u = 0; u < KEY_TILES; u++) high = max(high, load(scores + 16 * u));
+        return highest(high);
+    }
     for (int u = keys.first; u < keys.last; u++) {
         F s = load(scores + 16 * u);
         if (16 * u < from || 16 * u + 15 > to) {
@@ -85,13 +90,17 @@ INLINE void weigh(float* scores, const KeyBlock& keys, int from, int to, float& 
         }
         high = max(high, s);
     }
-    most = highest(high);
+    return highest(high);
+}
+
+// Turn a row of scores into weights relative to its maximum; their sum.
+template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBlock& keys, float most) {
     constexpr float LOG2E = 1.44269504f;
     const F base = all(most == -__builtin_inff() ? 0.0f : most), low = mul(base, all(-LOG2E));
     F parts[KEY_TILES / 2];
     UNROLL for (int j = 0; j < KEY_TILES / 2; j++) {
         parts[j] = zero();
-        if (2 * j < keys.first || 2 * j >= keys.last) continue;
+        if (!WHOLE && (2 * j < keys.first || 2 * j >= keys.last)) continue;
         F a = load(scores + 32 * j), b = load(scores + 32 * j + 16);
         if (WIDE) {
             a = exponential(sub(a, base)), b = exponential(sub(b, base));
@@ -102,7 +111,7 @@ INLINE void weigh(float* scores, const KeyBlock& keys, int from, int to, float& 
         }
         parts[j] = add(a, b);
     }
-    total = sum(add(add(parts[0], parts[1]), add(parts[2], parts[3])));
+    return sum(add(add(parts[0], parts[1]), add(parts[2], parts[3])));
 }
 
 template <int R, int V> INLINE void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
@@ -150,9 +159,13 @@ template <int R, int V> INLINE void mix_f32(const float* p, int n, const KeyBloc
 }
 
 template <bool WIDE, int R> void mix_rows(float* scores, int n, const KeyBlock& keys, State& state, int first) {
+    // In two loops: a row's exponentials need not wait for its own maximum.
     for (int r = 0; r < R; r++)
-        weigh<WIDE>(scores + r * KEYS, keys, state.from[first + r], state.to[first + r], state.max[first + r],
-                    state.sum[first + r]);
+        state.max[first + r] = largest(scores + r * KEYS, keys, state.from[first + r], state.to[first + r]);
+    for (int r = 0; r < R; r++) {
+        float *row = scores + r * KEYS, most = state.max[first + r];
+        state.sum[first + r] = whole(keys) ? weigh<WIDE, true>(row, keys, most) : weigh<WIDE, false>(row, keys, most);
+    }
     float* out = state.out + first * state.stride;
     int d = 0;
     for (; d + 16 * VALUE_STEP <= n; d += 16 * VALUE_STEP) {
