@@ -87,8 +87,9 @@ void shift(Program& p, int row, const std::vector<int32_t>& tokens, const std::v
     for (size_t i = 0; i < tokens.size(); i++) added.emplace_back(tokens[i], values[i]);
 }
 
-// A token for each sampled row, by its (temperature, top_k, top_p, min_p, noise).
-std::vector<int> choose(Program& p, int slot, const std::vector<std::tuple<double, int, double, double, double>>& rows) {
+using Options = std::tuple<double, int, double, double, double>;  // temperature, top_k, top_p, min_p, noise
+
+std::vector<int> choose(Program& p, int slot, const std::vector<Options>& rows) {
     std::vector<Choice> choices;
     for (const auto& [temperature, top_k, top_p, min_p, noise] : rows)
         choices.push_back({temperature, top_k, top_p, min_p, noise});

@@ -45,9 +45,13 @@ float grain_of(int n) {
     return std::ldexp(1.0f, bits + 23 - 53);
 }
 
-void check(const std::vector<int32_t>& tokens, int width) {
-    for (int32_t t : tokens)
-        if (t < 0 || t >= width) throw std::invalid_argument("a token to penalise is outside the vocabulary");
+void check(int32_t token, int width) {
+    if (token < 0 || token >= width) throw std::invalid_argument("a changed token is outside the vocabulary");
+}
+
+void check(const Choice& c) {
+    if (!(c.temperature >= 0 && c.top_p > 0 && c.min_p <= 1 && c.noise >= 0 && c.noise < 1))
+        throw std::invalid_argument("temperature, top_p, min_p or noise is out of range");
 }
 
 }  // namespace
@@ -230,19 +234,23 @@ const float* Chooser::logits_of(size_t first, size_t last) {
 std::vector<int> Sampler::choose(Team& team, const Logits& logits, const std::vector<Choice>& choices,
                                  const std::map<int, Change>& changes) {
     if ((int)choices.size() != logits.rows) throw std::invalid_argument("there must be a choice for each row");
+    for (const Choice& c : choices) check(c);
     for (const auto& [row, change] : changes) {
-        check(change.tokens, logits.width);
-        for (auto [token, value] : change.added) check({token}, logits.width);
+        for (int32_t token : change.tokens) check(token, logits.width);
+        for (auto [token, value] : change.added) check(token, logits.width);
     }
     std::vector<int> out(logits.rows);
+    const auto one = [&](int thread, int r) {
+        const auto change = changes.find(r);
+        out[r] = choosers_[thread].choose(logits.data + (size_t)r * logits.stride, logits.width, choices[r],
+                                          change == changes.end() ? nullptr : &change->second);
+    };
+    if (logits.rows == 1) {  // other threads would take longer to come
+        one(0, 0);
+        return out;
+    }
     team.reserve(1);
-    team.run([&](Member& member) {
-        member.share(logits.rows, [&](int r) {
-            const auto change = changes.find(r);
-            out[r] = choosers_[member.id].choose(logits.data + (size_t)r * logits.stride, logits.width, choices[r],
-                                                 change == changes.end() ? nullptr : &change->second);
-        });
-    });
+    team.run([&](Member& member) { member.share(logits.rows, [&](int r) { one(member.id, r); }); });
     return out;
 }
 

@@ -15,8 +15,9 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
 from dovetail.runtime.kv import KV
+from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorder import Recorder, connect
-from dovetail.runtime.sampler import Row, by_span, describe, known, uniform
+from dovetail.runtime.sampler import Row, by_span, describe, known
 
 LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
 
@@ -145,7 +146,7 @@ class NativeExecutor:
                 tokens = self.program.argmax(self._logits)
                 about: list[TokenLogprobs | None] = [None] * len(tokens)
             else:
-                tokens = self._choose(rows)
+                tokens = choose(self.program, self._logits, rows)
                 about = known(self._view(len(rows)), rows, tokens)
             results = by_span(counts, tokens, about, [t >= 0 for t in tokens])
         at = 0
@@ -156,30 +157,6 @@ class NativeExecutor:
                 )
             at += s.stop - s.start
         return results
-
-    def _choose(self, rows: Sequence[Row]) -> list[int]:
-        """A token for each sampled row; -1 where none can be chosen."""
-        options = []
-        for i, row in enumerate(rows):
-            request, p = row.request, row.request.params
-            noise = 0.0 if p.greedy else uniform(request.seed, row.position)
-            options.append((p.temperature, p.top_k, p.top_p, p.min_p, noise))
-            if row.changed:
-                self._change(i, row)
-        return self.program.choose(self._logits, options)
-
-    def _change(self, at: int, row: Row) -> None:
-        """Penalties, bias and forbidden ends of one row."""
-        request, p = row.request, row.request.params
-        if p.penalised:
-            rates = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
-            tokens = request.tokens + request.drafts[: row.ahead] if row.ahead else request.tokens
-            self.program.penalise(at, rates, tokens, len(request.prompt))
-        if p.logit_bias:
-            self.program.shift(at, list(p.logit_bias), list(p.logit_bias.values()))
-        if row.too_early:
-            ends = list(request.stop_ids)
-            self.program.shift(at, ends, [float("-inf")] * len(ends))
 
     def _view(self, rows: int) -> Tensor:
         """Logits [rows, vocabulary] of the last head."""
