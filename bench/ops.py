@@ -10,6 +10,8 @@ Kernels, by the names that --only picks from (any part of "kernel shape" will do
   prefill.KV               512 rows of attention from position 0 on
   balance.KV               a request of 64K tokens beside 31 of 100: long ones cut over the threads, against not
   cascade.KV               32 requests of 2048 shared and 64 own tokens: shared KV read once, against once each
+  sample.OPTIONS           tokens from 1 and 32 rows of logits, in the cache; shape: vocabulary. "even" rows are
+                           normal with deviation 1, as no model's are: top-p leaves thousands of tokens
 
 Weights and KV are cold: a run replays one kernel over different weights or layers, --megabytes of them in all (an
 eighth for gemm and prefill), as one program, so that a kernel's start and end count as in a step; `us` is a run
@@ -62,6 +64,17 @@ PEAKS = {"int8": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
 LONG, SHORT = 65536, (31, 100)
 SHARED, OWN, SHARERS = 2048, 64, 32
 SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes; others (0,)
+
+
+SAMPLE_ROWS = (1, 32)
+SAMPLE = {  # temperature, top_k, top_p, min_p
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (0.8, 0, 1.0, 0.0),
+    "top_k+top_p": (0.8, 50, 0.95, 0.0),
+    "top_p": (0.8, 0, 0.95, 0.0),
+    "even top_p": (0.8, 0, 0.95, 0.0),
+    "min_p": (0.8, 0, 1.0, 0.05),
+}
 
 
 @dataclass(frozen=True)
@@ -424,6 +437,41 @@ def cascade(bench: Bench) -> dict[str, Any]:
     return found
 
 
+# -- sampling ----------------------------------------------------------------------------------------
+
+
+def samples(bench: Bench, vocabulary: int = 49152, count: int = 100) -> None:
+    even = np.random.default_rng(3).standard_normal((max(SAMPLE_ROWS), vocabulary), np.float32)
+    peaked = 2.5 * even
+    peaked[:, ::800] += np.random.default_rng(4).exponential(5, peaked[:, ::800].shape) + 6
+    cases = []
+    for name, options in SAMPLE.items():
+        for rows in SAMPLE_ROWS:
+            if bench.wants(f"sample.{name}", str(vocabulary)):
+                run = sampling(bench, (even if "even" in name else peaked)[:rows], options, count)
+                cases.append(Case(f"sample.{name}", str(vocabulary), rows, run, count))
+    if cases:
+        bench.measure(cases)
+
+
+def sampling(bench: Bench, logits: np.ndarray, options: tuple[float, int, float, float], count: int) -> Any:
+    """A function that chooses from the rows, `count` times."""
+    rows, vocabulary = logits.shape
+    program = cpu.native().Program(bench.isa, bench.threads, (1, 1, 2), True, True)
+    slot = program.slot(vocabulary, sampled=True)
+    program.set_rows(rows)
+    program.sample(list(range(rows)))
+    program.run(0, 0)
+    program.view(slot, rows)[:, :vocabulary] = logits
+    choices = [(*options, (i + 0.5) / rows) for i in range(rows)]
+
+    def run() -> None:
+        for _ in range(count):
+            program.choose(slot, choices)
+
+    return run
+
+
 # -- command -----------------------------------------------------------------------------------------
 
 
@@ -466,6 +514,7 @@ def main() -> None:
     linears(bench)
     decodes(bench)
     prefills(bench)
+    samples(bench)
     for name, run in (("balance", balance), ("cascade", cascade)):
         if bench.wants(f"{name}.bf16", str(HEADS[0])):
             out[name] = run(bench)

@@ -4,10 +4,12 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <cstring>
+#include <tuple>
 
 #include "bandwidth.h"
 #include "program.h"
@@ -68,6 +70,31 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     }
     for (int i = stop - sample; i < stop; i++) s.sampled.push_back(row + i - start);
     s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
+}
+
+// Penalties of a sampled row: rates for repetition, presence and frequency; tokens, of which `prompt` were not written.
+void penalise(Program& p, int row, std::tuple<float, float, float> rates, nb::list tokens, size_t prompt) {
+    Change& c = p.step.changes[row];
+    std::tie(c.repetition, c.presence, c.frequency) = rates;
+    c.prompt = prompt;
+    c.tokens.resize(nb::len(tokens));
+    for (size_t i = 0; i < c.tokens.size(); i++) c.tokens[i] = (int32_t)PyLong_AsLong(PyList_GET_ITEM(tokens.ptr(), i));
+}
+
+void shift(Program& p, int row, const std::vector<int32_t>& tokens, const std::vector<float>& values) {
+    if (tokens.size() != values.size()) throw std::invalid_argument("there must be a value for each token");
+    auto& added = p.step.changes[row].added;
+    for (size_t i = 0; i < tokens.size(); i++) added.emplace_back(tokens[i], values[i]);
+}
+
+using Options = std::tuple<double, int, double, double, double>;  // temperature, top_k, top_p, min_p, noise
+
+std::vector<int> choose(Program& p, int slot, const std::vector<Options>& rows) {
+    std::vector<Choice> choices;
+    for (const auto& [temperature, top_k, top_p, min_p, noise] : rows)
+        choices.push_back({temperature, top_k, top_p, min_p, noise});
+    nb::gil_scoped_release free;
+    return p.choose(slot, choices);
 }
 
 // Attention by itself: block-sparse KV given by page lists.
@@ -228,6 +255,9 @@ NB_MODULE(_native, m) {
         .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
         .def("profile", &Program::profile)
         .def("argmax", &Program::argmax)
+        .def("penalise", penalise)
+        .def("shift", shift)
+        .def("choose", choose)
         .def("num_rows", [](const Program& p) { return p.step.rows(); })
         .def("view", [](Program& p, int slot, int rows) {  // valid until the program grows
             const size_t shape[2] = {(size_t)rows, (size_t)p.stride(slot)};

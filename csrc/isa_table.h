@@ -4,6 +4,7 @@
 #include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/rows.h"
+#include "kernels/sample.h"
 
 #define DOVETAIL_TABLE(NAME)                                  \
     namespace dovetail {                                      \
@@ -11,7 +12,7 @@
         static Kernels table = {};                            \
         if (!table.name) {                                    \
             add_linear(table), add_rows_of(table);            \
-            add_attention(table);                             \
+            add_attention(table), add_sample(table);          \
             table.name = #NAME;                               \
         }                                                     \
         return &table;                                        \

@@ -62,6 +62,13 @@ struct KeyBlock {
 using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t q_pos, int32_t head,
                          const float* params);
 
+constexpr int LOGITS = 64;  // whose maximum, or sum of odds, is kept together
+
+// How odds are made of logits: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
+struct Odds {
+    float most, inverse, grain, least;
+};
+
 struct Kernels {
     const char* name;
     int rows_alone;               // up to so many rows one tile at a time is best, in one block of rows
@@ -89,6 +96,10 @@ struct Kernels {
     // sum 0) is the identity.
     void (*merge)(float* const* records, int rows, const State& state, int n);
     void (*scale)(const float* x, float by, int n, float* y);
+
+    bool (*maxima)(const float* x, int n, float* y);  // of every 64 logits; false where there is a NaN
+    void (*odds)(const float* x, int n, const Odds& how, float* y);
+    void (*sum_odds)(const float* x, int n, const Odds& how, double* y);  // of every 64 logits
 };
 
 // The table of an instruction set, or null if this build or this CPU lacks it.

@@ -12,7 +12,7 @@ namespace dovetail {
 
 void Step::clear() {
     tokens.clear(), positions.clear(), span_of_row.clear(), offsets.clear(), sampled.clear(), pages.clear();
-    tables.clear(), sequences.clear(), table_start.clear();
+    tables.clear(), sequences.clear(), table_start.clear(), changes.clear();
 }
 
 namespace {
@@ -167,7 +167,7 @@ class Alone {
 
 Program::Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split)
     : kernels_(isa.empty() ? best_kernels() : dovetail::kernels(isa.c_str())), team_(threads), heads_(heads),
-      cascade_(cascade), split_(split) {
+      cascade_(cascade), split_(split), sampler_(kernels_, threads) {
     if (!kernels_) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
     own_.resize(threads);
 }
@@ -247,6 +247,13 @@ std::vector<int> Program::argmax(int slot) {
         });
     });
     return out;
+}
+
+std::vector<int> Program::choose(int slot, const std::vector<Choice>& choices) {
+    const Slot& s = slots_.at(slot);
+    const Logits logits{s.data.data(), (int)step.sampled.size(), s.width, s.stride};
+    if (s.data.size() < step.sampled.size() * s.stride) throw std::invalid_argument("the slot does not hold these rows");
+    return sampler_.choose(team_, logits, choices, step.changes);
 }
 
 }  // namespace dovetail

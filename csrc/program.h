@@ -9,6 +9,7 @@
 #include "aligned.h"
 #include "attention.h"
 #include "pack.h"
+#include "sample.h"
 
 namespace dovetail {
 
@@ -27,6 +28,7 @@ struct Step {
     std::vector<int32_t> tables;                                           // page lists, one after the other
     std::vector<Sequence> sequences;
     std::vector<size_t> table_start;
+    std::map<int, Change> changes;  // to logits, by sampled row
 
     int rows() const { return (int)tokens.size(); }
     void clear();
@@ -93,6 +95,7 @@ class Program {
     // Operations [first, last) on the step's rows.
     void run(int first, int last);
     std::vector<int> argmax(int slot);  // of each sampled row; -1 where the best is not finite
+    std::vector<int> choose(int slot, const std::vector<Choice>& choices);
     float* rows(int slot) { return slots_[slot].data.data(); }
     int stride(int slot) const { return slots_[slot].stride; }
     const Kernels& kernels() const { return *kernels_; }
@@ -114,6 +117,7 @@ class Program {
     std::atomic<bool> running_{false};
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_;
+    Sampler sampler_;
 };
 
 }  // namespace dovetail

@@ -80,6 +80,21 @@ class Program:
     def run(self, first: int, last: int, /) -> None: ...
     def profile(self, first: int, last: int, /) -> list[tuple[str, float]]: ...
     def argmax(self, slot: int, /) -> list[int]: ...
+    def penalise(
+        self,
+        row: int,  # of the sampled ones, until `clear`
+        rates: tuple[float, float, float],  # repetition, presence, frequency
+        tokens: list[int],
+        prompt: int,  # so many first tokens were not written
+        /,
+    ) -> None: ...
+    def shift(self, row: int, tokens: list[int], values: list[float], /) -> None: ...  # add to logits
+    def choose(
+        self,
+        slot: int,
+        rows: list[tuple[float, int, float, float, float]],  # temperature, top_k, top_p, min_p, noise
+        /,
+    ) -> list[int]: ...  # -1 where the largest logit is not finite, or one is NaN
     def num_rows(self) -> int: ...
     def view(self, slot: int, rows: int, /) -> NDArray[np.float32]: ...  # until the program grows
     def attention_stats(self) -> dict[str, int]: ...

@@ -10,6 +10,7 @@ namespace {
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 struct M { __m256 a, b; };
+struct D { __m256d a, b; };
 
 constexpr int ROWS_ALONE = 4, ROWS_MANY = 4, TILES_MANY = 1;
 constexpr int QUERIES = 3, KEY_STEP = 1, VALUE_STEP = 1;
@@ -164,5 +165,17 @@ INLINE __m256i sum_fours(__m256i x) {
     return _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
 }
 INLINE I sum_fours(I x) { return {sum_fours(x.a), sum_fours(x.b)}; }  // of each four lanes, in each of them
+
+// Sums in float64, for terms whose sums are exact there: their order differs between instruction sets.
+INLINE D dzero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+INLINE __m256d wide(__m256 x) {
+    return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+}
+INLINE D dadd(D a, F b) { return {_mm256_add_pd(a.a, wide(b.a)), _mm256_add_pd(a.b, wide(b.b))}; }
+INLINE double sum(D a) {
+    const __m256d x = _mm256_add_pd(a.a, a.b);
+    const __m128d y = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(y, _mm_unpackhi_pd(y, y)));
+}
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 typedef __m512 F;
 typedef __m512i I;
 typedef __mmask16 M;
+struct D { __m512d a, b; };
 
 constexpr int ROWS_ALONE = 8, ROWS_MANY = 6, TILES_MANY = 2;
 constexpr int QUERIES = 6, KEY_STEP = 4, VALUE_STEP = 4;
@@ -124,5 +125,13 @@ INLINE I sum_fours(I a) {  // of each four lanes, in each of them
     a = iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xb1));
     return iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0x4e));
 }
+
+// Sums in float64, for terms whose sums are exact there: their order differs between instruction sets.
+INLINE D dzero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+INLINE D dadd(D a, F b) {
+    return {_mm512_add_pd(a.a, _mm512_cvtps_pd(_mm512_castps512_ps256(b))),
+            _mm512_add_pd(a.b, _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)))};
+}
+INLINE double sum(D a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.a, a.b)); }
 
 }  // namespace

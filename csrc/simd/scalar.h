@@ -11,6 +11,7 @@ namespace {
 struct F { float v[16]; };
 struct I { int32_t v[16]; };
 struct M { bool v[16]; };
+struct D { double v[16]; };
 
 constexpr int ROWS_ALONE = 1, ROWS_MANY = 1, TILES_MANY = 1;
 constexpr int QUERIES = 1, KEY_STEP = 1, VALUE_STEP = 1;
@@ -146,6 +147,15 @@ INLINE float highest(F x) {
 }
 INLINE I sum_fours(I x) {  // of each four lanes, in each of them
     LANES(I, x.v[i / 4 * 4] + x.v[i / 4 * 4 + 1] + x.v[i / 4 * 4 + 2] + x.v[i / 4 * 4 + 3]);
+}
+
+// Sums in float64, for terms whose sums are exact there: their order differs between instruction sets.
+INLINE D dzero() { LANES(D, 0); }
+INLINE D dadd(D a, F b) { LANES(D, a.v[i] + (double)b.v[i]); }
+INLINE double sum(D x) {
+    double s = 0;
+    for (int i = 0; i < 16; i++) s += x.v[i];
+    return s;
 }
 #undef LANES
 

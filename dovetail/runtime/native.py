@@ -15,8 +15,9 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
 from dovetail.runtime.kv import KV
+from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorder import Recorder, connect
-from dovetail.runtime.sampler import Row, by_span, describe, sample
+from dovetail.runtime.sampler import Row, by_span, describe, known
 
 LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
 
@@ -143,9 +144,11 @@ class NativeExecutor:
         if rows:
             if all(r.plain for r in rows):
                 tokens = self.program.argmax(self._logits)
-                results = by_span(counts, tokens, [None] * len(tokens), [t >= 0 for t in tokens])
+                about: list[TokenLogprobs | None] = [None] * len(tokens)
             else:
-                results = by_span(counts, *sample(self._view(len(rows)), rows))
+                tokens = choose(self.program, self._logits, rows)
+                about = known(self._view(len(rows)), rows, tokens)
+            results = by_span(counts, tokens, about, [t >= 0 for t in tokens])
         at = 0
         for i, s in enumerate(spans):
             if s.request.params.prompt_logprobs is not None and s.stage == last:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dovetail.core.types import Request, SpanResult, TokenLogprobs
+from dovetail.runtime.odds import odds
 
 _MASK = 2**64 - 1
 UNSOUND = "no token can be chosen: the logits are NaN or infinite, or every token is forbidden"
@@ -26,13 +27,20 @@ class Row(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the token is simply the largest logit."""
+        """Whether the token is simply the largest logit, and nothing else is asked."""
         p = self.request.params
-        return p.greedy and not (p.penalised or p.logit_bias or self.too_early or p.logprobs is not None)
+        return p.greedy and not (p.logprobs is not None or self.changed)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the token is not chosen from the logits as they are."""
+        p = self.request.params
+        return p.penalised or bool(p.logit_bias) or self.too_early
 
     @property
     def too_early(self) -> bool:
-        return self.request.num_output + self.ahead < self.request.params.min_tokens
+        least = self.request.params.min_tokens
+        return least > 0 and self.request.num_output + self.ahead < least
 
     @property
     def position(self) -> int:
@@ -40,7 +48,10 @@ class Row(NamedTuple):
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
-    """logits [rows, vocabulary] -> tokens, what is known about each, and whether the row was free of NaN."""
+    """logits [rows, vocabulary] -> tokens, what is known about each, and whether the row was sound.
+
+    The definition of what csrc/sample.cpp does, token by token.
+    """
     best, index = logits.max(dim=-1)
     sound: list[bool] = torch.isfinite(best).tolist()
     if all(r.plain for r in rows):
@@ -53,7 +64,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLo
         at = torch.tensor(random, device=logits.device)
         tokens[at] = _draw(shaped[at], [rows[i] for i in random])
     chosen = tokens.tolist()
-    return chosen, _logprobs(logits, rows, chosen), sound
+    return chosen, known(logits, rows, chosen), sound
 
 
 def uniform(seed: int, position: int) -> float:
@@ -103,53 +114,51 @@ def _penalise(logits: Tensor, row: Row) -> None:
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Inverse-transform sampling; whether a row is sorted depends on its own options only."""
     params = [r.request.params for r in rows]
+    vocabulary = logits.shape[1]
     column = lambda values: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # noqa: E731
-    wide = logits.to(torch.float64)
-    wide = wide - wide.amax(-1, keepdim=True)  # first, so that no temperature makes it overflow
-    probs = torch.softmax(wide / column([p.temperature for p in params]), -1)
-    least = column([p.min_p for p in params]) * probs.amax(-1, keepdim=True)
-    probs = torch.where(probs < least, 0, probs)
+    likely = odds(logits, column([p.temperature for p in params])[:, 0])
+    likely = torch.where(likely < column([p.min_p for p in params]).float(), 0, likely)
     noise = column([uniform(r.request.seed, r.position) for r in rows])
     out = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    cut = torch.tensor([p.top_k > 0 or p.top_p < 1 for p in params], device=logits.device)
+    top_k = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
+    cut = torch.tensor([k < vocabulary or p.top_p < 1 for k, p in zip(top_k, params, strict=True)])
+    cut = cut.to(logits.device)
     if not cut.all():
-        out[~cut] = _invert(probs[~cut], noise[~cut])
+        out[~cut] = _invert(likely[~cut], noise[~cut])
     if cut.any():
-        some = [p for p in params if p.top_k > 0 or p.top_p < 1]
-        ordered, order = probs[cut].sort(dim=-1, descending=True, stable=True)
-        top_k = column([p.top_k if p.top_k > 0 else 2**31 for p in some])
-        kept = _cut(ordered, top_k, column([p.top_p for p in some]))
+        order = logits[cut].argsort(dim=-1, descending=True, stable=True)
+        ordered = likely[cut].gather(1, order)
+        kept = _cut(ordered, column(top_k)[cut], column([p.top_p for p in params])[cut])
         out[cut] = order.gather(1, _invert(kept, noise[cut])[:, None]).squeeze(1)
     return out
 
 
 def _cut(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Zero what is outside the k most likely, and then outside the smallest set of mass p; descending probs."""
+    """Zero what is outside the k most likely, and then outside the smallest set of that part of their sum."""
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     ordered = torch.where(rank < top_k, ordered, 0)
     before = ordered.cumsum(-1) - ordered
-    return torch.where((before < top_p * ordered.sum(-1, keepdim=True)) | (rank == 0), ordered, 0)
+    return torch.where(before < top_p * ordered.sum(-1, keepdim=True), ordered, 0)
 
 
-def _invert(probs: Tensor, noise: Tensor) -> Tensor:
-    """The first index at which the running sum exceeds noise * total."""
-    total = probs.cumsum(-1)
-    index = torch.searchsorted(total, noise * total[:, -1:], right=True).squeeze(1)
-    last = probs.shape[1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(index, last)
+def _invert(odds: Tensor, noise: Tensor) -> Tensor:
+    """The first index at which the running sum exceeds noise * total, which is below total as noise is below 1."""
+    total = odds.cumsum(-1)
+    return torch.searchsorted(total, noise * total[:, -1:], right=True).squeeze(1)
 
 
 # -- log-probabilities ----------------------------------------------------------------------------------
 
 
-def _logprobs(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
-    asked = [i for i, r in enumerate(rows) if r.request.params.logprobs is not None]
+def known(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
+    """What the rows of logits [rows, vocabulary] say about the tokens chosen (-1: none), where it is asked."""
+    asked = [i for i, r in enumerate(rows) if r.request.params.logprobs is not None and tokens[i] >= 0]
     out: list[TokenLogprobs | None] = [None] * len(rows)
     if asked:
         at = torch.tensor(asked, device=logits.device)
         counts = [rows[i].request.params.logprobs or 0 for i in asked]
-        for i, known in zip(asked, describe(logits[at], [tokens[i] for i in asked], counts), strict=True):
-            out[i] = known
+        for i, about in zip(asked, describe(logits[at], [tokens[i] for i in asked], counts), strict=True):
+            out[i] = about
     return out
 
 

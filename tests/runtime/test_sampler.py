@@ -9,25 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.core.pages import PagePool, PageTable
-from dovetail.core.sampling import SamplingParams
-from dovetail.core.types import Request
-from dovetail.runtime.sampler import Row, describe, sample, uniform
+from dovetail.runtime.sampler import describe, sample, uniform
+from tests.helpers.rows import row
 
-POOL = PagePool(1, 4)
 V = 12
-
-
-def row(
-    output: list[int] = (), ahead: int = 0, prompt: list[int] = (1, 2), drafts: list[int] = (), **params
-) -> Row:
-    p = SamplingParams(max_tokens=None, **params)
-    r = Request(
-        "r", list(prompt), p, PageTable(POOL), 99, seed=params.get("seed", 0), stop_ids=frozenset(p.stop_token_ids)
-    )
-    r.tokens += list(output)
-    r.drafts = list(drafts)
-    return Row(r, ahead)
 
 
 def draw(logits: torch.Tensor, n: int, **params) -> Counter[int]:

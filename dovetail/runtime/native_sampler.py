@@ -1,0 +1,39 @@
+"""The rows to sample from, as the native sampler (csrc/sample.h) wants to be told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dovetail.runtime.sampler import Row, uniform
+
+FORBIDDEN = float("-inf")
+
+
+def choose(program: Any, slot: int, rows: Sequence[Row]) -> list[int]:
+    """A token from each sampled row of logits in a slot of the program; -1 where none can be chosen.
+
+    The tokens of `sampler.sample`, bit for bit. The logits stay as they are. Raises ValueError for a number of
+    rows that is not the step's, and for tokens outside the vocabulary.
+    """
+    options = []
+    for i, row in enumerate(rows):
+        request, p = row.request, row.request.params
+        noise = 0.0 if p.greedy else uniform(request.seed, row.position)
+        options.append((p.temperature, p.top_k, p.top_p, p.min_p, noise))
+        if row.changed:
+            _change(program, i, row)
+    return program.choose(slot, options)
+
+
+def _change(program: Any, at: int, row: Row) -> None:
+    """Penalties, bias and forbidden ends of one row, in the order in which they are applied."""
+    request, p = row.request, row.request.params
+    if p.penalised:
+        rates = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        tokens = request.tokens + request.drafts[: row.ahead] if row.ahead else request.tokens
+        program.penalise(at, rates, tokens, len(request.prompt))
+    if p.logit_bias:
+        program.shift(at, list(p.logit_bias), list(p.logit_bias.values()))
+    if row.too_early:
+        program.shift(at, list(request.stop_ids), [FORBIDDEN] * len(request.stop_ids))
