@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -11,7 +12,7 @@ from dovetail.core.errors import ForkError
 
 
 class Turns:
-    """A lock as a context manager, not reentrant. First come, first served: whoever asks again waits behind others.
+    """A lock as a context manager, not reentrant. First come, first served: whoever asks again waits.
 
     The first in line may go on; the one that leaves wakes it. Every operation on the line is atomic, so nothing
     can be found half done by a finalizer that runs in between. ForkError in a child of the process that made it.
@@ -30,8 +31,8 @@ class Turns:
     def __enter__(self) -> None:
         if os.getpid() != self._process:
             raise ForkError(
-                f"this engine was made in process {self._process} and used in its forked child {os.getpid()}, where "
-                f"its threads do not exist; load it in the child, or start the child with 'spawn'"
+                f"this engine was made in process {self._process} and used in its forked child {os.getpid()}, "
+                f"where its threads do not exist; load it in the child, or start the child with 'spawn'"
             )
         thread, own = threading.get_ident(), threading.Lock()
         if thread in self._threads:
@@ -54,7 +55,5 @@ class Turns:
     def _leave(self, own: threading.Lock) -> None:
         self._line.remove(own)
         self._threads.discard(threading.get_ident())
-        try:
+        with contextlib.suppress(IndexError, RuntimeError):  # nobody waits, or the first has seen that it is
             self._line[0].release()
-        except (IndexError, RuntimeError):  # nobody waits, or the first has seen that it is
-            pass
