@@ -1,6 +1,7 @@
 """How fast the engine runs through its public API: start-up, decode at 1, 8 and 32 streams, host time per step.
 
-    .venv/bin/python bench/engine.py [MODEL] [--dtype D] [--tokens N] [--rounds R] [--json]
+    .venv/bin/python bench/engine.py [MODEL] [--dtype D] [--activations A] [--kernels K] [--kv-cache-dtype KV]
+        [--tokens N] [--rounds R] [--json]
 
 Host time is what a step spends outside the executor: planning, committing, detokenizing. The last line is JSON
 with --json. Run it on an otherwise idle machine.
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dovetail import LLM, SamplingParams
+
+ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")  # options, and what came of them
 
 
 class Stopwatch:
@@ -62,22 +65,24 @@ def measure(llm: LLM, streams: int, tokens: int, model_time: Stopwatch) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("--dtype", default="auto")
+    for name in ARITHMETIC:
+        parser.add_argument(f"--{name.replace('_', '-')}", default="auto")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()
-    llm = LLM(args.model, dtype=args.dtype)
+    llm = LLM(args.model, **{name: getattr(args, name) for name in ARITHMETIC})
     load = time.perf_counter() - start
     model_time = Stopwatch()
     executor: Any = llm.engine.executor
     executor.run = model_time.around(executor.run)
     measure(llm, 1, 8, model_time)  # first calls allocate
-    print(f"{args.model}, {llm.config.dtype}, {llm.config.threads} threads, loaded in {load:.2f} s")
+    print(f"{args.model}, {llm.config.arithmetic}, {llm.config.threads} threads, loaded in {load:.2f} s")
     print(f"medians of {args.rounds} rounds (lowest-highest)")
     print(f"{'streams':>8} {'tokens/s':>22} {'step ms':>9} {'host ms':>9}")
-    out: dict[str, Any] = {"model": args.model, "dtype": llm.config.dtype, "load_s": load, "streams": {}}
+    facts = {name: getattr(llm.config, name) for name in ARITHMETIC}
+    out: dict[str, Any] = {"model": args.model, **facts, "load_s": load, "streams": {}}
     rounds = [{n: measure(llm, n, args.tokens, model_time) for n in (1, 8, 32)} for _ in range(args.rounds)]
     for n in (1, 8, 32):
         rates = sorted(r[n]["tokens_per_s"] for r in rounds)

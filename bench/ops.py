@@ -15,8 +15,9 @@ Kernels, by the names that --only picks from (any part of "kernel shape" will do
 
 Weights and KV are cold: a run replays one kernel over different weights or layers, --megabytes of them in all (an
 eighth for gemm and prefill), as one program, so that a kernel's start and end count as in a step; `us` is a run
-divided by its kernels. GB/s are stored bytes of weights or KV per second. GOP/s count two operations for each
-multiply-add, of attention only up to the diagonal. K formats take rows of a multiple of 256: 512 for 576.
+divided by its kernels. GB/s are packed bytes of weights or KV, as the kernels read them, per second (a checkpoint
+may store them in fewer). GOP/s count two operations for each multiply-add, of attention only up to the diagonal. K
+formats take rows of a multiple of 256: 512 for 576.
 
 In each round every kernel of a group runs once, in turns, beside one raw read with as many threads (the best of
 three passes over 256 MB). Columns are medians of the rounds, `us` with the lowest and highest; `read %` is the

@@ -232,6 +232,8 @@ def show(result: dict[str, Any]) -> None:
         f"{result['model']}, {result['machine']['cpu']}, {result['machine']['cores']} cores, "
         f"{result['threads']} threads, medians of {result['rounds']} rounds (lowest-highest), tokens/s"
     )
+    if ours := result["facts"]["ours"].get("config"):
+        print("dovetail: " + ", ".join(f"{k} {v}" for k, v in ours.items()))
     print(f"{'':<12} {'dovetail':>22} {peer:>22} {'ours / theirs':>20}  their setting")
     for figure in result["ours"]:
         cells = []
@@ -239,6 +241,7 @@ def show(result: dict[str, Any]) -> None:
             low, high = spread[figure]["ratio" if name == "ratios" else name]
             cells.append(f"{result[name][figure]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})".rjust(width))
         print(f"{figure:<12} {' '.join(cells)}  {result['settings']['theirs'][figure]}")
+    print("ours / theirs is the median of the rounds' ratios, not the ratio of the medians")
     shown = ", ".join("unknown" if b is None else f"{b:.1f}" for b in result["read_bandwidth"])
     full = f"{result['rounds_at_75_gb_s']} of {result['rounds']} rounds at {FULL_BANDWIDTH:.0f} or more"
     print(f"read bandwidth before each round, GB/s: {shown}; {full}")

@@ -1,7 +1,7 @@
 """Perplexity of a model through the serving path: the code that answers requests also scores these.
 
     .venv/bin/python bench/perplexity.py [MODEL] [--corpus FILE] [--window 2048] [--windows 6] [--dtype D]
-        [--kv-cache-dtype K] [--json]
+        [--activations A] [--kernels K] [--kv-cache-dtype KV] [--json]
 
 The corpus is tokenized whole and cut into windows that do not overlap. Every token after the first of a window
 is scored; the result is exp of the mean of the windows' mean negative log-likelihoods. Without --corpus the text
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dovetail import LLM, DovetailError, SamplingParams
+
+ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")  # options, and what came of them
 
 
 def window_nll(llm: LLM, ids: list[int]) -> float:
@@ -58,26 +60,28 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="UTF-8 text (default: pydoc_data.topics)")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window (default 2048)")
     parser.add_argument("--windows", type=int, default=6, help="how many windows from the start (default 6)")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-dtype", default="auto")
+    for name in ARITHMETIC:
+        parser.add_argument(f"--{name.replace('_', '-')}", default="auto")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     if args.window < 2 or args.windows < 1:
         parser.error("--window must be at least 2 and --windows at least 1")
     try:
         text = args.corpus.read_text("utf-8") if args.corpus else "\n".join(pydoc_data.topics.topics.values())
-        llm = LLM(args.model, dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype)
+        llm = LLM(args.model, **{name: getattr(args, name) for name in ARITHMETIC})
         result = perplexity(llm, text, args.window, args.windows)
     except (OSError, ValueError, DovetailError) as error:
         parser.exit(1, f"{error}\n")
     config = llm.config
     print(
-        f"perplexity {result['perplexity']:.4f}: {args.model}, {config.dtype}, KV {config.kv_cache_dtype}, "
+        f"perplexity {result['perplexity']:.4f}: {args.model}, {config.arithmetic}, "
         f"{args.windows} windows of {args.window} tokens of {args.corpus or 'pydoc_data.topics'}"
     )
     if args.json:
-        facts = {"model": args.model, "dtype": config.dtype, "kv_cache_dtype": config.kv_cache_dtype}
-        print(json.dumps({**result, **facts, "corpus": str(args.corpus or "pydoc_data.topics")}))
+        facts = {name: getattr(config, name) for name in ARITHMETIC}
+        print(
+            json.dumps({**result, "model": args.model, **facts, "corpus": str(args.corpus or "pydoc_data.topics")})
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dovetail.core.errors import CapacityError, ConfigError, DovetailError, ModelError, RequestError
+    from dovetail.core.errors import (
+        CapacityError,
+        ConfigError,
+        DovetailError,
+        ForkError,
+        ModelError,
+        RequestError,
+    )
     from dovetail.core.sampling import SamplingParams
     from dovetail.core.technique import Technique
     from dovetail.llm import LLM
@@ -28,6 +35,7 @@ _WHERE = {
     "ConfigError": "dovetail.core.errors",
     "RequestError": "dovetail.core.errors",
     "CapacityError": "dovetail.core.errors",
+    "ForkError": "dovetail.core.errors",
 }
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "DovetailError",
+    "ForkError",
     "ModelError",
     "RequestError",
     "RequestOutput",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
+from dovetail.ops.cpu import MAX_HEAD_DIM
 from dovetail.options import Options
 
 GIB = 1 << 30
@@ -45,6 +47,13 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def arithmetic(self) -> str:
+        """What a step computes in, in words: everything on which the bits of its results depend."""
+        return (
+            f"{self.dtype}, {self.activations} activations, {self.kv_cache_dtype} KV, {self.kernels} kernels"
+        )
+
     def __str__(self) -> str:
         return "\n".join(f"{k}: {v}" for k, v in self.to_dict().items())
 
@@ -71,8 +80,9 @@ class KVBudget:
     max_model_len: int
 
 
-def resolve_kernels(options: Options, device: str, isas: tuple[str, ...]) -> str:
-    """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked."""
+def resolve_kernels(options: Options, device: str, isas: tuple[str, ...], head_dim: int) -> str:
+    """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked, with
+    a warning where it is the model, and no option, that none can do."""
     kinds = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     dtype = kinds.get(options.dtype, options.dtype)
     reason = ""
@@ -82,6 +92,10 @@ def resolve_kernels(options: Options, device: str, isas: tuple[str, ...]) -> str
         reason = f"native kernels compute in float32 or bfloat16, not in {dtype}"
     elif options.kv_cache_dtype in ("float16", "fp16", "float64"):
         reason = f"native kernels have no {options.kv_cache_dtype} KV"
+    elif head_dim > MAX_HEAD_DIM:
+        reason = f"native kernels take a head_dim of at most {MAX_HEAD_DIM}, and this model's is {head_dim}"
+        if options.kernels == "auto" and isas:
+            warnings.warn(f"the slow torch reference runs: {reason}", stacklevel=2)
     if options.kernels == "auto":
         return TORCH if reason or not isas else isas[0]
     if options.kernels == TORCH:
@@ -91,7 +105,7 @@ def resolve_kernels(options: Options, device: str, isas: tuple[str, ...]) -> str
             f"kernels '{options.kernels}' cannot be used here; possible: auto, {', '.join((TORCH, *isas))}"
         )
     if reason:
-        raise ConfigError(f"kernels '{options.kernels}': {reason}")
+        raise ConfigError(f"kernels '{options.kernels}': {reason}; use --kernels auto or {TORCH}")
     return options.kernels
 
 
@@ -218,7 +232,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     """Settle every choice. ConfigError or CapacityError name the option."""
     machine = found.machine
     device = resolve_device(options.device, machine.cuda)
-    kernels = resolve_kernels(options, device, machine.isas)
+    kernels = resolve_kernels(options, device, machine.isas, geometry.head_dim)
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)

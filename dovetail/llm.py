@@ -27,6 +27,9 @@ class LLM:
     `dovetail.options.Options`: dtype, device, threads, kv_memory (bytes, or text such as "512MiB"),
     kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs, enable_prefix_caching,
     seed. Raises ModelError, ConfigError or CapacityError.
+
+    Several threads may use one LLM: they take turns by the step, and what they ask for runs in one batch. It
+    cannot be used in a forked child (ForkError).
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class LLM:
         shown: list[tuple[int, str | None]] = [(0, None)] * len(answer.streams)
         try:
             while True:  # others may step the session too, so what counts is what has not been shown yet
-                state = [(len(s.token_ids), s.finish_reason) for s in answer.streams]
-                if state != shown:
+                with self.session.turns:
+                    state = [(len(s.token_ids), s.finish_reason) for s in answer.streams]
+                    output = answer.output() if state != shown else None
+                if output is not None:
                     shown = state
-                    yield answer.output()
+                    yield output
                 elif answer.finished:
                     return
                 else:
@@ -146,6 +151,7 @@ class LLM:
     def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
         from dovetail.progress import counter
 
+        left = {answer.request_id for answer in answers}
         try:
             with counter("answers", len(answers), enabled=progress) as advance:
                 with uninterrupted():
@@ -154,15 +160,18 @@ class LLM:
                 for answer in answers:
                     with uninterrupted() as interrupts:
                         while not (answer.finished or interrupts):
-                            running = len(self.session.answers)
-                            self.session.step()
-                            advance(running - len(self.session.answers))
+                            done = left & {a.request_id for a in self.session.step() if a.finished}
+                            left -= done
+                            advance(len(done))
+                if left:  # finished by another thread's steps
+                    advance(len(left))
         finally:  # an interrupt or a refusal leaves nothing behind
             with uninterrupted():
                 for answer in answers:
                     if not answer.finished:
                         self.session.abort(answer)
-        return [a.output() for a in answers]
+        with self.session.turns:
+            return [a.output() for a in answers]
 
 
 def _tokenizer(given: Any) -> Any:

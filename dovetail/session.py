@@ -1,4 +1,4 @@
-"""Requests of users on one engine: from prompts and parameters to answers. One thread owns it."""
+"""Requests of users on one engine: from prompts and parameters to answers. Threads take turns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request
 from dovetail.outputs import Answer, Stream
 from dovetail.tokenizer import Tokenizer
+from dovetail.turns import Turns
 
 _MASK = 2**64 - 1
 
 
 class Session:
-    """Submits, steps and aborts. Every submitted answer ends with a finish reason exactly once."""
+    """Submits, steps and aborts. Every submitted answer ends with a finish reason exactly once.
+
+    Safe from several threads: each of these is a turn of its own, and a step advances everybody's answers. What
+    reads an answer that another thread may be stepping holds `turns`. ForkError in a forked child.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
         self.engine = engine
@@ -30,6 +35,8 @@ class Session:
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
         self.answers: dict[str, Answer] = {}
+        self.turns = Turns()
+        self._late: list[tuple[Answer, str]] = []  # to be ended before the next step
         self._count = itertools.count()
 
     @property
@@ -59,6 +66,25 @@ class Session:
 
     def submit(self, answer: Answer) -> Answer:
         """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run."""
+        with self.turns:
+            return self._submit(answer)
+
+    def step(self) -> list[Answer]:
+        """One step of the engine; the answers that changed."""
+        with self.turns:
+            while self._late:
+                self._abort(*self._late.pop())
+            return self._step()
+
+    def abort(self, answer: Answer, reason: str = "abort") -> None:
+        """End an answer now; its pages are free when this returns."""
+        if self.turns.mine:  # the garbage collector ends a generator in the midst of a step
+            self._late.append((answer, reason))
+            return
+        with self.turns:
+            self._abort(answer, reason)
+
+    def _submit(self, answer: Answer) -> Answer:
         if answer.request_id in self.answers:
             raise RequestError(f"a request with id '{answer.request_id}' is already running", param="request_id")
         requests = [s.request for s in answer.streams]
@@ -73,8 +99,7 @@ class Session:
         self.answers[answer.request_id] = answer
         return answer
 
-    def step(self) -> list[Answer]:
-        """One step of the engine; the answers that changed."""
+    def _step(self) -> list[Answer]:
         changed: dict[str, Answer] = {}
         gained = self.engine.step()
         now = time.monotonic()
@@ -92,8 +117,7 @@ class Session:
                     del self.answers[answer.request_id]
         return list(changed.values())
 
-    def abort(self, answer: Answer, reason: str = "abort") -> None:
-        """End an answer now; its pages are free when this returns."""
+    def _abort(self, answer: Answer, reason: str) -> None:
         for stream in answer.streams:
             self.engine.abort(stream.request, reason)
             if stream.finish_reason is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,23 @@ def test_int8_kv_takes_a_quarter_of_the_bytes_and_a_scale() -> None:
 def test_impossible_options_are_refused_with_what_to_change(options, words) -> None:
     with pytest.raises((ConfigError, CapacityError), match=words):
         settle(**options)
+
+
+def test_a_head_dim_beyond_the_native_kernels_falls_back_with_a_reason() -> None:
+    model = replace(MODEL, head_dim=514)
+    found = replace(FOUND, machine=replace(FOUND.machine, isas=("fast", "scalar")))
+
+    def kernels(model, **options):
+        return resolve(Options(**options), model, geometry(model), found).kernels
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels(replace(MODEL, head_dim=512)) == "fast"
+        assert kernels(model, kernels="torch") == "torch"
+    with pytest.warns(UserWarning, match="head_dim of at most 512, and this model's is 514"):
+        assert kernels(model) == "torch"
+    with pytest.raises(ConfigError, match=r"'scalar': native .* head_dim of at most 512.*--kernels auto"):
+        kernels(model, kernels="scalar")
 
 
 def test_the_configuration_prints_whole() -> None:

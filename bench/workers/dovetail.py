@@ -12,7 +12,7 @@ from workers.protocol import Engine, Event, Prompts, serve
 
 from dovetail import LLM, SamplingParams, __version__
 
-SHOWN = ("dtype", "kv_cache_dtype", "threads", "use", "max_num_batched_tokens")
+SHOWN = ("dtype", "activations", "kernels", "kv_cache_dtype", "threads", "use", "max_num_batched_tokens")
 
 
 def load(setup: dict[str, Any]) -> Engine:

@@ -19,6 +19,10 @@ class CapacityError(DovetailError):
     """Something that can never fit; the message carries the numbers."""
 
 
+class ForkError(DovetailError):
+    """An engine used in a forked child of the process that made it; its threads stayed behind."""
+
+
 class RequestError(DovetailError):
     """A request that cannot be served.
 

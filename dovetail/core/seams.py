@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dovetail.core.errors import ConfigError
 from dovetail.core.types import (
     ALL,
     UNLIMITED,
@@ -176,10 +177,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class SlidingWindow(Variant):
-    """Only the last `window` keys, the query's own included (Mistral 7B, section 2), of those `inner` allows."""
+    """Only the last `window` keys, the query's own included (Mistral 7B, section 2), of those `inner` allows.
+
+    Raises ConfigError for a window below 1: no window at all is no SlidingWindow.
+    """
 
     window: int
     inner: Variant = field(default_factory=Variant)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            raise ConfigError(
+                f"SlidingWindow needs a window of at least 1 key, got {self.window!r}; leave it out to read all"
+            )
 
     def score(self, score: Array, q_pos: Array, k_pos: Array, head: Array) -> Array:
         return self.inner.score(score, q_pos, k_pos, head)

@@ -5,7 +5,10 @@ torch is imported first, so that both use one OpenMP runtime and one set of thre
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +18,28 @@ from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ConfigError
 
 TORCH = "torch"  # the name of the reference kernels
+MAX_HEAD_DIM = 512  # buffers of the attention kernels have that size
 ACTIVATIONS = {torch.bfloat16: "bf16"}
 
 
 @cache
 def native() -> Any:
-    """The extension module, or None where it was not built."""
+    """The extension module, or None where it was not built or, with a warning, does not load."""
     try:
         from dovetail import _native
-    except ImportError:
+    except ImportError as error:
+        if (file := _extension()) is not None:
+            warnings.warn(f"the slow torch reference runs, because {file} does not load: {error}", stacklevel=2)
         return None
     return _native
+
+
+def _extension() -> str | None:
+    """The file of the extension module, be it for this Python or for another one."""
+    spec = importlib.util.find_spec("dovetail._native")
+    if spec is not None:
+        return spec.origin
+    return next((str(f) for f in sorted(Path(__file__).parents[1].glob("_native*.so"))), None)
 
 
 def isas() -> tuple[str, ...]:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.seams import SlidingWindow, Variant
+from dovetail.ops import cpu
 from dovetail.ops.attention.paged import PagedAttention, Shape, State, merge_states
 from dovetail.ops.cpu import isas
 from dovetail.ops.template import ALiBi, BlockDiagonal, Sinks, SoftCap, with_tables
-from dovetail.runtime.store import quantize_int8
+from dovetail.runtime.store import quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
 SHAPE = Shape(6, 2, 24, 4)
@@ -224,12 +225,83 @@ def test_each_kv_head_reads_its_own_list() -> None:
         (dict(indices=[[0, 1]] * 3), "give 1 or 2"),
         (dict(qo_indptr=[0, 9]), "more rows than keys"),
         (dict(indices=[[0, 1]], positions=[[0, 4]]), "starts"),
+        (dict(starts=[]), "0 starts were given for 1 requests"),
+        (dict(starts=[0, 0]), "2 starts were given for 1 requests"),
+        (dict(starts=[-1]), "starts must be at least 0"),
+        (dict(starts=[2**30]), "starts must be .* below 1073741824"),
+        (dict(qo_indptr=[0, 2], starts=[2**30 - 1]), "beyond position 1073741823"),
+        (dict(positions=[[0, -4]], starts=[7]), "positions must be at least 0"),
+        (dict(positions=[[0, 2**30 - 3]], starts=[7]), "positions must be"),
+        (dict(positions=[[0]], starts=[7]), r"positions of \[1\] pages .* lists of \[2\]"),
+        (dict(positions=[[]], starts=[7]), r"positions of \[0\] pages"),
+        (dict(indices=[[0, 1], [0, 1]], positions=[[0, 4, 8, 12]], starts=[7]), r"positions of \[4\] pages"),
+        (dict(indices=[0, 2**31]), "indices must be"),
+        (dict(indices=[0.0, 1.0]), "whole numbers, got .*float64"),
+        (dict(indices=torch.zeros(2, dtype=torch.int64, device="meta")), "indices must be"),
+        (dict(indptr=[[0, 2]]), "flat"),
+        (dict(qo_indptr=[], indptr=[], last_page_len=[]), "one entry more"),
     ],
 )
 def test_wrong_plans_are_refused(change: dict, text: str) -> None:
     plan = dict(qo_indptr=[0, 1], indptr=[0, 2], indices=[0, 1], last_page_len=[4]) | change
     with pytest.raises(ConfigError, match=text):
         PagedAttention(SHAPE).plan(**plan)
+
+
+def test_more_keys_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(ConfigError, match="request 0 has 1610612736 keys"):
+        PagedAttention(Shape(6, 2, 24, 2**29)).plan([0, 1], [0, 3], [0, 1, 2], [2**29])
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, lambda x: np.array(x, np.uint16)])
+def test_lists_may_be_arrays(kind, many: bool) -> None:
+    case = Case(6, [5, 150], [2, 7])
+    flat = [p for x in case.lists for p in x]
+    engine = PagedAttention(SHAPE)
+    engine.plan(*map(kind, (case.qo, case.indptr, [flat, flat] if many else flat, case.last)))
+    assert same(engine.run_state(case.q, case.k, case.v), case.run())
+    engine.plan(case.qo, case.indptr, [kind(flat), kind(flat)], case.last, starts=kind([3, 143]))
+    assert same(engine.run_state(case.q, case.k, case.v), case.run())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(threads=0), "threads must be a whole number from 1"),
+        (dict(threads=-1), "threads"),
+        (dict(threads=10**9), "threads"),
+        (dict(threads=1.5), "threads"),
+        (dict(isa="sse9"), f"isa 'sse9' cannot be used here; possible: {', '.join(isas())}"),
+        (dict(shape=Shape(6, 0, 24, 4)), "num_kv_heads must be"),
+        (dict(shape=Shape(6, 4, 24, 4)), "do not divide"),
+        (dict(shape=Shape(6, 2, 24, 0)), "page_size must be"),
+        (dict(shape=Shape(6, 2, 514, 4)), "head_dim must be even and at most 512"),
+        (dict(shape=Shape(6, 2, 7, 4)), "head_dim must be even"),
+    ],
+)
+def test_impossible_engines_are_refused(change: dict, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        PagedAttention(**(dict(shape=SHAPE) | change))
+
+
+def test_without_the_native_kernels_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "native", lambda: None)
+    with pytest.raises(ConfigError, match="were not built"):
+        PagedAttention(SHAPE)
+
+
+@pytest.mark.parametrize("window", [0, -1, True, 2.5, None])
+def test_windows_of_nothing_are_refused(window) -> None:
+    with pytest.raises(ConfigError, match="at least 1 key"):
+        SlidingWindow(window)
+
+
+@pytest.mark.parametrize("window", [2**30, 2**31 - 1, 2**31, 2**40])
+def test_wide_windows_read_everything(window: int) -> None:
+    case = Case(3, [5, 200], [5, 50])
+    assert same(case.run(variant=SlidingWindow(window)), case.run())
+    assert same(case.run(variant=SlidingWindow(20, SlidingWindow(window))), case.run(variant=SlidingWindow(20)))
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -248,8 +320,28 @@ def test_int8_pages_are_read_as_codes_times_scales(layout: str) -> None:
         engine.run(case.q, k.float(), v.float(), scales=(by[0], by[1]))
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_int4_pages_are_read_as_minimum_plus_scale_times_code(layout: str) -> None:
+    case = Case(4, [5, 150], [2, 7])
+    codes, scales = zip(*(quantize_int4(t) for t in (case.k, case.v)), strict=True)
+    k, v, *by = (t.transpose(1, 2) if layout == "HND" else t for t in (*codes, *scales))
+    engine = PagedAttention(SHAPE, layout=layout, threads=2)
+    engine.plan(case.qo, case.indptr, [p for x in case.lists for p in x], case.last)
+    got = engine.run(case.q, k, v, scales=(by[0], by[1]))
+    for name, c, s in zip("kv", codes, scales, strict=True):
+        values = torch.stack([c & 15, c >> 4], -1).flatten(-2).float() * s[..., :1] + s[..., 1:]
+        setattr(case, name, values)
+    torch.testing.assert_close(got, case.reference().out, atol=3e-6, rtol=3e-6)
+    with pytest.raises(ConfigError, match="scales are"):
+        engine.run(case.q, k, v, scales=(by[0][..., 0], by[1][..., 0]))
+    with pytest.raises(ConfigError, match="k is"):
+        engine.run(case.q, k.repeat(1, 1, 1, 2), v, scales=(by[0], by[1]))
+
+
 def test_wrong_tensors_are_refused() -> None:
     engine = PagedAttention(SHAPE)
+    with pytest.raises(ConfigError, match="nothing is planned"):
+        engine.run(torch.zeros(1, 6, 24), torch.zeros(2, 4, 2, 24), torch.zeros(2, 4, 2, 24))
     engine.plan([0, 1], [0, 2], [0, 1], [4])
     q, k = torch.zeros(1, 6, 24), torch.zeros(2, 4, 2, 24)
     with pytest.raises(ConfigError, match="q is"):
@@ -258,3 +350,13 @@ def test_wrong_tensors_are_refused() -> None:
         engine.run(q, k[:1], k[:1])
     with pytest.raises(ConfigError, match="v is"):
         engine.run(q, k, k.half())
+    for at, name in enumerate("qkv"):
+        given = [q, k, k]
+        given[at] = given[at].to("meta")
+        with pytest.raises(ConfigError, match=f"{name} is on meta"):
+            engine.run(*given)
+    codes, by = k.to(torch.int8), torch.ones(2, 4, 2)
+    with pytest.raises(ConfigError, match="scales is on meta"):
+        engine.run(q, codes, codes, scales=(by, by.to("meta")))
+    with pytest.raises(ConfigError, match="1 tensors of scales"):
+        engine.run(q, codes, codes, scales=(by,))  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ from typing import Any
 
 from dovetail.core.seams import SlidingWindow, Variant
 from dovetail.ops.template import TraceError, compile_variant, trace, window
+from dovetail.ops.template.expression import POSITIONS
+
+WIDEST = POSITIONS  # no key is farther away, and the native side counts in 32 bits
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def kernel_variant(variant: Variant, num_heads: int) -> KernelVariant:
         return KernelVariant(0, 0, [])
     if type(variant) is SlidingWindow:
         inner = kernel_variant(variant.inner, num_heads)
-        narrow = min(variant.window, inner.window or variant.window)
+        narrow = min(variant.window, inner.window or variant.window, WIDEST)
         return KernelVariant(narrow, inner.address, inner.params, inner.held)
     traced = trace(variant)
     if traced.is_causal:
@@ -39,4 +42,5 @@ def kernel_variant(variant: Variant, num_heads: int) -> KernelVariant:
     if traced.num_heads is not None and traced.num_heads < num_heads:
         raise TraceError(f"{variant!r} covers {traced.num_heads} heads, the model has {num_heads}")
     reach, compiled = window(traced), compile_variant(traced)
-    return KernelVariant(0 if reach is None else reach + 1, compiled.address, compiled.params.tolist(), compiled)
+    narrow = 0 if reach is None else min(reach + 1, WIDEST)
+    return KernelVariant(narrow, compiled.address, compiled.params.tolist(), compiled)

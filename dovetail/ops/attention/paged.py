@@ -8,7 +8,6 @@ requests share; partial states are merged in order, so the result is the same bi
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +18,22 @@ from dovetail.core.errors import ConfigError
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
+from dovetail.ops.attention.page_lists import Numbers, page_lists, placed
 
 LAYOUTS = ("NHD", "HND")
-_KINDS = {(torch.float32, False): "float32", (torch.bfloat16, False): "bf16", (torch.int8, True): "int8"}
+# (dtype, whether there are scales) -> name, dimensions per stored element, scales per vector.
+_KINDS = {
+    (torch.float32, False): ("float32", 1, 0),
+    (torch.bfloat16, False): ("bf16", 1, 0),
+    (torch.int8, True): ("int8", 1, 1),
+    (torch.uint8, True): ("int4", 2, 2),
+}
+_STORED = "float32, bfloat16, int8 with scales, or int4 (uint8, two codes each) with scales"
+MAX_THREADS = 4096
 
 
 class Shape(NamedTuple):
-    """Query heads, KV heads, head dimension (even), tokens per page."""
+    """Query heads, KV heads (which divide them), head dimension (even, at most 512), tokens per page."""
 
     num_heads: int
     num_kv_heads: int
@@ -58,7 +66,8 @@ class PagedAttention:
 
     layout: "NHD", KV [pages, page_size, KV heads, head_dim], or "HND", [pages, KV heads, page_size, head_dim].
     cascade reads what several requests share once; split cuts long sequences over threads. Both change the time
-    and not one bit of the result.
+    and not one bit of the result. Lists may be numpy arrays or torch tensors. Everything is checked before native
+    code sees it: ConfigError, also where the native kernels were not built. One thread at a time may use it.
     """
 
     def __init__(
@@ -67,71 +76,50 @@ class PagedAttention:
     ) -> None:  # fmt: skip
         if layout not in LAYOUTS:
             raise ConfigError(f"layout '{layout}' is unknown; the known ones are {', '.join(LAYOUTS)}")
-        if shape.num_heads % shape.num_kv_heads:
-            raise ConfigError(f"{shape.num_heads} query heads do not divide over {shape.num_kv_heads} KV heads")
+        _check_shape(shape)
+        if not _whole(threads, 1, MAX_THREADS):
+            raise ConfigError(f"threads must be a whole number from 1 to {MAX_THREADS}, got {threads!r}")
+        native, isas = cpu.native(), cpu.isas()
+        if native is None:
+            raise ConfigError(
+                "PagedAttention needs the native kernels, which were not built: `pip install .`, or use "
+                "the torch reference, dovetail.ops.attention"
+            )
+        if isa and isa not in isas:
+            raise ConfigError(f"isa '{isa}' cannot be used here; possible: {', '.join(isas)}")
         self.shape = shape
         self.layout = layout
         self.variant = kernel_variant(variant or Variant(), shape.num_heads)
         heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        self._engine: Any = cpu.native().PagedAttention(isa, threads, heads, cascade, split)
+        self._engine: Any = native.PagedAttention(isa, threads, heads, cascade, split)
         self._pages = 0
+        self._rows = -1  # until something is planned
 
     def plan(
-        self, qo_indptr: Sequence[int], indptr: Sequence[int], indices: Sequence[int] | Sequence[Sequence[int]],
-        last_page_len: Sequence[int], *, positions: Sequence[Sequence[int]] | None = None,
-        starts: Sequence[int] | None = None,
+        self, qo_indptr: Numbers, indptr: Numbers, indices: Numbers | Sequence[Numbers], last_page_len: Numbers, *,
+        positions: Sequence[Numbers] | None = None, starts: Numbers | None = None,
     ) -> None:  # fmt: skip
         """Rows qo_indptr[i]:qo_indptr[i + 1] of request i are the last of its sequence, or begin at starts[i].
 
         indices: one list for all KV heads, or one per KV head (all cut by the same `indptr`). positions: for lists
         that leave pages out, the position of the first token of each listed page, per KV head; `starts` is then
-        needed.
+        needed. Raises ConfigError for lists that do not agree, and positions outside [0, 2^30).
         """
-        many = len(indices) > 0 and not isinstance(indices[0], int)
-        lists: list[list[int]] = [list(x) for x in indices] if many else [list(indices)]  # type: ignore[arg-type]
-        lengths = self._lengths(qo_indptr, indptr, last_page_len, lists)
-        if starts is None:
-            if positions is not None:
-                raise ConfigError("lists with positions leave pages out: give `starts`, the rows' own positions")
-            starts = [n - (qo_indptr[i + 1] - qo_indptr[i]) for i, n in enumerate(lengths)]
-            if min(starts, default=0) < 0:
-                raise ConfigError("a request has more rows than keys; give `starts`, or pages for its own tokens")
-        self._pages = 1 + max((p for x in lists for p in x), default=-1)
-        flat = [p for x in lists for p in x]
-        where = [p for x in positions for p in x] if positions is not None else []
-        if where and len(where) != len(flat):
-            raise ConfigError(f"{len(where)} positions were given for {len(flat)} listed pages")
-        self._engine.plan(
-            list(qo_indptr), list(indptr), lengths, list(starts), flat, where, len(lists), self.shape.page_size
-        )
-        self._rows = qo_indptr[-1]
-
-    def _lengths(
-        self, qo_indptr: Sequence[int], indptr: Sequence[int], last: Sequence[int], lists: list[list[int]]
-    ) -> list[int]:
         size = self.shape.page_size
-        if len(lists) not in (1, self.shape.num_kv_heads):
-            raise ConfigError(f"{len(lists)} lists of pages were given; give 1 or {self.shape.num_kv_heads}")
-        if not len(qo_indptr) == len(indptr) == len(last) + 1:
-            raise ConfigError("qo_indptr and indptr need one entry more than last_page_len")
-        for name, pointers in (("qo_indptr", qo_indptr), ("indptr", indptr)):
-            if pointers[0] != 0 or any(b < a for a, b in itertools.pairwise(pointers)):
-                raise ConfigError(f"{name} must begin with 0 and not decrease, got {list(pointers)}")
-        if any(len(x) != indptr[-1] for x in lists) or any(p < 0 for x in lists for p in x):
-            raise ConfigError(f"every list needs indptr[-1] = {indptr[-1]} page numbers of at least 0")
-        out = []
-        for i, n in enumerate(last):
-            pages = indptr[i + 1] - indptr[i]
-            if not (0 < n <= size if pages else n == 0):
-                raise ConfigError(
-                    f"last_page_len[{i}] is {n}; with {pages} pages it must be in 1..{size}, or 0 with none"
-                )
-            out.append(max(0, pages - 1) * size + n)
-        return out
+        lists = page_lists((qo_indptr, indptr, last_page_len), indices, size, self.shape.num_kv_heads)
+        lists = placed(lists, starts, positions, size)
+        flat, where = ([p for x in each for p in x] for each in (lists.pages, lists.positions))
+        self._engine.plan(
+            lists.qo_indptr, lists.indptr, lists.lengths, lists.starts, flat, where, len(lists.pages), size
+        )
+        self._pages = 1 + max(flat, default=-1)
+        self._rows = lists.qo_indptr[-1]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *, scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """q float32 [rows, heads, head_dim] -> the same shape. k, v: pages in the layout, float32 or bfloat16; or
-        int8 codes with scales [..] of one token and head, float32."""
+        int8 codes with scales [..] (float32) of one token and head; or int4 codes, uint8 [.., head_dim / 2] of two
+        with the even dimension in the low half, and scales [.., 2], (scale, minimum): minimum + scale * code. All
+        on the CPU."""
         return self.run_state(q, k, v, scales=scales).out
 
     def run_state(
@@ -139,26 +127,7 @@ class PagedAttention:
     ) -> State:  # fmt: skip
         """The result with its log-sum-exp, to be merged with others."""
         s = self.shape
-        inner = (s.page_size, s.num_kv_heads) if self.layout == "NHD" else (s.num_kv_heads, s.page_size)
-        kind = _KINDS.get((k.dtype, scales is not None), "")
-        for name, t in (("k", k), ("v", v)):
-            if (
-                not kind
-                or t.dtype != k.dtype
-                or tuple(t.shape[1:]) != (*inner, s.head_dim)
-                or len(t) < self._pages
-            ):
-                raise ConfigError(
-                    f"{name} is {t.dtype} {list(t.shape)}; needed: float32, bfloat16, or int8 with scales, "
-                    f"[at least {self._pages}, {inner[0]}, {inner[1]}, {s.head_dim}]"
-                )
-        if tuple(q.shape) != (self._rows, s.num_heads, s.head_dim):
-            raise ConfigError(f"q is {list(q.shape)}; planned were {[self._rows, s.num_heads, s.head_dim]}")
-        for codes, scale in zip((k, v), scales or (), strict=False):
-            if tuple(scale.shape) != tuple(codes.shape[:3]):
-                raise ConfigError(
-                    f"scales are {list(scale.shape)}; needed: {list(codes.shape[:3])}, one per vector"
-                )
+        kind = self._checked(q, (k, v), scales)
         q, k, v = q.float().contiguous(), k.contiguous(), v.contiguous()
         out, lse = torch.empty_like(q), torch.empty(self._rows, s.num_heads)
         held = [t.float().contiguous() for t in scales] if scales is not None else []
@@ -170,7 +139,49 @@ class PagedAttention:
         )  # fmt: skip
         return State(out, lse)
 
+    def _checked(self, q: Tensor, kv: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None) -> str:
+        """How K and V are stored; ConfigError for what does not fit the plan."""
+        s = self.shape
+        if self._rows < 0:
+            raise ConfigError("nothing is planned; call `plan` before `run`")
+        if scales is not None and len(scales) != 2:
+            raise ConfigError(f"{len(scales)} tensors of scales were given; give two, of k and of v")
+        named = [("q", q), ("k", kv[0]), ("v", kv[1]), *(("scales", t) for t in scales or ())]
+        for name, t in named:
+            if t.device.type != "cpu":
+                raise ConfigError(f"{name} is on {t.device}; the native kernels need it on the CPU")
+        inner = (s.page_size, s.num_kv_heads) if self.layout == "NHD" else (s.num_kv_heads, s.page_size)
+        kind, codes, pairs = _KINDS.get((kv[0].dtype, scales is not None), ("", 1, 0))
+        for name, t in (("k", kv[0]), ("v", kv[1])):
+            wanted = (*inner, s.head_dim // codes)
+            if not kind or t.dtype != kv[0].dtype or tuple(t.shape[1:]) != wanted or len(t) < self._pages:
+                raise ConfigError(
+                    f"{name} is {t.dtype} {list(t.shape)}; needed: {_STORED}, "
+                    f"[at least {self._pages}, {', '.join(map(str, wanted))}]"
+                )
+        if tuple(q.shape) != (self._rows, s.num_heads, s.head_dim):
+            raise ConfigError(f"q is {list(q.shape)}; planned were {[self._rows, s.num_heads, s.head_dim]}")
+        for t, scale in zip(kv, scales or (), strict=False):
+            needed = (*t.shape[:3], pairs) if pairs > 1 else tuple(t.shape[:3])
+            if tuple(scale.shape) != needed:
+                raise ConfigError(f"scales are {list(scale.shape)}; needed: {list(needed)}, for each vector")
+        return kind
+
     def stats(self) -> dict[str, int]:
         """Of the plan: items of work, rows merged from several, tokens read per KV head, and without sharing."""
         found: dict[str, int] = self._engine.stats()
         return found
+
+
+def _check_shape(shape: Shape) -> None:
+    for name, value in shape._asdict().items():
+        if not _whole(value, 1, 2**31 - 1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if shape.num_heads % shape.num_kv_heads:
+        raise ConfigError(f"{shape.num_heads} query heads do not divide over {shape.num_kv_heads} KV heads")
+    if shape.head_dim % 2 or shape.head_dim > cpu.MAX_HEAD_DIM:
+        raise ConfigError(f"head_dim must be even and at most {cpu.MAX_HEAD_DIM}, got {shape.head_dim}")
+
+
+def _whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
