@@ -7,6 +7,7 @@ namespace dovetail {
 
 constexpr int MAX_ROWS = 8;    // rows of a register block of a linear
 constexpr int MAX_TILES = 3;   // tiles of one
+constexpr int TALL_ROWS = 48;  // rows of a tall one
 constexpr int KEYS = 64;       // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
@@ -23,6 +24,7 @@ struct GemmArgs {
     int out_stride;
     const uint8_t* ahead;
     int lines;
+    int row_count, tile_count;
 };
 
 // out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
@@ -52,8 +54,9 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 struct Kernels {
     const char* name;
     int rows_alone;               // up to so many rows one tile at a time is best, in one block of rows
-    int rows_many, tiles_many;    // the best register block for more
+    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best block for more
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
+    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // for any number of rows beyond MAX_ROWS, up to rows_many
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
@@ -78,6 +81,7 @@ struct Kernels {
 // The table of an instruction set, or null if this build or this CPU lacks it.
 const Kernels* kernels(const char* name);
 const Kernels* best_kernels();
-const char* isa_name(int i);  // of the i-th that this build has, best first; null beyond
+const char* isa_name(int i);      // of the i-th that this build has, best first; null beyond
+const char* emulated_name(int i);  // of those that are only for testing others
 
 }  // namespace dovetail

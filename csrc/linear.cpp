@@ -91,7 +91,8 @@ void LinearOp::run(Member& member, const Work& work) {
     }
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
-    const int fit = std::max(4, (int)(PANEL / row_bytes_ / k.rows_many)) * k.rows_many;
+    const int many = k.rows_many[args_.activation], least = many > MAX_ROWS ? 1 : 4;
+    const int fit = std::max(least, (int)(PANEL / row_bytes_ / many)) * many;
     const int panels = few ? 1 : (n + fit - 1) / fit;
     const int each = std::clamp(tiles_ / (member.threads() * CHUNKS), 1, few ? 64 : 6), chunks = (tiles_ + each - 1) / each;
     member.share(panels * chunks, [&](int i) {
@@ -113,20 +114,21 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, int tile, int c
     const size_t group = count * w.tile_stride, per_block = (group / k_blocks_ + parts - 1) / parts;
     const int lines = (int)((per_block + 63) / 64);
     const uint8_t* ahead = parts == 1 ? w.tile(tile) + AHEAD : w.tile(tile) + group + (size_t)part * lines * 64 * k_blocks_;
-    kernels.gemm[w.format][args_.activation][n][count](
-        {w.tile(tile), w.tile_stride, k_blocks_, rows, row_bytes_, out, stride, ahead, lines});
+    const Gemm gemm = n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
+                                   : kernels.gemm[w.format][args_.activation][n][count];
+    gemm({w.tile(tile), w.tile_stride, k_blocks_, rows, row_bytes_, out, stride, ahead, lines, n, count});
 }
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
-    alignas(64) float out[MAX_ROWS * MAX_TILES * TILE];
+    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
+    alignas(64) float out[TALL_ROWS * MAX_TILES * TILE];
     for (const Segment& s : segments_) {
         const Packed& w = *s.weights;
         const int to = std::min(last, s.first_tile + w.tiles) - s.first_tile;
         for (int t = std::max(first, s.first_tile) - s.first_tile, count; t < to; t += count) {
-            count = few ? 1 : std::min(k.tiles_many, to - t);
+            count = few ? 1 : std::min(k.tiles_many[args_.activation], to - t);
             const int columns = std::min(count * TILE, w.n - t * TILE);
             for (int b = 0; b < blocks; b++) {
                 const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
@@ -160,9 +162,10 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
     const Kernels& k = *work.kernels;
     const Slot& out = (*work.slots)[args_.out];
     const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
-    const int step = few ? 1 : k.tiles_many, together = few ? GATE_TILES : k.tiles_many, width = GATE_TILES * TILE;
-    alignas(64) float values[2][MAX_ROWS * GATE_TILES * TILE];
+    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
+    const int step = few ? 1 : k.tiles_many[args_.activation], together = few ? GATE_TILES : step;
+    const int width = (few ? GATE_TILES : MAX_TILES) * TILE;
+    alignas(64) float values[2][std::max(MAX_ROWS * GATE_TILES, TALL_ROWS * MAX_TILES) * TILE];
     for (int from = first, to; from < last; from = to) {
         to = std::min(last, from + together);
         const int column = from * TILE, columns = std::min((to - from) * TILE, out.width - column);
