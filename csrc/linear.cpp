@@ -113,7 +113,8 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, int tile, int c
                         int part, int parts, float* out, int stride) const {
     const size_t group = count * w.tile_stride, per_block = (group / k_blocks_ + parts - 1) / parts;
     const int lines = (int)((per_block + 63) / 64);
-    const uint8_t* ahead = parts == 1 ? w.tile(tile) + AHEAD : w.tile(tile) + group + (size_t)part * lines * 64 * k_blocks_;
+    const bool stream = parts == 1 && count == 1;
+    const uint8_t* ahead = w.tile(tile) + (stream ? AHEAD : group + (size_t)part * lines * 64 * k_blocks_);
     const Gemm gemm = n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
                                    : kernels.gemm[w.format][args_.activation][n][count];
     gemm({w.tile(tile), w.tile_stride, k_blocks_, rows, row_bytes_, out, stride, ahead, lines, n, count});

@@ -40,7 +40,6 @@ template <class W, int G> INLINE void decode_quads(const W& w, uint8_t* codes) {
 template <class W> void decode(const GemmArgs& g, int first, int count, Decoded (*to)[SPAN]) {
     constexpr auto info = INFO<W>;
     for (int b = first; b < first + count; b++) {
-        fetch(g, b);
         for (int t = 0; t < g.tile_count; t++) {
             const uint8_t* head =
                 g.weights + t * g.tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
@@ -82,7 +81,7 @@ struct Tall {
     unsigned issued, used;     // blocks so far, by the tile registers and by the vectors
     Decoded weights[TALL_TILES][SPAN];
     alignas(64) int32_t totals[SLOTS][TALL_TILES][2][GROUP_ROWS][16];
-    alignas(64) float sums[dovetail::TALL_ROWS][TALL_TILES * 16];  // over K before `first`
+    alignas(64) float sums[dovetail::TALL_ROWS][TALL_TILES * 16];  // over the blocks before `first`
     float scale[GROUP_ROWS][SPAN], scaled_sum[GROUP_ROWS][SPAN];
 };
 
@@ -161,6 +160,7 @@ template <Sums S, int R, int T> void add_group(Tall& w, int start) {
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = w.first ? load(w.sums[start + r] + 16 * t) : zero();
     for (int b = 0; b < w.count; b++) {
+        if (start == 0) fetch(g, w.first + b);
         issue<S, T>(w);
         add_block<S, R, T>(w, b, f);
     }
@@ -172,8 +172,9 @@ template <Sums S, int R, int T> void add_group(Tall& w, int start) {
 }
 
 template <Sums S, int T> void add_span(Tall& w) {
-    constexpr void (*ADD[])(Tall&, int) = {add_group<S, 5, T>, add_group<S, 6, T>,  add_group<S, 7, T>,  add_group<S, 8, T>,
-                                           add_group<S, 9, T>, add_group<S, 10, T>, add_group<S, 11, T>, add_group<S, 12, T>};
+    constexpr void (*ADD[])(Tall&, int) = {add_group<S, 5, T>,  add_group<S, 6, T>,  add_group<S, 7, T>,
+                                           add_group<S, 8, T>,  add_group<S, 9, T>,  add_group<S, 10, T>,
+                                           add_group<S, 11, T>, add_group<S, 12, T>};
     for (int i = 0; i < LEAD; i++) issue<S, T>(w);
     for (int i = 0; i < w.groups; i++) ADD[w.start(i + 1) - w.start(i) - LEAST_ROWS](w, w.start(i));
 }

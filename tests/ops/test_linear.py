@@ -130,16 +130,16 @@ def test_tiles_give_the_bits_of_vectors(name: str, isa: str) -> None:
     """For any number of rows, of columns and of blocks, also through a gate."""
     x = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
     for n, k in ((17, 256), (200, 512), (48, 512 if name.endswith("_K") else 288)):
-        data, more = stored(name, n, k, n), stored(name, n, k, n + 1)
-        for parts, options in (([(name, data), (name, more)], {}), ([(name, data), (name, more)], {"gate": "silu"})):
-            want = Layer(parts, k, "scalar", "int8", **options)(x[:, :k].contiguous())
-            layer = Layer(parts, k, isa, "int8", **options)
+        parts = [(name, stored(name, n, k, n)), (name, stored(name, n, k, n + 1))]
+        for gate in ("", "silu"):
+            want = Layer(parts, k, "scalar", "int8", gate=gate)(x[:, :k].contiguous())
+            layer = Layer(parts, k, isa, "int8", gate=gate)
             for rows in (*range(1, 41), 48, 49, 97, 100):
-                assert torch.equal(layer(x[:rows, :k].contiguous()), want[:rows]), (n, k, rows, options)
+                assert torch.equal(layer(x[:rows, :k].contiguous()), want[:rows]), (n, k, rows, gate)
 
 
 def tile_sums(x: torch.Tensor, w: torch.Tensor) -> np.ndarray:
-    """x @ w.T by the manual's sequence: per 32 of K the sums of even and of odd ones, then both added to the result."""
+    """x @ w.T as the manual adds it up: per 32 of K a sum of even and one of odd products, both then added."""
     a, b = (v.to(torch.bfloat16).float().numpy().astype(np.longdouble) for v in (x, w))
     out = np.zeros((len(a), len(b)), np.float32)
     for first in range(0, a.shape[1], 32):
