@@ -24,7 +24,7 @@ struct GemmArgs {
     int out_stride;
     const uint8_t* ahead;
     int lines;
-    int row_count, tile_count;
+    int row_count, tile_count;  // of the block
 };
 
 // out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
@@ -53,10 +53,10 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 
 struct Kernels {
     const char* name;
-    int rows_alone;               // up to so many rows one tile at a time is best, in one block of rows
-    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best block for more
+    int rows_alone;  // up to so many rows one tile at a time is best, in one block of rows
+    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best register block for more
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
-    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // for any number of rows beyond MAX_ROWS, up to rows_many
+    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where rows_many is beyond MAX_ROWS: any number of rows between them
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
@@ -81,7 +81,7 @@ struct Kernels {
 // The table of an instruction set, or null if this build or this CPU lacks it.
 const Kernels* kernels(const char* name);
 const Kernels* best_kernels();
-const char* isa_name(int i);      // of the i-th that this build has, best first; null beyond
-const char* emulated_name(int i);  // of those that are only for testing others
+const char* isa_name(int i);       // of the i-th that this build has, best first; null beyond
+const char* emulated_name(int i);  // of the i-th that is only for tests
 
 }  // namespace dovetail

@@ -9,7 +9,6 @@ namespace {
 
 struct Trial {
     static constexpr int ROWS = 13, TILES = 2, BLOCKS = 8, K = 32 * BLOCKS, COLUMNS = 16 * TILES;
-
     static constexpr int ROW = 2 * K, TILE = 2 * K * 16;  // bytes that suffice
 
     Trial(const dovetail::Kernels& base, dovetail::Format f, dovetail::Activation a)

@@ -77,7 +77,8 @@ bool carry_out(int opcode, const Operands& o) {
 void trap(int, siginfo_t*, void* context) {
     greg_t* regs = ((ucontext_t*)context)->uc_mcontext.gregs;
     const uint8_t* at = (const uint8_t*)regs[REG_RIP];
-    const Operands o{regs, at + 4, at[2] & 3, !(at[1] >> 7 & 1), !(at[1] >> 6 & 1), !(at[1] >> 5 & 1), ~at[2] >> 3 & 15};
+    const int inverted = ~at[1], v = ~at[2] >> 3 & 15;
+    const Operands o{regs, at + 4, at[2] & 3, inverted >> 7 & 1, inverted >> 6 & 1, inverted >> 5 & 1, v};
     // Three-byte VEX, second map, W and L zero.
     if (at[0] != 0xc4 || (at[1] & 31) != 2 || (at[2] & 0x84) || !carry_out(at[3], o)) {
         fprintf(stderr, "unknown instruction %02x %02x %02x %02x %02x\n", at[0], at[1], at[2], at[3], at[4]);
