@@ -266,16 +266,13 @@ class KVPool:
         self.heads, self.kind = heads, kind
         self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, KV_DTYPES[kind])
         self.tokens = tokens * -(-size // (tokens * self.token_bytes))
-        self.k, self.v = (self._filled(keys) for keys in (True, False))
-
-    def _filled(self, keys: bool) -> torch.Tensor:
-        shape = (1, self.tokens, self.heads.kv, self.heads.dim)
-        data = TiledStore(shape, KV_DTYPES[self.kind], PAGE, keys=keys).data
-        some = torch.randn(min(1024, len(data)), *data.shape[1:]).to(data.dtype)
-        for at in range(0, len(data), len(some)):
-            part = data[at : at + len(some)]
-            part.copy_(some[: len(part)])
-        return data
+        shape = (1, self.tokens, heads.kv, heads.dim)
+        self.k, self.v = (s.data for s in TiledStore.pair(shape, KV_DTYPES[kind], PAGE))
+        for data in (self.k, self.v):
+            some = torch.randn(min(1024, len(data)), *data.shape[1:]).to(data.dtype)
+            for at in range(0, len(data), len(some)):
+                part = data[at : at + len(some)]
+                part.copy_(some[: len(part)])
 
 
 @dataclass(frozen=True)

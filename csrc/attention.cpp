@@ -10,6 +10,7 @@ namespace dovetail {
 struct Scratch {
     Aligned<float> states;
     Aligned<uint8_t> q, k, v;
+    KeyBlock keys;
 };
 
 namespace {
@@ -26,11 +27,6 @@ Scratch& scratch() {
 }
 
 }  // namespace
-
-// The tiles of a chunk, and those to fetch next.
-struct Tiles {
-    const void *k[2 * CHUNK_TILES], *v[2 * CHUNK_TILES];
-};
 
 // ---- planning
 
@@ -146,6 +142,10 @@ void AttentionPlan::deal() {
 void AttentionPlan::cut() {
     double total = 0;
     auto cost = [&](int tokens, int rows) { return tokens * (READ + ROW * rows * heads_.group()); };
+    auto until = [&](const Node& n, int row) {  // chunks that a row of the node can read
+        const Sequence& s = sequences_[n.sequence];
+        return s.page_positions ? n.last : std::min(n.last, row_position_[row_lists_[n.row_list + row]] / CHUNK + 1);
+    };
     for (const Node& n : nodes_) total += cost((n.last - n.first) * CHUNK, n.rows) * heads_.kv;
     const double target = threads_ == 1 ? 1e30 : std::max(total / (threads_ * PIECES), cost(CHUNK, 1));
     for (int i = 0; i < (int)nodes_.size(); i++) {
@@ -165,7 +165,8 @@ void AttentionPlan::cut() {
             for (int h = 0; h < heads_.kv; h++)
                 for (int r = 0; r < n.rows; r += each) {
                     const int some = std::min(each, n.rows - r);
-                    items_.push_back({i, h, r, some, first, last, piece, (float)cost((last - first) * CHUNK, some)});
+                    const int read = std::max(0, std::min(last, until(n, r + some - 1)) - first);
+                    items_.push_back({i, h, r, some, first, last, piece, (float)cost(read * CHUNK, some)});
                 }
             piece += first == 0 ? 1 : last - first;
         }
@@ -177,7 +178,7 @@ void AttentionPlan::cut() {
 // ---- running
 
 void AttentionPlan::run(Member& member, const Kernels& kernels, const AttendArgs& args) {
-    member.share((int)items_.size(), [&](int i) { run_item(items_[i], kernels, args); });
+    member.share((int)items_.size(), [&](int i) { run_item(i, kernels, args); });
     if (merges_.empty()) return;
     member.share((int)merges_.size() * heads_.kv,
                  [&](int i) { run_merge(merges_[i / heads_.kv], i % heads_.kv, kernels, args); });
@@ -191,25 +192,26 @@ struct Reader {
     int64_t first_page;
     int head;
 
+    // Page i of the list; beyond its end the last one, of which nothing will count.
     int64_t page(int i) const {
-        const int32_t* list = s.lists == 1 ? s.pages : s.pages + (size_t)head * s.num_pages;
+        const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
         return first_page + list[std::min(i, s.num_pages - 1)];
     }
 
-    // Tile pointers of 16-token tiles [from, from + count) of the list.
-    void tiles(int from, int count, Tiles& out, int at) const {
-        const int per_page = kv.page_size / 16;
+    // The chunk's tiles.
+    void tiles(int chunk, const void** k, const void** v) const {
+        const int per_page = kv.page_size / 16, from = chunk * KEY_TILES;
         const size_t bytes = kv.tile_bytes();
-        for (int i = 0, p = from / per_page, inside = from % per_page; i < count; p++, inside = 0) {
+        for (int i = 0, p = from / per_page, inside = from % per_page; i < KEY_TILES; p++, inside = 0) {
             const size_t base = kv.tile(page(p), head, 0);
-            for (; inside < per_page && i < count; inside++, i++)
-                out.k[at + i] = kv.k + base + inside * bytes, out.v[at + i] = kv.v + base + inside * bytes;
+            for (; inside < per_page && i < KEY_TILES; inside++, i++)
+                k[i] = kv.k + base + inside * bytes, v[i] = kv.v + base + inside * bytes;
         }
     }
 
-    void gather(int chunk, Scratch& mine, Tiles& out) const {
+    void gather(int chunk, Scratch& mine) const {
         const size_t tile = (size_t)16 * kv.padded() * (kv.compute() == KV_F32 ? 4 : 2);
-        mine.k.assign(tile * CHUNK_TILES, 0), mine.v.assign(tile * CHUNK_TILES, 0);
+        mine.k.assign(tile * KEY_TILES, 0), mine.v.assign(tile * KEY_TILES, 0);
         const int end = std::min((chunk + 1) * CHUNK, std::min(s.length, s.num_pages * kv.page_size));
         for (int t = chunk * CHUNK; t < end;) {
             const int inside = t % kv.page_size, some = std::min(kv.page_size - inside, end - t);
@@ -217,9 +219,9 @@ struct Reader {
                           mine.v.data());
             t += some;
         }
-        for (int i = 0; i < 2 * CHUNK_TILES; i++) {
-            out.k[i] = mine.k.data() + tile * (i % CHUNK_TILES);
-            out.v[i] = mine.v.data() + tile * (i % CHUNK_TILES);
+        for (int i = 0; i < KEY_TILES; i++) {
+            mine.keys.k[i] = mine.keys.next_k[i] = mine.k.data() + tile * i;
+            mine.keys.v[i] = mine.keys.next_v[i] = mine.v.data() + tile * i;
         }
     }
 };
@@ -231,10 +233,10 @@ void clear_state(float* state, int padded) {
 
 }  // namespace
 
-void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const AttendArgs& args) {
+void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs& args) {
+    const Item& item = items_[index];
     const Node& node = nodes_[item.node];
     const Sequence& s = sequences_[node.sequence];
-    const Reader reader{s, *args.kv, args.first_page, item.head};
     const int group = heads_.group(), packed = item.rows * group;
     Scratch& mine = scratch();
     mine.states.resize((size_t)packed * record());
@@ -248,22 +250,12 @@ void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const Att
         memcpy(mine.q.data() + p * q_row, (const uint8_t*)args.q + from * q_row, q_row);
         last_position = std::max(last_position, row_position_[rows[p / group]]);
     }
-    const bool listed = s.page_positions != nullptr;
-    const int length = listed ? s.length : std::min(s.length, last_position + 1);
-    Tiles tiles;
+    const int length = s.page_positions ? s.length : std::min(s.length, last_position + 1);
     for (int c = item.first; c < item.last; c++) {
         if (c * CHUNK < length) {
-            if (args.kv->layout != TILED) {
-                reader.gather(c, mine, tiles);
-            } else if (c == item.first) {
-                reader.tiles(c * CHUNK_TILES, 2 * CHUNK_TILES, tiles, 0);
-            } else {  // what was next is now
-                memcpy(tiles.k, tiles.k + CHUNK_TILES, CHUNK_TILES * sizeof *tiles.k);
-                memcpy(tiles.v, tiles.v + CHUNK_TILES, CHUNK_TILES * sizeof *tiles.v);
-                reader.tiles((c + 1) * CHUNK_TILES, CHUNK_TILES, tiles, CHUNK_TILES);
-            }
+            load_chunk(index, args, c, mine);
             for (int p = 0; p < packed; p += MAX_QUERIES)
-                run_rows(item, kernels, args, p, std::min(MAX_QUERIES, packed - p), c, tiles, mine);
+                run_rows({item, p, std::min(MAX_QUERIES, packed - p)}, kernels, args, c, mine);
         }
         if (node.whole || (item.first == 0 && c + 1 < item.last)) continue;
         const int piece = item.piece + (item.first == 0 ? 0 : c - item.first);
@@ -278,6 +270,24 @@ void AttentionPlan::run_item(const Item& item, const Kernels& kernels, const Att
         finish(mine.states.data() + (size_t)p * record(), rows[p / group], item.head * group + p % group, kernels, args);
 }
 
+// The chunk's keys, and where to fetch from meanwhile: the next chunk, or the first one of the next item.
+void AttentionPlan::load_chunk(int index, const AttendArgs& args, int chunk, Scratch& mine) const {
+    const Item& item = items_[index];
+    const Reader reader{sequences_[nodes_[item.node].sequence], *args.kv, args.first_page, item.head};
+    KeyBlock& keys = mine.keys;
+    if (args.kv->layout != TILED) return reader.gather(chunk, mine);
+    if (chunk == item.first) {
+        reader.tiles(chunk, keys.k, keys.v);
+    } else {
+        memcpy(keys.k, keys.next_k, sizeof keys.k), memcpy(keys.v, keys.next_v, sizeof keys.v);
+    }
+    if (chunk + 1 < item.last || index + 1 >= (int)items_.size())
+        return reader.tiles(chunk + 1, keys.next_k, keys.next_v);
+    const Item& next = items_[index + 1];
+    Reader{sequences_[nodes_[next.node].sequence], *args.kv, args.first_page, next.head}.tiles(
+        next.first, keys.next_k, keys.next_v);
+}
+
 // The result of a row that has read nothing is 0.
 void AttentionPlan::finish(float* state, int row, int query_head, const Kernels& kernels,
                            const AttendArgs& args) const {
@@ -287,64 +297,61 @@ void AttentionPlan::finish(float* state, int row, int query_head, const Kernels&
     if (args.lse) args.lse[(size_t)row * heads_.query + query_head] = most + std::log(sum);
 }
 
-// One chunk for a few packed rows (row and head of the group), merged into their states.
-void AttentionPlan::run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
-                             int chunk, const Tiles& tiles, Scratch& mine) {
+// One chunk for a few packed rows, merged into their states.
+void AttentionPlan::run_rows(const Rows& rows, const Kernels& kernels, const AttendArgs& args, int chunk,
+                             Scratch& mine) {
+    const Item& item = rows.item;
     const Node& node = nodes_[item.node];
     const Sequence& s = sequences_[node.sequence];
-    const int* rows = row_lists_.data() + node.row_list + item.row;
-    const int group = heads_.group();
+    const int* list = row_lists_.data() + node.row_list + item.row;
+    const int group = heads_.group(), first = chunk * CHUNK, end = std::min(CHUNK, s.length - first);
+    const bool listed = s.page_positions != nullptr;
     const KVType type = args.kv->compute();
     const size_t q_row = (size_t)padded_ * (type == KV_F32 ? 4 : 2);
     alignas(64) float scores[MAX_QUERIES * KEYS];
     alignas(64) float out[MAX_QUERIES * 512];
-    alignas(64) int32_t k_pos[KEYS];
-    State state{{}, {}, out};
-    int low[MAX_QUERIES], high[MAX_QUERIES], nearest = INT32_MAX, farthest = -1;
-    for (int r = 0; r < count; r++) {
-        const int at = row_position_[rows[(packed + r) / group]];
-        low[r] = args.window ? std::max(0, at - args.window + 1) : 0, high[r] = at;
-        nearest = std::min(nearest, low[r]), farthest = std::max(farthest, at);
-        state.max[r] = -INFINITY;
+    State state;
+    state.out = out, state.stride = padded_;
+    int positions[MAX_QUERIES], nearest = KEYS, farthest = -1;
+    float* records[MAX_QUERIES];
+    for (int r = 0; r < rows.count; r++) {
+        const int at = positions[r] = row_position_[list[(rows.first + r) / group]];
+        state.from[r] = listed || !args.window ? 0 : std::max(0, at - args.window + 1 - first);
+        state.to[r] = listed ? end - 1 : std::min(at - first, end - 1);
+        nearest = std::min(nearest, state.from[r]), farthest = std::max(farthest, state.to[r]);
+        records[r] = mine.states.data() + (size_t)(rows.first + r) * record();
     }
-    memset(out, 0, (size_t)count * padded_ * 4);
-    bool any = false;
-    for (int b = 0; b < CHUNK / KEYS; b++) {
-        const int first = chunk * CHUNK + b * KEYS;
-        const bool listed = s.page_positions != nullptr;
-        if (first >= s.length || (!listed && (first > farthest || first + KEYS <= nearest))) continue;
-        KeyBlock keys;
-        memcpy(keys.k, tiles.k + b * KEY_TILES, sizeof keys.k), memcpy(keys.v, tiles.v + b * KEY_TILES, sizeof keys.v);
-        memcpy(keys.next_k, tiles.k + (b + 2) * KEY_TILES, sizeof keys.k);
-        memcpy(keys.next_v, tiles.v + (b + 2) * KEY_TILES, sizeof keys.v);
-        kernels.scores[type](mine.q.data() + packed * q_row, padded_, count, padded_, keys, scores);
-        const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)item.head * s.num_pages);
-        const bool explicit_positions = listed || args.variant;
-        if (explicit_positions)
-            for (int k = 0; k < KEYS; k++) {
-                const int t = first + k, p = t / page_size_;
-                k_pos[k] = !listed ? t : p < s.num_pages ? positions[p] + t % page_size_ : INT32_MAX;
-            }
-        for (int r = 0; r < count; r++) {
+    if (nearest > farthest) return;
+    const bool first_keys = std::all_of(records, records + rows.count, [&](float* r) { return r[padded_ + 1] == 0; });
+    if (first_keys) state.out = records[0], state.stride = record();  // nothing to merge with
+    KeyBlock& keys = mine.keys;
+    keys.first = nearest / 32 * 2, keys.last = farthest / 32 * 2 + 2;
+    kernels.scores[type](mine.q.data() + rows.first * q_row, padded_, rows.count, padded_, keys, scores);
+    if (listed || args.variant) {
+        alignas(64) int32_t k_pos[KEYS];
+        key_positions(s, item.head, first, k_pos);
+        const int at = keys.first * 16, n = (keys.last - keys.first) * 16;
+        for (int r = 0; r < rows.count; r++) {
             float* row = scores + r * KEYS;
-            const int head = item.head * group + (packed + r) % group;
-            if (args.variant) args.variant(row, k_pos, KEYS, high[r], head, args.params);
-            const int from = std::max(first, low[r]) - first, to = std::min(high[r], s.length - 1) - first;
-            if (listed) {
-                for (int k = 0; k < KEYS; k++)
-                    if (first + k >= s.length || k_pos[k] > high[r] || k_pos[k] < low[r]) row[k] = -INFINITY;
-            } else if (from > 0 || to < KEYS - 1) {
-                for (int k = 0; k < KEYS; k++)
-                    if (k < from || k > to) row[k] = -INFINITY;
-            }
+            const int head = item.head * group + (rows.first + r) % group;
+            if (args.variant) args.variant(row + at, k_pos + at, n, positions[r], head, args.params);
+            if (!listed) continue;
+            const int low = args.window ? positions[r] - args.window + 1 : 0;
+            for (int k = at; k < at + n; k++)
+                if (k_pos[k] > positions[r] || k_pos[k] < low) row[k] = -INFINITY;
         }
-        kernels.fold[type](scores, count, padded_, keys, state);
-        any = true;
     }
-    if (!any) return;
-    for (int r = 0; r < count; r++) {
-        float* to = mine.states.data() + (size_t)(packed + r) * record();
-        kernels.merge(&to[padded_], &to[padded_ + 1], to, state.max[r], state.sum[r], out + r * padded_, padded_);
+    kernels.mix[type](scores, rows.count, padded_, keys, state);
+    if (!first_keys) return kernels.merge(records, rows.count, state, padded_);
+    for (int r = 0; r < rows.count; r++) records[r][padded_] = state.max[r], records[r][padded_ + 1] = state.sum[r];
+}
+
+// Position of each key of the block that begins at index `first` of the list.
+void AttentionPlan::key_positions(const Sequence& s, int head, int first, int32_t* out) const {
+    const int32_t* positions = s.page_positions + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
+    for (int k = 0; k < KEYS; k++) {
+        const int t = first + k, p = t / page_size_;
+        out[k] = !s.page_positions ? t : p < s.num_pages ? positions[p] + t % page_size_ : INT32_MAX;
     }
 }
 
@@ -355,10 +362,12 @@ void AttentionPlan::run_merge(const Merge& merge, int head, const Kernels& kerne
     for (int g = 0; g < group; g++) {
         const int q_head = head * group + g;
         clear_state(mine.data(), padded_);
-        float &most = mine[padded_], &sum = mine[padded_ + 1];
         for (int p = 0; p < merge.pieces; p++) {
-            const float* from = state(merge.state, p, q_head);
-            kernels.merge(&most, &sum, mine.data(), from[padded_], from[padded_ + 1], from, padded_);
+            float* from = state(merge.state, p, q_head);
+            State piece;
+            piece.max[0] = from[padded_], piece.sum[0] = from[padded_ + 1], piece.out = from, piece.stride = record();
+            float* into = mine.data();
+            kernels.merge(&into, 1, piece, padded_);
         }
         finish(mine.data(), merge.row, q_head, kernels, args);
     }

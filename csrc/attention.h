@@ -13,8 +13,7 @@
 
 namespace dovetail {
 
-constexpr int CHUNK = 128;  // tokens
-constexpr int CHUNK_TILES = CHUNK / 16;
+constexpr int CHUNK = KEYS;  // tokens
 
 // Rows [row, row + rows) of the batch. Row i is at position `start + i` and reads the keys before `length`, whose
 // pages are listed in `pages`; or, where `lists` is not 1, each KV head reads its own list of `num_pages` pages.
@@ -71,6 +70,11 @@ class AttentionPlan {
     struct Merge {
         int row, state, pieces;
     };
+    // A register block of packed rows: row p is query head p % group of the item's row p / group.
+    struct Rows {
+        const Item& item;
+        int first, count;
+    };
 
     void add_sequence(int s, int first);
     void group(std::vector<int>& members, int first);
@@ -80,9 +84,10 @@ class AttentionPlan {
     void add_node(const int* members, int count, int first, int last);
     void cut();
     void deal();
-    void run_item(const Item& item, const Kernels& kernels, const AttendArgs& args);
-    void run_rows(const Item& item, const Kernels& kernels, const AttendArgs& args, int packed, int count,
-                  int chunk, const struct Tiles& tiles, struct Scratch& mine);
+    void run_item(int index, const Kernels& kernels, const AttendArgs& args);
+    void load_chunk(int index, const AttendArgs& args, int chunk, struct Scratch& mine) const;
+    void run_rows(const Rows& rows, const Kernels& kernels, const AttendArgs& args, int chunk, struct Scratch& mine);
+    void key_positions(const Sequence& s, int head, int first, int32_t* out) const;
     void finish(float* state, int row, int query_head, const Kernels& kernels, const AttendArgs& args) const;
     void run_merge(const Merge& merge, int head, const Kernels& kernels, const AttendArgs& args);
     int record() const { return padded_ + 16; }

@@ -8,7 +8,7 @@ namespace dovetail {
 constexpr int MAX_ROWS = 8;    // rows of a register block of a linear
 constexpr int MAX_TILES = 3;   // tiles of one
 constexpr int TALL_ROWS = 48;  // rows of a tall one
-constexpr int KEYS = 64;       // keys that attention handles at a time
+constexpr int KEYS = 128;      // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
 
@@ -22,6 +22,7 @@ struct GemmArgs {
     size_t row_stride;
     float* out;
     int out_stride;
+    bool add;  // to what `out` holds
     const uint8_t* ahead;
     int lines;
     int row_count, tile_count;  // of the block
@@ -33,18 +34,30 @@ using Gemm = void (*)(const GemmArgs& args);
 enum KVType : int { KV_F32, KV_BF16, NUM_KV };
 enum Gate : int { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU };
 
-// The running softmax of query rows: maximum, sum of exponentials, and sum of exponentials times V.
-struct State {
-    float max[MAX_QUERIES], sum[MAX_QUERIES];
-    float* out;  // [rows][head_dim]
+// out = activation(gate) * up, for `rows` rows of n values.
+struct GateArgs {
+    Gate kind;
+    const float *gate, *up;
+    int stride;
+    float* out;
+    int out_stride, rows, n;
 };
 
-// Keys and values of at most 64 tokens, as four tiles of 16 tokens, in the attention layout.
+// Query rows' softmax over a block of keys: maximum, sum of exponentials, and sum of exponentials times V.
+struct State {
+    float max[MAX_QUERIES], sum[MAX_QUERIES];
+    float* out;                              // [rows][stride], of which head_dim are written
+    int stride;
+    int from[MAX_QUERIES], to[MAX_QUERIES];  // each row reads keys [from, to] of the block
+};
+
+// Keys and values of at most 128 tokens, as tiles of 16 tokens, in the attention layout.
 struct KeyBlock {
     const void* k[KEY_TILES];
     const void* v[KEY_TILES];
     const void* next_k[KEY_TILES];  // to fetch meanwhile
     const void* next_v[KEY_TILES];
+    int first, last;                // tiles [first, last) are read, both even
 };
 
 // Called for one query row and n keys: replaces scores, -infinity where the key may not be read.
@@ -62,19 +75,22 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
     // A row of floats, zero-padded to k_blocks * 32, into an activation row.
     void (*activate[NUM_ACTIVATIONS])(const float* x, int k_blocks, uint8_t* row);
-    void (*add)(const float* x, int n, float* y);  // y += x
-    void (*gate)(Gate kind, const float* gate, const float* up, int n, float* out);
+    void (*gate)(const GateArgs& args);
     // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
     void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);
     void (*to_bf16)(const float* x, int n, uint16_t* y);
+    // A token's K and V [n], n a multiple of 16, as bfloat16 into column `t` of its tiles; false, and nothing is
+    // written, where one is not finite.
+    bool (*write_bf16)(const float* k, const float* v, int n, int t, uint8_t* k_tile, uint8_t* v_tile);
     void (*argmax)(const float* x, int n, float* best, int* index);  // lowest index of the largest; NaN wins
 
-    // Scores of query rows [rows][head_dim] against a block: scores [rows][64].
+    // Scores of query rows [rows][head_dim] against a block: scores [rows][KEYS].
     void (*scores[NUM_KV])(const void* q, size_t q_stride, int rows, int head_dim, const KeyBlock& keys, float* scores);
-    // Fold scores (-infinity where masked) and V of a block into the state.
-    void (*fold[NUM_KV])(float* scores, int rows, int head_dim, const KeyBlock& keys, State& state);
-    // Merge `b` into `a` (log-sum-exp); an empty state (max = -infinity, sum = 0) is the identity.
-    void (*merge)(float* a_max, float* a_sum, float* a_out, float b_max, float b_sum, const float* b_out, int n);
+    // Softmax of the scores (which it overwrites) and the mixture of V.
+    void (*mix[NUM_KV])(float* scores, int rows, int head_dim, const KeyBlock& keys, State& state);
+    // Merge states of rows into records [n values, maximum, sum] (log-sum-exp); the empty state (maximum -infinity,
+    // sum 0) is the identity.
+    void (*merge)(float* const* records, int rows, const State& state, int n);
     void (*scale)(const float* x, float by, int n, float* y);
 };
 

@@ -71,21 +71,20 @@ float get(const KVMemory& kv, const uint8_t* base, const float* scales, size_t a
     }
 }
 
-// One token into its tiles. Rounding goes first, in loops that the compiler vectorises.
-void write_bf16(const KVMemory& kv, size_t at, int t, const float* k, const float* v) {
-    alignas(64) uint16_t rounded[512];
-    const int n = kv.padded();
-    for (int d = 0; d < kv.dim; d++) rounded[d] = to_bf16(k[d]);
-    uint8_t* to = kv.k + at + 4 * t;
-    for (int d = 0; d < kv.dim; d += 2) memcpy(to + 32 * d, rounded + d, 4);
-    for (int d = 0; d < kv.dim; d++) rounded[d] = to_bf16(v[d]);
-    uint16_t* pairs = (uint16_t*)(kv.v + at) + (size_t)(t / 2) * 2 * n + t % 2;
-    for (int d = 0; d < kv.dim; d++) pairs[2 * d] = rounded[d];
+// One token into its tiles; false where something is not finite.
+bool write_tiles(const Kernels& kernels, const KVMemory& kv, size_t at, int t, const float* k, const float* v) {
+    if (kv.dim == kv.padded()) return kernels.write_bf16(k, v, kv.dim, t, kv.k + at, kv.v + at);
+    alignas(64) float both[2][512] = {};
+    memcpy(both[0], k, kv.dim * 4), memcpy(both[1], v, kv.dim * 4);
+    return kernels.write_bf16(both[0], both[1], kv.padded(), t, kv.k + at, kv.v + at);
 }
 
 }  // namespace
 
-void write_token(const KVMemory& kv, int64_t page, int head, int offset, const float* k, const float* v) {
+void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& place, const float* k, const float* v) {
+    const auto [page, head, offset] = place;
+    const size_t tile = kv.layout == TILED ? kv.tile(page, head, offset / 16) : 0;
+    if (kv.layout == TILED && kv.stored == STORE_BF16 && write_tiles(kernels, kv, tile, offset % 16, k, v)) return;
     float broken[1024], none[1024];
     if (!sound(k, kv.dim) || !sound(v, kv.dim)) {
         for (int i = 0; i < kv.dim; i++) broken[i] = NAN, none[i] = 0;
@@ -99,11 +98,9 @@ void write_token(const KVMemory& kv, int64_t page, int head, int offset, const f
         }
     }
     if (kv.layout == TILED) {
-        const size_t at = kv.tile(page, head, offset / 16);
-        if (kv.stored == STORE_BF16) return write_bf16(kv, at, offset % 16, k, v);
         const int n = kv.padded(), t = offset % 16;
-        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + at, t, d, k[d]);
-        for (int d = 0; d < kv.dim; d++) put_v(kv.compute(), kv.v + at, n, t, d, v[d]);
+        for (int d = 0; d < kv.dim; d++) put_k(kv.compute(), kv.k + tile, t, d, k[d]);
+        for (int d = 0; d < kv.dim; d++) put_v(kv.compute(), kv.v + tile, n, t, d, v[d]);
         return;
     }
     const size_t at = kv.vector(page, head, offset);

@@ -7,7 +7,8 @@
 
 namespace dovetail {
 
-// TILED: per page and head, tiles of 16 tokens as attention reads them (page sizes that are multiples of 16).
+// TILED: per page and head, tiles of 16 tokens as attention reads them, those of K and then those of V (page sizes
+// that are multiples of 16); `v` is the first tile of V.
 // NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles as they are read.
 enum Layout : int { TILED, NHD, HND };
 enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4 };
@@ -26,7 +27,7 @@ struct KVMemory {
     size_t tile_bytes() const { return (size_t)16 * padded() * element(); }
     // Tile of tokens [16 i, 16 i + 16) of a page, in the TILED layout.
     size_t tile(int64_t page, int head, int i) const {
-        return ((size_t)(page * heads + head) * (page_size / 16) + i) * tile_bytes();
+        return ((size_t)(page * heads + head) * (page_size / 8) + i) * tile_bytes();
     }
     // Index of a token's vector in the other layouts.
     size_t vector(int64_t page, int head, int offset) const {
@@ -35,11 +36,16 @@ struct KVMemory {
     }
 };
 
+struct TokenPlace {
+    int64_t page;
+    int head, offset;  // of the token in its page
+};
+
 // Store K and V [dim] of one token. What is not finite is stored so that only rows that read the token see it: as
 // NaN in K, whose scores are masked by selection, and 0 in V, whose weight is then 0.
-void write_token(const KVMemory& kv, int64_t page, int head, int offset, const float* k, const float* v);
+void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& place, const float* k, const float* v);
 
-// Copy tokens [first, first + count) of a page into rows `at`.. of 64-token tiles in the compute type.
+// Copy tokens [first, first + count) of a page into rows `at`.. of the block of tiles in the compute type.
 void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v);
 
 }  // namespace dovetail

@@ -94,7 +94,9 @@ void LinearOp::run(Member& member, const Work& work) {
     const int many = k.rows_many[args_.activation], least = many > MAX_ROWS ? 1 : 4;
     const int fit = std::max(least, (int)(PANEL / row_bytes_ / many)) * many;
     const int panels = few ? 1 : (n + fit - 1) / fit;
-    const int each = std::clamp(tiles_ / (member.threads() * CHUNKS), 1, few ? 64 : 6), chunks = (tiles_ + each - 1) / each;
+    const int step = few ? 1 : k.tiles_many[args_.activation];  // a piece is made of whole register blocks
+    const int each = std::clamp(tiles_ / (member.threads() * CHUNKS * step), 1, few ? 64 : 3) * step;
+    const int chunks = (tiles_ + each - 1) / each;
     member.share(panels * chunks, [&](int i) {
         const int p = i / chunks, c = i % chunks;
         const int row = (int)((int64_t)n * p / panels), end = (int)((int64_t)n * (p + 1) / panels);
@@ -109,59 +111,59 @@ void LinearOp::panel(const Work& work, const uint8_t* rows, int row, int n, int 
 
 // Rows `rows` (n of them) times `count` tiles. While few rows are computed the weights behind these are fetched;
 // else `part` of `parts` fetches its share of the next group of tiles.
-void LinearOp::multiply(const Kernels& kernels, const Packed& w, int tile, int count, const uint8_t* rows, int n,
-                        int part, int parts, float* out, int stride) const {
-    const size_t group = count * w.tile_stride, per_block = (group / k_blocks_ + parts - 1) / parts;
+void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const {
+    const size_t group = block.count * w.tile_stride;
+    const size_t per_block = (group / k_blocks_ + block.parts - 1) / block.parts;
     const int lines = (int)((per_block + 63) / 64);
-    const bool stream = parts == 1 && count == 1;
-    const uint8_t* ahead = w.tile(tile) + (stream ? AHEAD : group + (size_t)part * lines * 64 * k_blocks_);
-    const Gemm gemm = n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
-                                   : kernels.gemm[w.format][args_.activation][n][count];
-    gemm({w.tile(tile), w.tile_stride, k_blocks_, rows, row_bytes_, out, stride, ahead, lines, n, count});
+    const uint8_t* tile = w.tile(block.tile);
+    const bool stream = block.parts == 1 && block.count == 1;
+    const uint8_t* ahead = tile + (stream ? AHEAD : group + (size_t)block.part * lines * 64 * k_blocks_);
+    const Gemm gemm = block.n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
+                                         : kernels.gemm[w.format][args_.activation][block.n][block.count];
+    gemm({tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines, block.n,
+          block.count});
 }
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
     const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
-    alignas(64) float out[TALL_ROWS * MAX_TILES * TILE];
+    Slot& out = (*work.slots)[args_.out];
+    alignas(64) float values[TALL_ROWS * MAX_TILES * TILE];
     for (const Segment& s : segments_) {
         const Packed& w = *s.weights;
         const int to = std::min(last, s.first_tile + w.tiles) - s.first_tile;
         for (int t = std::max(first, s.first_tile) - s.first_tile, count; t < to; t += count) {
             count = few ? 1 : std::min(k.tiles_many[args_.activation], to - t);
-            const int columns = std::min(count * TILE, w.n - t * TILE);
+            const int column = s.column + t * TILE, columns = std::min(count * TILE, w.n - t * TILE);
+            const bool direct = columns == count * TILE && args_.bias.empty();
             for (int b = 0; b < blocks; b++) {
                 const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
-                multiply(k, w, t, count, rows + at * row_bytes_, some, b, blocks, out, MAX_TILES * TILE);
-                for (int r = 0; r < some; r++)
-                    finish(work, at + r, s.column + t * TILE, columns, out + r * MAX_TILES * TILE);
+                const Block block{t, count, rows + at * row_bytes_, some, b, blocks};
+                if (direct) {
+                    multiply(k, w, block, {out.data.data() + (size_t)at * out.stride + column, out.stride, args_.add});
+                    continue;
+                }
+                multiply(k, w, block, {values, MAX_TILES * TILE, false});
+                for (int r = 0; r < some; r++) finish(out, at + r, column, columns, values + r * MAX_TILES * TILE);
             }
         }
     }
 }
 
-void LinearOp::finish(const Work& work, int row, int column, int n, const float* values) const {
-    const Slot& out = (*work.slots)[args_.out];
-    float* to = const_cast<float*>(out.data.data()) + (size_t)row * out.stride + column;
-    if (!args_.bias.empty()) {
-        const float* bias = args_.bias.data() + column;
-        if (args_.add)
-            for (int i = 0; i < n; i++) to[i] += values[i] + bias[i];
-        else
-            for (int i = 0; i < n; i++) to[i] = values[i] + bias[i];
-    } else if (n % 16 == 0) {
-        if (args_.add) work.kernels->add(values, n, to);
-        else memcpy(to, values, (size_t)n * 4);
-    } else {
-        for (int i = 0; i < n; i++) to[i] = args_.add ? to[i] + values[i] : values[i];
+// A row of values into columns [column, column + n).
+void LinearOp::finish(Slot& out, int row, int column, int n, const float* values) const {
+    float* to = out.data.data() + (size_t)row * out.stride + column;
+    for (int i = 0; i < n; i++) {
+        const float x = args_.bias.empty() ? values[i] : values[i] + args_.bias[column + i];
+        to[i] = args_.add ? to[i] + x : x;
     }
 }
 
 // Tiles [first, last) of both weights. With few rows first several of the gate's, so that each is read in one stream.
 void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
-    const Slot& out = (*work.slots)[args_.out];
+    Slot& out = (*work.slots)[args_.out];
     const bool few = n <= k.rows_alone;
     const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
     const int step = few ? 1 : k.tiles_many[args_.activation], together = few ? GATE_TILES : step;
@@ -175,18 +177,18 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
             for (int w = 0; w < 2; w++)
                 for (int t = from, count; t < to; t += count) {
                     count = std::min(step, to - t);
-                    multiply(k, *segments_[w].weights, t, count, rows + at * row_bytes_, some, b, blocks,
-                             values[w] + (t - from) * TILE, width);
+                    multiply(k, *segments_[w].weights, {t, count, rows + at * row_bytes_, some, b, blocks},
+                             {values[w] + (t - from) * TILE, width, false});
                 }
-            for (int r = 0; r < some; r++) {
-                float *gate = values[0] + r * width, *up = values[1] + r * width;
-                if (!args_.bias.empty())
-                    for (int i = 0; i < columns; i++)
-                        gate[i] += args_.bias[column + i], up[i] += args_.bias[out.width + column + i];
-                k.gate(args_.gate, gate, up, (columns + 15) / 16 * 16, gate);
-                memcpy(const_cast<float*>(out.data.data()) + (size_t)(at + r) * out.stride + column, gate,
-                       (size_t)columns * 4);
-            }
+            if (!args_.bias.empty())
+                for (int r = 0; r < some; r++)
+                    for (int i = 0; i < columns; i++) {
+                        values[0][r * width + i] += args_.bias[column + i];
+                        values[1][r * width + i] += args_.bias[out.width + column + i];
+                    }
+            // Up to a whole vector: what lies beyond the slot's width stays zero, for the weights' padding is.
+            k.gate({args_.gate, values[0], values[1], width, out.data.data() + (size_t)at * out.stride + column,
+                    out.stride, some, (columns + 15) / 16 * 16});
         }
     }
 }

@@ -16,13 +16,23 @@ class LinearOp : public Op {
         const Packed* weights;
         int column, first_tile;
     };
+    // `count` tiles from `tile` on against n activation rows, which are `part` of `parts` such groups of rows.
+    struct Block {
+        int tile, count;
+        const uint8_t* rows;
+        int n, part, parts;
+    };
+    struct Target {
+        float* out;
+        int stride;
+        bool add;
+    };
     void activate(const Kernels& kernels, const float* x, uint8_t* row) const;
     void panel(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
-    void multiply(const Kernels& kernels, const Packed& w, int tile, int count, const uint8_t* rows, int n, int part,
-                  int parts, float* out, int stride) const;
-    void finish(const Work& work, int row, int column, int n, const float* values) const;
+    void multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const;
+    void finish(Slot& out, int row, int column, int n, const float* values) const;
     int total(const Work& work) const;
 
     LinearArgs args_;

@@ -1,11 +1,9 @@
 #include "pack.h"
 
-#include <sys/mman.h>
-
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
+#include "huge.h"
 #include "small_floats.h"
 
 namespace dovetail {
@@ -158,7 +156,7 @@ void pack_plain_tile(Format f, const uint8_t* rows, size_t row_bytes, int column
         }
 }
 
-constexpr size_t PAGE = 2 << 20;
+constexpr size_t SLACK = 8192;  // prefetches run past the end
 
 }  // namespace
 
@@ -167,11 +165,7 @@ Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int 
       tile_stride(tile_bytes(format, k_blocks)), bytes(tiles * tile_stride) {
     const FormatInfo& info = FORMATS[format];
     if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
-    // Anonymous pages are zero, which is what padding columns and bits need; a page more for prefetches past the end.
-    void* p = mmap(nullptr, bytes + 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    if (bytes >= PAGE) madvise(p, bytes, MADV_HUGEPAGE);
-    data = (uint8_t*)p;
+    data = take_huge(bytes + SLACK, memory);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
     for (int t = 0; t < tiles; t++) {
         const uint8_t* from = rows + (size_t)t * TILE * row_bytes;
@@ -180,8 +174,6 @@ Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int 
         else pack_codes_tile(format, from, row_bytes, columns, k_blocks, data + t * tile_stride);
     }
 }
-
-Packed::~Packed() { munmap(data, bytes + 8192); }
 
 void dequantize_row(Format f, const uint8_t* row, int k, float* out) {
     if (f == F32) {

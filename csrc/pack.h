@@ -2,17 +2,17 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "formats.h"
 
 namespace dovetail {
 
-// [n, k] weights as tiles of 16 columns: owns its memory, which other threads may read at any time.
+// [n, k] weights as tiles of 16 columns: keeps its memory, which other threads may read at any time.
 class Packed {
    public:
     // rows: n rows of `row_bytes` each, in the checkpoint's layout.
     Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads);
-    ~Packed();
     Packed(const Packed&) = delete;
     Packed& operator=(const Packed&) = delete;
 
@@ -23,6 +23,9 @@ class Packed {
     const size_t tile_stride;
     size_t bytes;
     uint8_t* data;
+
+   private:
+    std::shared_ptr<void> memory;
 };
 
 // A stored row of k values as float32, equal to the format's reference bit for bit.

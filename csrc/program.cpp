@@ -99,16 +99,20 @@ class RopeOp : public Op {
         const int dim = heads_.dim, group = heads_.group(), padded = kv_.padded();
         const float *x = row(work, args_.in, r), *cos = row(work, args_.angles, r), *sin = cos + dim / 2;
         alignas(64) float head[512], turned[512];
+        memset(head, 0, padded * 4), memset(turned, 0, padded * 4);
         const float scale = 1.0f / std::sqrt((float)dim);
         auto turn = [&](const float* from, const std::vector<float>& norm, float by) {
-            memset(head, 0, padded * 4), memset(turned, 0, padded * 4);
-            memcpy(head, from, dim * 4);
-            if (!norm.empty()) k.rms_norm(head, norm.data(), args_.eps, dim, head);
-            k.rotate(head, cos, sin, by, dim, turned);
+            if (!norm.empty()) {
+                memcpy(head, from, dim * 4);
+                k.rms_norm(head, norm.data(), args_.eps, dim, head);
+                from = head;
+            }
+            k.rotate(from, cos, sin, by, dim, turned);
         };
         turn(x + (heads_.query + h) * dim, args_.k_norm, 1.0f);
         const float* v = x + (heads_.query + heads_.kv + h) * dim;
-        write_token(kv_, work.step->pages[r] + args_.layer * kv_.pages_per_layer, h, work.step->offsets[r], turned, v);
+        const int64_t page = work.step->pages[r] + args_.layer * kv_.pages_per_layer;
+        write_token(k, kv_, {page, h, work.step->offsets[r]}, turned, v);
         for (int g = 0; g < group; g++) {
             turn(x + (h * group + g) * dim, args_.q_norm, scale);
             const size_t at = ((size_t)r * heads_.query + h * group + g) * padded;
@@ -151,7 +155,7 @@ Program::Program(const std::string& isa, int threads, Heads heads, bool cascade,
 }
 
 int Program::slot(int width, bool sampled) {
-    slots_.push_back({width, (width + 31) / 32 * 32, sampled, {}});
+    slots_.push_back({width, (width + 31) / 32 * 32 + 16, sampled, {}});
     return (int)slots_.size() - 1;
 }
 

@@ -11,7 +11,8 @@
 
 namespace dovetail {
 
-// Rows of floats, [rows][stride]; the stride is a multiple of 32 and what lies beyond `width` is zero.
+// Rows of floats, [rows][stride]. What lies beyond `width` is zero, at least up to the next multiple of 32. The stride is
+// an odd number of cache lines: rows whose distance is a power of two would share a few sets of the cache.
 struct Slot {
     int width, stride;
     bool sampled;  // holds only the rows to sample from

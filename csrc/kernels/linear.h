@@ -114,60 +114,70 @@ template <class W> INLINE I products(I acc, I weights, int32_t quad) {
 
 // ---- int8 activations
 
-struct Int8Row {
-    const int32_t* quads;
-    const float *scale, *scaled_sum;
-    const int32_t *offset, *half_offset;
-    INLINE void open(const uint8_t* row, int k_blocks) {
-        quads = (const int32_t*)row, scale = (const float*)(row + (size_t)k_blocks * 32), scaled_sum = scale + k_blocks;
-        offset = (const int32_t*)(scaled_sum + k_blocks), half_offset = offset + k_blocks;
+// Where block b of each row is: one pointer per array and one offset per row, in registers, for rows apart would need
+// a register per row and array.
+template <int R> struct Int8Rows {
+    const uint8_t *codes, *scale, *scaled_sum, *offset, *half_offset;
+    size_t at[R];
+    INLINE void open(const GemmArgs& g) {
+        const size_t n = (size_t)g.k_blocks;
+        codes = g.rows, scale = codes + n * 32, scaled_sum = scale + n * 4;
+        offset = scaled_sum + n * 4, half_offset = offset + n * 4;
+        UNROLL for (int r = 0; r < R; r++) {
+            at[r] = r * g.row_stride;
+            if (r) hold(at[r]);
+        }
     }
+    INLINE void next() { codes += 32, scale += 4, scaled_sum += 4, offset += 4, half_offset += 8; }
+    INLINE int32_t quad(int r, int i) const { return *(const int32_t*)(codes + at[r] + 4 * i); }
+    INLINE F scales(int r) const { return all(*(const float*)(scale + at[r])); }
+    INLINE F sums(int r) const { return all(*(const float*)(scaled_sum + at[r])); }
 };
 
-template <class W> INLINE I start(const Int8Row& row, int b, int half) {
+template <class W, int R> INLINE I start(const Int8Rows<R>& rows, int r, int half) {
     if (W::ZERO_SHIFT < 0) return izero();
-    const int32_t* at = W::HALVES ? row.half_offset + 2 * b + half : row.offset + b;
-    return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*at));
+    const uint8_t* at = (W::HALVES ? rows.half_offset + 4 * half : rows.offset) + rows.at[r];
+    return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*(const int32_t*)at));
 }
 
 template <class W, int R, int T, int G>
-INLINE void quads_int8(const W (&w)[T], const Int8Row (&row)[R], int b, I (&low)[R][T], I (&high)[R][T]) {
+INLINE void quads_int8(const W (&w)[T], const Int8Rows<R>& rows, I (&low)[R][T], I (&high)[R][T]) {
     I a[T], c[T];
     UNROLL for (int t = 0; t < T; t++) w[t].template operands<G>(a[t], c[t]);
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) low[r][t] = products<W>(low[r][t], a[t], row[r].quads[8 * b + G]);
+        UNROLL for (int t = 0; t < T; t++) low[r][t] = products<W>(low[r][t], a[t], rows.quad(r, G));
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) {
             I& acc = W::HALVES || R * T == 1 ? high[r][t] : low[r][t];
-            acc = products<W>(acc, c[t], row[r].quads[8 * b + G + 4]);
+            acc = products<W>(acc, c[t], rows.quad(r, G + 4));
         }
 }
 
 template <class W, int R, int T>
-INLINE void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Row (&row)[R], int b,
+INLINE void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Rows<R>& rows,
                        F (&f)[R][T]) {
     I low[R][T], high[R][T];
     W w[T];
     UNROLL for (int t = 0; t < T; t++) w[t].open(at[t]);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) {
-            low[r][t] = start<W>(row[r], b, 0);
-            high[r][t] = W::HALVES ? start<W>(row[r], b, 1) : izero();
+            low[r][t] = start<W>(rows, r, 0);
+            high[r][t] = W::HALVES ? start<W>(rows, r, 1) : izero();
         }
-    quads_int8<W, R, T, 0>(w, row, b, low, high);
-    quads_int8<W, R, T, 1>(w, row, b, low, high);
-    quads_int8<W, R, T, 2>(w, row, b, low, high);
-    quads_int8<W, R, T, 3>(w, row, b, low, high);
+    quads_int8<W, R, T, 0>(w, rows, low, high);
+    quads_int8<W, R, T, 1>(w, rows, low, high);
+    quads_int8<W, R, T, 2>(w, rows, low, high);
+    quads_int8<W, R, T, 3>(w, rows, low, high);
     UNROLL for (int t = 0; t < T; t++) {
         const F d = W::scale(head[t], at[t]);
         const F d2 = W::HALVES ? W::scale_high(head[t], at[t]) : zero();
         const F m = W::MIN ? W::minimum(head[t], at[t]) : zero();
         UNROLL for (int r = 0; r < R; r++) {
-            const F s = all(row[r].scale[b]);
+            const F s = rows.scales(r);
             const I total = !W::HALVES && R * T == 1 ? iadd(low[r][t], high[r][t]) : low[r][t];
             f[r][t] = fma(to_float(total), mul(d, s), f[r][t]);
             if (W::HALVES) f[r][t] = fma(to_float(high[r][t]), mul(d2, s), f[r][t]);
-            if (W::MIN) f[r][t] = fma(m, all(row[r].scaled_sum[b]), f[r][t]);
+            if (W::MIN) f[r][t] = fma(m, rows.sums(r), f[r][t]);
         }
     }
 }
@@ -177,25 +187,32 @@ INLINE void fetch(const GemmArgs& g, int b) {
     for (int i = 0; i < g.lines; i++) prefetch(from + 64 * i);
 }
 
+template <int R, int T> INLINE void put(const GemmArgs& g, const F (&f)[R][T]) {
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) {
+            float* to = g.out + (size_t)r * g.out_stride + 16 * t;
+            store(to, g.add ? add(load(to), f[r][t]) : f[r][t]);
+        }
+}
+
 template <class W, int R, int T>
 void gemm_int8(const GemmArgs& g) {
     constexpr auto info = INFO<W>;
     F f[R][T];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
-    Int8Row row[R];
-    UNROLL for (int r = 0; r < R; r++) row[r].open(g.rows + r * g.row_stride, g.k_blocks);
-    for (int b = 0; b < g.k_blocks; b++) {
+    Int8Rows<R> rows;
+    rows.open(g);
+    for (int b = 0; b < g.k_blocks; b++, rows.next()) {
         const uint8_t *head[T], *at[T];
         UNROLL for (int t = 0; t < T; t++) {
             head[t] = g.weights + t * g.tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
             at[t] = head[t] + info.head + (b % info.blocks) * info.block;
         }
         fetch(g, b);
-        block_int8<W, R, T>(head, at, row, b, f);
+        block_int8<W, R, T>(head, at, rows, f);
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
+    put<R, T>(g, f);
 }
 
 // ---- float32 activations against the same codes: nothing is rounded but the float32 sums
@@ -250,8 +267,7 @@ void gemm_exact(const GemmArgs& g) {
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
+    put<R, T>(g, f);
 }
 
 // ---- unquantized weights
@@ -279,8 +295,7 @@ void gemm_wide(const GemmArgs& g) {
             UNROLL for (int t = 0; t < T; t++) f[r][t] = fma(w[t], x, f[r][t]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
+    put<R, T>(g, f);
 }
 
 // bfloat16 weights lie as [K / 2][16][2]. With float32 rows both halves are widened; with bfloat16 rows two products
@@ -307,8 +322,7 @@ void gemm_bf16(const GemmArgs& g) {
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) store(g.out + (size_t)r * g.out_stride + 16 * t, f[r][t]);
+    put<R, T>(g, f);
 }
 
 // ---- the table

@@ -18,7 +18,7 @@ INLINE F exponential(F x) {
     return keep(finite, times_power_of_two(p, keep(finite, n)));
 }
 
-// 2^x for x <= 0, 2.6e-6 relative: enough where the result becomes bfloat16. Zero below 2^-126; NaN stays NaN.
+// 2^x for x below 1, 2.6e-6 relative: enough where the result becomes bfloat16. Zero below 2^-126; NaN stays NaN.
 INLINE F power_of_two(F x) {
     const M finite = not_less(x, all(-126.0f));
     const F n = round_even(x), f = sub(x, n);
@@ -47,39 +47,53 @@ INLINE F error_function(F x) {
 }
 
 void rms_norm(const float* x, const float* w, float eps, int n, float* y) {
-    F squares = zero();
-    for (int i = 0; i < n; i += 16) {
-        const F v = load(x + i);
-        squares = fma(v, v, squares);
+    F squares[4] = {zero(), zero(), zero(), zero()};
+    int at = 0;
+    for (; at + 64 <= n; at += 64)
+        UNROLL for (int j = 0; j < 4; j++) {
+            const F v = load(x + at + 16 * j);
+            squares[j] = fma(v, v, squares[j]);
+        }
+    for (; at < n; at += 16) {
+        const F v = load(x + at);
+        squares[0] = fma(v, v, squares[0]);
     }
-    const F by = all(1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps));
+    const float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+    const F by = all(1.0f / __builtin_sqrtf(total / (float)n + eps));
     for (int i = 0; i < n; i += 16) store(y + i, mul(mul(load(x + i), by), load(w + i)));
 }
 
-// Codes of a block of 32, and its scale (max|x| / 127).
-INLINE float quantize_block(const float* x, int8_t* codes) {
-    const F lo = load(x), hi = load(x + 16);
-    const float most = highest_magnitude(lo, hi), by = most > 0 ? 127.0f / most : 0.0f;
-    store_bytes(codes, to_int(mul(lo, all(by)))), store_bytes(codes + 16, to_int(mul(hi, all(by))));
-    return most / 127.0f;
+// Codes and scales (max|x| / 127) of at most 16 blocks of 32; the divisions of all of them are one.
+INLINE void quantize_blocks(const float* x, int n, int8_t* codes, float* scales) {
+    alignas(64) float most[16] = {}, by[16];
+    for (int b = 0; b < n; b++) most[b] = highest_magnitude(load(x + 32 * b), load(x + 32 * b + 16));
+    const F high = load(most);
+    store(by, keep(not_less_equal(high, zero()), div(all(127.0f), high)));
+    store(most, div(high, all(127.0f)));
+    for (int b = 0; b < n; b++) {
+        const F factor = all(by[b]);
+        store_bytes(codes + 32 * b, to_int(mul(load(x + 32 * b), factor)));
+        store_bytes(codes + 32 * b + 16, to_int(mul(load(x + 32 * b + 16), factor)));
+        scales[b] = most[b];
+    }
 }
 
 void activate_int8(const float* x, int k_blocks, uint8_t* row) {
     int8_t* codes = (int8_t*)row;
     float *scale = (float*)(row + (size_t)k_blocks * 32), *scaled_sum = scale + k_blocks;
     int32_t *offset = (int32_t*)(scaled_sum + k_blocks), *half_offset = offset + k_blocks;
-    for (int b = 0; b < k_blocks; b++) scale[b] = quantize_block(x + 32 * b, codes + 32 * b);
+    for (int b = 0; b < k_blocks; b += 16)
+        quantize_blocks(x + 32 * b, k_blocks - b < 16 ? k_blocks - b : 16, codes + 32 * b, scale + b);
     for (int b = 0; b < k_blocks; b += 2) {  // sums of 16 codes: four per vector of 64
-        int32_t sums[16], half[4];
+        alignas(64) int32_t sums[16];
         alignas(64) int8_t last[64] = {};
         const bool both_there = b + 1 < k_blocks;
         if (!both_there) __builtin_memcpy(last, codes + 32 * b, 32);
-        istore(sums, dot_small(izero(), ball(1), iload(both_there ? codes + 32 * b : last)));
-        for (int i = 0; i < 4; i++) half[i] = sums[4 * i] + sums[4 * i + 1] + sums[4 * i + 2] + sums[4 * i + 3];
+        istore(sums, sum_fours(dot_small(izero(), ball(1), iload(both_there ? codes + 32 * b : last))));
         for (int i = 0; i < (both_there ? 2 : 1); i++) {
-            const int total = half[2 * i] + half[2 * i + 1];
+            const int first = sums[8 * i], second = sums[8 * i + 4], total = first + second;
             scaled_sum[b + i] = scale[b + i] * (float)total, offset[b + i] = -8 * total;
-            half_offset[2 * (b + i)] = -8 * half[2 * i], half_offset[2 * (b + i) + 1] = -8 * half[2 * i + 1];
+            half_offset[2 * (b + i)] = -8 * first, half_offset[2 * (b + i) + 1] = -8 * second;
         }
     }
 }
@@ -101,10 +115,6 @@ void to_bf16(const float* x, int n, uint16_t* y) {
     for (int i = 0; i < n; i += 16) store_bf16(y + i, load(x + i));
 }
 
-void add_row(const float* x, int n, float* y) {
-    for (int i = 0; i < n; i += 16) store(y + i, add(load(y + i), load(x + i)));
-}
-
 void scale_row(const float* x, float by, int n, float* y) {
     for (int i = 0; i < n; i += 16) store(y + i, mul(load(x + i), all(by)));
 }
@@ -123,8 +133,21 @@ INLINE F activation(dovetail::Gate kind, F x) {
     }
 }
 
-void gate_row(dovetail::Gate kind, const float* gate, const float* up, int n, float* out) {
-    for (int i = 0; i < n; i += 16) store(out + i, mul(activation(kind, load(gate + i)), load(up + i)));
+template <dovetail::Gate KIND> void gate_rows(const dovetail::GateArgs& g) {
+    for (int r = 0; r < g.rows; r++)
+        for (int i = 0; i < g.n; i += 16) {
+            const size_t at = (size_t)r * g.stride + i;
+            store(g.out + (size_t)r * g.out_stride + i, mul(activation(KIND, load(g.gate + at)), load(g.up + at)));
+        }
+}
+void gate(const dovetail::GateArgs& g) {
+    switch (g.kind) {
+        case dovetail::GATE_SILU: return gate_rows<dovetail::GATE_SILU>(g);
+        case dovetail::GATE_GELU: return gate_rows<dovetail::GATE_GELU>(g);
+        case dovetail::GATE_GELU_TANH: return gate_rows<dovetail::GATE_GELU_TANH>(g);
+        case dovetail::GATE_RELU: return gate_rows<dovetail::GATE_RELU>(g);
+        default: return gate_rows<dovetail::GATE_NONE>(g);
+    }
 }
 
 // cos and sin may be read up to 15 floats past n / 2; y is written up to a multiple of 16 per half only where n / 2
@@ -172,7 +195,7 @@ void argmax(const float* x, int n, float* best, int* index) {
 }
 
 inline void add_rows_of(dovetail::Kernels& k) {
-    k.rms_norm = rms_norm, k.add = add_row, k.scale = scale_row, k.gate = gate_row, k.rotate = rotate;
+    k.rms_norm = rms_norm, k.scale = scale_row, k.gate = gate, k.rotate = rotate;
     k.to_bf16 = to_bf16, k.argmax = argmax;
     k.activate[dovetail::INT8] = activate_int8, k.activate[dovetail::EXACT] = activate_exact;
     k.activate[dovetail::BFLOAT] = activate_bf16;

@@ -127,11 +127,11 @@ INLINE void copy(float* to, const float* from, int n) {
 
 // The rows' scales of these blocks, side by side.
 template <Sums S> __attribute__((noinline)) void gather_scales(Tall& w, int start, int rows) {
+    const size_t blocks = (size_t)w.g.k_blocks;
     for (int r = 0; r < rows; r++) {
-        Int8Row row;
-        row.open(w.g.rows + (start + r) * w.g.row_stride, w.g.k_blocks);
-        copy(w.scale[r], row.scale + w.first, w.count);
-        if (S == MINIMUM) copy(w.scaled_sum[r], row.scaled_sum + w.first, w.count);
+        const float* scale = (const float*)(w.g.rows + (start + r) * w.g.row_stride + blocks * 32) + w.first;
+        copy(w.scale[r], scale, w.count);
+        if (S == MINIMUM) copy(w.scaled_sum[r], scale + blocks, w.count);
     }
 }
 
@@ -164,11 +164,11 @@ template <Sums S, int R, int T> void add_group(Tall& w, int start) {
         issue<S, T>(w);
         add_block<S, R, T>(w, b, f);
     }
-    const bool done = w.first + w.count == g.k_blocks;
+    const bool done = w.first + w.count == g.k_blocks, more = done && g.add;
     float* to = done ? g.out + (size_t)start * g.out_stride : w.sums[start];
     const size_t stride = done ? g.out_stride : TALL_TILES * 16;
     UNROLL for (int r = 0; r < R; r++, to += stride)
-        UNROLL for (int t = 0; t < T; t++) store(to + 16 * t, f[r][t]);
+        UNROLL for (int t = 0; t < T; t++) store(to + 16 * t, more ? add(load(to + 16 * t), f[r][t]) : f[r][t]);
 }
 
 template <Sums S, int T> void add_span(Tall& w) {
@@ -194,7 +194,9 @@ template <class W> void tall_int8(const GemmArgs& g) {
 
 // ---- bfloat16 rows. Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 weights; M and T of them are in use
 
-template <int M, int T> INLINE void sum_bf16(const GemmArgs& g) {
+constexpr int BF16_ROWS = 32;
+
+template <int M, int T> INLINE void sum_bf16(const GemmArgs& g, float* out, size_t stride) {
     const uint8_t *rows = g.rows, *weights = g.weights;
     tile_zero<0>();
     if (T == 2) tile_zero<1>();
@@ -209,11 +211,10 @@ template <int M, int T> INLINE void sum_bf16(const GemmArgs& g) {
         if (M == 2) tile_load<5>(rows + 16 * g.row_stride, g.row_stride), tile_dot_bf16<2, 5, 6>();
         if (M == 2 && T == 2) tile_dot_bf16<3, 5, 7>();
     }
-    const size_t stride = (size_t)g.out_stride * 4;
-    tile_store<0>(g.out, stride);
-    if (T == 2) tile_store<1>(g.out + 16, stride);
-    if (M == 2) tile_store<2>(g.out + 16 * stride / 4, stride);
-    if (M == 2 && T == 2) tile_store<3>(g.out + 16 * stride / 4 + 16, stride);
+    tile_store<0>(out, 4 * stride);
+    if (T == 2) tile_store<1>(out + 16, 4 * stride);
+    if (M == 2) tile_store<2>(out + 16 * stride, 4 * stride);
+    if (M == 2 && T == 2) tile_store<3>(out + 16 * stride + 16, 4 * stride);
 }
 
 void tiles_bf16(const GemmArgs& g) {
@@ -223,14 +224,20 @@ void tiles_bf16(const GemmArgs& g) {
     if (lower) shapes.set(2, 3, lower, 64), shapes.set(5, 5, lower, 64);
     shapes.set(6, 7, 16, 64);
     tile_configure(shapes);
-    if (lower) g.tile_count == 2 ? sum_bf16<2, 2>(g) : sum_bf16<2, 1>(g);
-    else g.tile_count == 2 ? sum_bf16<1, 2>(g) : sum_bf16<1, 1>(g);
+    alignas(64) float sums[BF16_ROWS][TALL_TILES * 16];
+    float* out = g.add ? sums[0] : g.out;
+    const size_t stride = g.add ? TALL_TILES * 16 : g.out_stride;
+    if (lower) g.tile_count == 2 ? sum_bf16<2, 2>(g, out, stride) : sum_bf16<2, 1>(g, out, stride);
+    else g.tile_count == 2 ? sum_bf16<1, 2>(g, out, stride) : sum_bf16<1, 1>(g, out, stride);
     tile_release();
+    for (int r = 0; g.add && r < g.row_count; r++)
+        for (int i = 0; i < 16 * g.tile_count; i += 16) {
+            float* to = g.out + (size_t)r * g.out_stride + i;
+            store(to, add(load(to), load(sums[r] + i)));
+        }
 }
 
 // ---- the table: another one's, with these products
-
-constexpr int BF16_ROWS = 32;
 
 // Where the other table has no block of vectors for so few rows, a tall one will do.
 template <class W> void add_tall(dovetail::Kernels& k) {

@@ -160,11 +160,10 @@ INLINE float highest(F x) {
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
-INLINE int sum(I x) {
-    const __m256i h = _mm256_add_epi32(x.a, x.b);
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+INLINE __m256i sum_fours(__m256i x) {
+    x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));
+    return _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
 }
+INLINE I sum_fours(I x) { return {sum_fours(x.a), sum_fours(x.b)}; }  // of each four lanes, in each of them
 
 }  // namespace

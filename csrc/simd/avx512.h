@@ -121,6 +121,9 @@ INLINE float sum(F a) {
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 INLINE float highest(F a) { return _mm512_reduce_max_ps(a); }
-INLINE int sum(I a) { return _mm512_reduce_add_epi32(a); }
+INLINE I sum_fours(I a) {  // of each four lanes, in each of them
+    a = iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xb1));
+    return iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0x4e));
+}
 
 }  // namespace

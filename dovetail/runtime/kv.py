@@ -46,7 +46,7 @@ class KV:
         self.k: Store
         self.v: Store
         if config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
-            self.k, self.v = (TiledStore(shape, dtype, config.page_size, keys=keys) for keys in (True, False))
+            self.k, self.v = TiledStore.pair(shape, dtype, config.page_size)
         else:
             self.k, self.v = kind(shape, dtype, device), kind(shape, dtype, device)
         self.num_kv_heads, self.head_dim = geometry.num_kv_heads, geometry.head_dim

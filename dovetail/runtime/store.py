@@ -17,19 +17,20 @@ from dovetail.core.errors import ConfigError
 KV_DTYPES = ("float32", "bf16", "float16", "int8", "int4", "float64")
 
 
-LINE = 64  # bytes
+ALIGNMENT = 4096  # bytes
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now.
 
-    They begin on a cache line: vectors that lie across two are read at half the speed.
+    They begin on a page of memory: vectors across two cache lines are read at half the speed, and pages of KV that
+    are as large as a page of memory are then one.
     """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + LINE, np.uint8)
-    skip = -memory.ctypes.data % LINE
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT
     return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
 
 
@@ -178,25 +179,35 @@ class TiledStore:
     """K or V as the native kernels read it: per page and head, tiles of 16 tokens, head_dim padded to 16.
 
     K tiles have tokens in lanes: float32 [dim][16], bfloat16 [dim / 2][16][2]. V tiles have dimensions in lanes:
-    float32 [16][dim], bfloat16 [8][dim][2].
+    float32 [16][dim], bfloat16 [8][dim][2]. K and V of a page and head lie one behind the other: streams of short
+    pieces get less from memory, and 16 tokens of 64 bfloat16 dimensions fill the 4 KiB that prefetchers follow.
     """
 
     layout = "tiled"
 
-    def __init__(
-        self, shape: tuple[int, int, int, int], dtype: torch.dtype, page_size: int, *, keys: bool
-    ) -> None:  # fmt: skip
-        layers, self.slots, heads, self.dim = shape
-        self.page_size = page_size
-        self.keys = keys
-        self.kind = "float32" if dtype is torch.float32 else "bf16"
-        pages, tiles, dim = layers * self.slots // page_size, page_size // 16, padded(self.dim)
+    def __init__(self, memory: Tensor, slots: int, head_dim: int, *, keys: bool) -> None:
+        """memory [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V."""
+        self.slots, self.dim, self.keys = slots, head_dim, keys
+        self.page_size = memory.shape[3] * 16
+        self.kind = "float32" if memory.dtype is torch.float32 else "bf16"
+        dim = padded(head_dim)
         inner: tuple[int, ...]
-        if dtype is torch.float32:
+        if self.kind == "float32":
             inner = (dim, 16) if keys else (16, dim)
         else:
             inner = (dim // 2, 16, 2) if keys else (8, dim, 2)
-        self.data = lazy_zeros((pages, heads, tiles, *inner), dtype, torch.device("cpu"))
+        self.data = memory[:, :, 0 if keys else 1].unflatten(-1, inner)
+
+    @classmethod
+    def pair(
+        cls, shape: tuple[int, int, int, int], dtype: torch.dtype, page_size: int
+    ) -> tuple[TiledStore, TiledStore]:
+        """K and V of [layers, pages * page_size, KV heads, head_dim], zero."""
+        layers, slots, heads, dim = shape
+        memory = lazy_zeros(
+            (layers * slots // page_size, heads, 2, page_size // 16, 16 * padded(dim)), dtype, torch.device("cpu")
+        )
+        return cls(memory, slots, dim, keys=True), cls(memory, slots, dim, keys=False)
 
     def memory(self) -> tuple[int, int]:
         return self.data.data_ptr(), 0

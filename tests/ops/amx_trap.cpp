@@ -105,12 +105,12 @@ struct Product {
             base.to_bf16(values.data(), (int)values.size(), (uint16_t*)(weights.data() + i));
         }
     }
-    std::vector<float> by(Gemm gemm, int some, int count) const {
-        std::vector<float> out((size_t)row_count * tiles * 16);
+    std::vector<float> by(Gemm gemm, int some, int count, bool add) const {
+        std::vector<float> out((size_t)row_count * tiles * 16, 3.0f);
         for (int r = 0; r < row_count; r += some)
             for (int t = 0; t < tiles; t += count)
                 gemm({weights.data() + t * stride, stride, blocks, x.data() + r * row_stride, row_stride,
-                      out.data() + (r * tiles + t) * 16, tiles * 16, weights.data(), 0, some, count});
+                      out.data() + (r * tiles + t) * 16, tiles * 16, add, weights.data(), 0, some, count});
         return out;
     }
 
@@ -134,9 +134,9 @@ void check(const Kernels& base, const Kernels& amx, Format f, Activation a) {
             for (int blocks : {8, 16, 1, 9}) {
                 if (rows > amx.rows_many[a] || blocks % FORMATS[f].blocks) continue;
                 const Product p(base, f, a, blocks, rows, tiles, random);
-                const auto got = p.by(amx.tall[f][a], rows, tiles);
+                const auto got = p.by(amx.tall[f][a], rows, tiles, rows % 2);
                 // Vectors add bfloat16 in another order: each row alone, by tiles.
-                const auto want = p.by((a == INT8 ? base : amx).gemm[f][a][1][1], 1, 1);
+                const auto want = p.by((a == INT8 ? base : amx).gemm[f][a][1][1], 1, 1, rows % 2);
                 if (same(got, want)) continue;
                 printf("%s, %d rows, %d tiles, %d blocks: other bits\n", FORMATS[f].name, rows, tiles, blocks);
                 exit(1);

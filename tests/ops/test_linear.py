@@ -127,15 +127,18 @@ def test_integer_products_are_the_same_on_every_instruction_set(name: str) -> No
 @pytest.mark.parametrize("isa", TILES)
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_tiles_give_the_bits_of_vectors(name: str, isa: str) -> None:
-    """For any number of rows, of columns and of blocks, also through a gate."""
-    x = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
+    """For any number of rows, of columns and of blocks, also through a gate and onto a residual."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 512, generator=random), torch.randn(100, 400, generator=random)
     for n, k in ((17, 256), (200, 512), (48, 512 if name.endswith("_K") else 288)):
         parts = [(name, stored(name, n, k, n)), (name, stored(name, n, k, n + 1))]
-        for gate in ("", "silu"):
-            want = Layer(parts, k, "scalar", "int8", gate=gate)(x[:, :k].contiguous())
-            layer = Layer(parts, k, isa, "int8", gate=gate)
+        for options in ({}, {"gate": "silu"}, {"add": True}):
+            scalar, layer = (Layer(parts, k, i, "int8", **options) for i in ("scalar", isa))
+            before = y[:, : layer.n].contiguous() if options.get("add") else None
+            want = scalar(x[:, :k].contiguous(), before)
             for rows in (*range(1, 41), 48, 49, 97, 100):
-                assert torch.equal(layer(x[:rows, :k].contiguous()), want[:rows]), (n, k, rows, gate)
+                got = layer(x[:rows, :k].contiguous(), None if before is None else before[:rows])
+                assert torch.equal(got, want[:rows]), (n, k, rows, options)
 
 
 def tile_sums(x: torch.Tensor, w: torch.Tensor) -> np.ndarray:
@@ -154,11 +157,13 @@ def tile_sums(x: torch.Tensor, w: torch.Tensor) -> np.ndarray:
 def test_emulated_tiles_add_bfloat16_in_the_order_of_the_manual(isa: str) -> None:
     n, k = 33, 96
     data = stored("BF16", n, k, 0)
-    layer = Layer([("BF16", data)], k, isa, "bf16")
-    x = torch.randn(40, k, generator=torch.Generator().manual_seed(1))
+    layer, adding = (Layer([("BF16", data)], k, isa, "bf16", add=add) for add in (False, True))
+    random = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, k, generator=random), torch.randn(40, n, generator=random)
     want = tile_sums(x, dense("BF16", data, k))
     for rows in (1, 2, 8, 9, 16, 17, 32, 33, 40):
         assert np.array_equal(layer(x[:rows]).numpy(), want[:rows]), rows
+        assert np.array_equal(adding(x[:rows], y[:rows]).numpy(), want[:rows] + y[:rows].numpy()), rows
 
 
 @pytest.mark.parametrize("isa", TILES)
