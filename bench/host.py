@@ -72,7 +72,8 @@ class Host:
         self.executor = NullExecutor(tokenizer.encode(TEXT, add_special_tokens=False), read)
         config = Config(
             model="", architecture="llama", use=tuple(use), dtype="float32", device="cpu", threads=1,
-            kernels="torch", activations="exact", kv_cache_dtype="float32", kv_memory=0, block_size=16, num_kv_pages=8192, max_model_len=8192,
+            kernels="torch", activations="exact", kv_cache_dtype="float32", kv_memory=0,
+            block_size=16, num_kv_pages=8192, max_model_len=8192,
             max_num_batched_tokens=512, max_num_seqs=64, enable_prefix_caching=True, seed=0,
         )  # fmt: skip
         pool = PagePool(config.num_kv_pages, config.block_size)

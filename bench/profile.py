@@ -3,9 +3,9 @@
     .venv/bin/python bench/profile.py [MODEL] [--points ROWS,CONTEXT,STREAMS ...] [--repeats N] [--threads N]
         [--dtype D] [--activations A] [--kernels K] [--kv-cache-dtype KV] [--json]
 
-A point is a step of STREAMS requests with ROWS tokens each behind CONTEXT tokens; the defaults are a prompt of 512,
-one stream at 16, 1024 and 4096, and 8 and 32 streams at 105. Operations are timed one by one, on all threads; shown
-is each one's fastest repeat. `run` is the fastest run of the same step without timing in between.
+A point is a step of STREAMS requests with ROWS tokens each behind CONTEXT tokens; the defaults are a prompt of
+512, one stream at 16, 1024 and 4096, and 8 and 32 streams at 105. Operations are timed one by one, on all threads;
+shown is each one's fastest repeat. `run` is the fastest run of the same step without timing in between.
 """
 
 from __future__ import annotations

@@ -181,15 +181,18 @@ std::vector<std::shared_ptr<Packed>> weights_of(nb::list list) {
     return out;
 }
 
+std::vector<std::string> running(const char* (*name)(int)) {
+    std::vector<std::string> out;
+    for (int i = 0; name(i); i++)
+        if (kernels(name(i))) out.push_back(name(i));
+    return out;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.def("isas", [] {
-        std::vector<std::string> out;
-        for (int i = 0; isa_name(i); i++)
-            if (kernels(isa_name(i))) out.push_back(isa_name(i));
-        return out;
-    });
+    m.def("isas", [] { return running(isa_name); });
+    m.def("emulated", [] { return running(emulated_name); });
     m.def("formats", [] {
         std::vector<std::string> out;
         for (const FormatInfo& f : FORMATS) out.push_back(f.name);

@@ -7,6 +7,7 @@ namespace dovetail {
 
 constexpr int MAX_ROWS = 8;    // rows of a register block of a linear
 constexpr int MAX_TILES = 3;   // tiles of one
+constexpr int TALL_ROWS = 48;  // rows of a tall one
 constexpr int KEYS = 128;      // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
@@ -24,6 +25,7 @@ struct GemmArgs {
     bool add;  // to what `out` holds
     const uint8_t* ahead;
     int lines;
+    int row_count, tile_count;  // of the block
 };
 
 // out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
@@ -71,9 +73,10 @@ struct Odds {
 
 struct Kernels {
     const char* name;
-    int rows_alone;               // up to so many rows one tile at a time is best, in one block of rows
-    int rows_many, tiles_many;    // the best register block for more
+    int rows_alone;  // up to so many rows one tile at a time is best, in one block of rows
+    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best register block for more
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
+    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where rows_many is beyond MAX_ROWS: any number of rows between them
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
@@ -105,6 +108,7 @@ struct Kernels {
 // The table of an instruction set, or null if this build or this CPU lacks it.
 const Kernels* kernels(const char* name);
 const Kernels* best_kernels();
-const char* isa_name(int i);  // of the i-th that this build has, best first; null beyond
+const char* isa_name(int i);       // of the i-th that this build has, best first; null beyond
+const char* emulated_name(int i);  // of the i-th that is only for tests
 
 }  // namespace dovetail

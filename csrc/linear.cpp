@@ -82,9 +82,10 @@ void LinearOp::run(Member& member, const Work& work) {
     }
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
-    const int fit = std::max(4, (int)(PANEL / row_bytes_ / k.rows_many)) * k.rows_many;
+    const int many = k.rows_many[args_.activation], least = many > MAX_ROWS ? 1 : 4;
+    const int fit = std::max(least, (int)(PANEL / row_bytes_ / many)) * many;
     const int panels = few ? 1 : (n + fit - 1) / fit;
-    const int step = few ? 1 : k.tiles_many;  // a piece is made of whole register blocks
+    const int step = few ? 1 : k.tiles_many[args_.activation];  // a piece is made of whole register blocks
     const int each = std::clamp(tiles_ / (member.threads() * CHUNKS * step), 1, few ? 64 : 3) * step;
     const int chunks = (tiles_ + each - 1) / each;
     member.share(panels * chunks, [&](int i) {
@@ -106,22 +107,25 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& bl
     const size_t per_block = (group / k_blocks_ + block.parts - 1) / block.parts;
     const int lines = (int)((per_block + 63) / 64);
     const uint8_t* tile = w.tile(block.tile);
-    const uint8_t* ahead = block.parts == 1 ? tile + AHEAD : tile + group + (size_t)block.part * lines * 64 * k_blocks_;
-    kernels.gemm[w.format][args_.activation][block.n][block.count](
-        {tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines});
+    const bool stream = block.parts == 1 && block.count == 1;
+    const uint8_t* ahead = tile + (stream ? AHEAD : group + (size_t)block.part * lines * 64 * k_blocks_);
+    const Gemm gemm = block.n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
+                                         : kernels.gemm[w.format][args_.activation][block.n][block.count];
+    gemm({tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines, block.n,
+          block.count});
 }
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
+    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
     Slot& out = (*work.slots)[args_.out];
-    alignas(64) float values[MAX_ROWS * MAX_TILES * TILE];
+    alignas(64) float values[TALL_ROWS * MAX_TILES * TILE];
     for (const Segment& s : segments_) {
         const Packed& w = *s.weights;
         const int to = std::min(last, s.first_tile + w.tiles) - s.first_tile;
         for (int t = std::max(first, s.first_tile) - s.first_tile, count; t < to; t += count) {
-            count = few ? 1 : std::min(k.tiles_many, to - t);
+            count = few ? 1 : std::min(k.tiles_many[args_.activation], to - t);
             const int column = s.column + t * TILE, columns = std::min(count * TILE, w.n - t * TILE);
             const bool direct = columns == count * TILE && args_.bias.empty();
             for (int b = 0; b < blocks; b++) {
@@ -152,9 +156,10 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
     const Kernels& k = *work.kernels;
     Slot& out = (*work.slots)[args_.out];
     const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many, blocks = (n + most - 1) / most;
-    const int step = few ? 1 : k.tiles_many, together = few ? GATE_TILES : k.tiles_many, width = GATE_TILES * TILE;
-    alignas(64) float values[2][MAX_ROWS * GATE_TILES * TILE];
+    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
+    const int step = few ? 1 : k.tiles_many[args_.activation], together = few ? GATE_TILES : step;
+    const int width = (few ? GATE_TILES : MAX_TILES) * TILE;
+    alignas(64) float values[2][std::max(MAX_ROWS * GATE_TILES, TALL_ROWS * MAX_TILES) * TILE];
     for (int from = first, to; from < last; from = to) {
         to = std::min(last, from + together);
         const int column = from * TILE, columns = std::min((to - from) * TILE, out.width - column);

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def isas() -> list[str]: ...  # that this CPU runs, best first
+def emulated() -> list[str]: ...  # instruction sets that it runs in emulation, for tests
 def formats() -> list[str]: ...
 def read_bandwidth(megabytes: int, threads: int) -> float: ...  # GB/s
 def dequantize_row(format: str, row: int, k: int, out: int, /) -> None: ...

@@ -61,13 +61,14 @@ class Config:
 @dataclass(frozen=True)
 class Machine:
     """What the machine offers: threads worth starting, CPUs, free bytes for KV, whether there is CUDA, and the
-    instruction sets that native kernels can use (best first)."""
+    instruction sets that native kernels can use (best first), or can if asked to by name (emulated)."""
 
     threads: int
     cpus: int
     free_memory: int
     cuda: bool
     isas: tuple[str, ...] = ()
+    emulated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class KVBudget:
     max_model_len: int
 
 
-def resolve_kernels(options: Options, device: str, isas: tuple[str, ...], head_dim: int) -> str:
+def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: int) -> str:
     """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked, with
     a warning where it is the model, and no option, that none can do."""
     kinds = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    dtype = kinds.get(options.dtype, options.dtype)
+    dtype, isas = kinds.get(options.dtype, options.dtype), machine.isas
     reason = ""
     if device != "cpu":
         reason = f"native kernels run on the CPU, not on {device}"
@@ -100,7 +101,7 @@ def resolve_kernels(options: Options, device: str, isas: tuple[str, ...], head_d
         return TORCH if reason or not isas else isas[0]
     if options.kernels == TORCH:
         return TORCH
-    if options.kernels not in isas:
+    if options.kernels not in (*isas, *machine.emulated):
         raise ConfigError(
             f"kernels '{options.kernels}' cannot be used here; possible: auto, {', '.join((TORCH, *isas))}"
         )
@@ -232,7 +233,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     """Settle every choice. ConfigError or CapacityError name the option."""
     machine = found.machine
     device = resolve_device(options.device, machine.cuda)
-    kernels = resolve_kernels(options, device, machine.isas, geometry.head_dim)
+    kernels = resolve_kernels(options, device, machine, geometry.head_dim)
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)

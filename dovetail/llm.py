@@ -217,9 +217,9 @@ def _machine(device: str) -> Machine:
     import torch
 
     from dovetail.machine import cores, memory
-    from dovetail.ops.cpu import isas
+    from dovetail.ops.cpu import emulated, isas
 
     found, cuda = cores(), torch.cuda.is_available()
     on_gpu = cuda and device != "cpu"
     free = torch.cuda.mem_get_info()[0] if on_gpu else memory().available
-    return Machine(found.budget, found.affinity, free, cuda, isas())
+    return Machine(found.budget, found.affinity, free, cuda, isas(), emulated())

@@ -344,7 +344,8 @@ template <int T, int MOST, int R = 1> void add_rows(dovetail::Kernels& k) {
     if constexpr (R < MOST) add_rows<T, MOST, R + 1>(k);
 }
 inline void add_linear(dovetail::Kernels& k) {
-    k.rows_alone = ROWS_ALONE, k.rows_many = ROWS_MANY, k.tiles_many = TILES_MANY;
+    k.rows_alone = ROWS_ALONE;
+    for (int a = 0; a < dovetail::NUM_ACTIVATIONS; a++) k.rows_many[a] = ROWS_MANY, k.tiles_many[a] = TILES_MANY;
     add_rows<1, (ROWS_ALONE > ROWS_MANY ? ROWS_ALONE : ROWS_MANY)>(k);
     if constexpr (TILES_MANY >= 2) add_rows<2, ROWS_MANY>(k);
     if constexpr (TILES_MANY >= 3) add_rows<3, ROWS_MANY>(k);

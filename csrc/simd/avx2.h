@@ -48,6 +48,7 @@ INLINE I iall(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; 
 INLINE I ball(int8_t x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
 INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+INLINE I bsub(I a, I b) { return {_mm256_sub_epi8(a.a, b.a), _mm256_sub_epi8(a.b, b.b)}; }
 INLINE I iand(I a, I b) { return {_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
 INLINE I ior(I a, I b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
 template <int N> INLINE I left16(I a) { return {_mm256_slli_epi16(a.a, N), _mm256_slli_epi16(a.b, N)}; }

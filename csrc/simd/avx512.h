@@ -40,6 +40,7 @@ INLINE I iall(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE I ball(int8_t x) { return _mm512_set1_epi8(x); }
 INLINE I izero() { return _mm512_setzero_si512(); }
 INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+INLINE I bsub(I a, I b) { return _mm512_sub_epi8(a, b); }
 INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
 INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
 template <int N> INLINE I left16(I a) { return _mm512_slli_epi16(a, N); }

@@ -88,16 +88,17 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _kernels() -> dict[str, Any]:
     """The native library, the instruction sets that it runs here, best first, and the OpenMP runtimes loaded."""
-    library, problem, isas = None, None, []
+    library, problem, isas, emulated = None, None, [], []
     try:
         import torch  # noqa: F401  its libgomp first
 
         from dovetail import _native
 
-        library, isas = _native.__file__, _native.isas()
+        library, isas, emulated = _native.__file__, _native.isas(), _native.emulated()
     except ImportError as error:
         problem = str(error)
-    return {"native": library, "problem": problem, "isas": isas, "libgomp": _mapped("libgomp")}
+    copies = _mapped("libgomp")
+    return {"native": library, "problem": problem, "isas": isas, "emulated": emulated, "libgomp": copies}
 
 
 def _mapped(library: str) -> list[str]:
@@ -209,8 +210,11 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 def _kernel_rows(kernels: dict[str, Any]) -> list[tuple[str, str]]:
     copies = kernels["libgomp"]
     more = "; each starts threads of its own" if len(copies) > 1 else ""
+    isas = ", ".join(kernels["isas"]) + " (best first)" if kernels["isas"] else "none"
+    if kernels["emulated"]:
+        isas += f"; for tests {', '.join(kernels['emulated'])}"
     return [
         ("native library", kernels["native"] or f"none, torch's operations instead ({kernels['problem']})"),
-        ("instruction sets", ", ".join(kernels["isas"]) + " (best first)" if kernels["isas"] else "none"),
+        ("instruction sets", isas),
         ("libgomp", f"{len(copies)} loaded{more}" + "".join(f"\n{path}" for path in copies)),
     ]

@@ -48,6 +48,12 @@ def isas() -> tuple[str, ...]:
     return tuple(module.isas()) if module is not None else ()
 
 
+def emulated() -> tuple[str, ...]:
+    """Those that it runs in emulation: for tests, and slow."""
+    module = native()
+    return tuple(module.emulated()) if module is not None else ()
+
+
 def pack(weight: StoredTensor, dtype: torch.dtype, threads: int) -> Any:
     """Weights [out, in] in the kernels' layout, with the stored bits where a kernel reads that format.
 

@@ -15,7 +15,8 @@ from dovetail.ops.dequant import BLOCKS
 
 native = pytest.importorskip("dovetail._native")
 
-ISAS = native.isas()
+ISAS = native.isas() + native.emulated()
+TILES = [isa for isa in ISAS if isa.startswith("amx")]
 QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 CASES = [(f, a) for f in QUANTIZED for a in ("int8", "exact")] + [
     ("F32", "exact"), ("F16", "exact"), ("BF16", "exact"), ("BF16", "bf16")
@@ -116,11 +117,60 @@ def test_a_row_does_not_depend_on_the_others(name: str, activation: str, isa: st
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_integer_products_are_the_same_on_every_instruction_set(name: str) -> None:
-    k, n = 512, 64
+    k, n = 512, 72
     data = stored(name, n, k, 3)
-    x = torch.randn(9, k, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(15, k, generator=torch.Generator().manual_seed(0))
     results = [Layer([(name, data)], k, isa, "int8")(x) for isa in ISAS]
     assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_tiles_give_the_bits_of_vectors(name: str, isa: str) -> None:
+    """For any number of rows, of columns and of blocks, also through a gate and onto a residual."""
+    random = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 512, generator=random), torch.randn(100, 400, generator=random)
+    for n, k in ((17, 256), (200, 512), (48, 512 if name.endswith("_K") else 288)):
+        parts = [(name, stored(name, n, k, n)), (name, stored(name, n, k, n + 1))]
+        for options in ({}, {"gate": "silu"}, {"add": True}):
+            scalar, layer = (Layer(parts, k, i, "int8", **options) for i in ("scalar", isa))
+            before = y[:, : layer.n].contiguous() if options.get("add") else None
+            want = scalar(x[:, :k].contiguous(), before)
+            for rows in (*range(1, 41), 48, 49, 97, 100):
+                got = layer(x[:rows, :k].contiguous(), None if before is None else before[:rows])
+                assert torch.equal(got, want[:rows]), (n, k, rows, options)
+
+
+def tile_sums(x: torch.Tensor, w: torch.Tensor) -> np.ndarray:
+    """x @ w.T as the manual adds it up: per 32 of K a sum of even and one of odd products, both then added."""
+    a, b = (v.to(torch.bfloat16).float().numpy().astype(np.longdouble) for v in (x, w))
+    out = np.zeros((len(a), len(b)), np.float32)
+    for first in range(0, a.shape[1], 32):
+        sums = np.zeros((2, *out.shape), np.float32)
+        for k in range(first, first + 32):
+            sums[k % 2] = sums[k % 2] + a[:, k, None] * b[:, k]  # exact but for the rounding to float32
+        out += sums[0] + sums[1]
+    return out
+
+
+@pytest.mark.parametrize("isa", native.emulated())
+def test_emulated_tiles_add_bfloat16_in_the_order_of_the_manual(isa: str) -> None:
+    n, k = 33, 96
+    data = stored("BF16", n, k, 0)
+    layer, adding = (Layer([("BF16", data)], k, isa, "bf16", add=add) for add in (False, True))
+    random = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, k, generator=random), torch.randn(40, n, generator=random)
+    want = tile_sums(x, dense("BF16", data, k))
+    for rows in (1, 2, 8, 9, 16, 17, 32, 33, 40):
+        assert np.array_equal(layer(x[:rows]).numpy(), want[:rows]), rows
+        assert np.array_equal(adding(x[:rows], y[:rows]).numpy(), want[:rows] + y[:rows].numpy()), rows
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_tiles_take_denormal_bfloat16_for_zero(isa: str) -> None:
+    w = torch.full((16, 32), 2.0**-127).to(torch.bfloat16)
+    layer = Layer([("BF16", w.view(torch.uint8))], 32, isa, "bf16")
+    assert not layer(torch.full((1, 32), 2.0**120)).any()
 
 
 @pytest.mark.parametrize("isa", ISAS)

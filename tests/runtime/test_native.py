@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
-from dovetail.ops.cpu import isas
+from dovetail.ops.cpu import emulated, isas
 from dovetail.runtime.native import NativeExecutor
 from tests.tiny import TinyCheckpoint, finish, make_request, run_all, run_staggered, tiny_config, tiny_engine
 
@@ -67,7 +67,7 @@ def test_same_text_under_any_schedule(batch, store, dtype, drafts, budget, cachi
     assert [r.output for r in requests] == [alone(kv, page_size, dtype, p) for p in batch]
 
 
-@pytest.mark.parametrize("kernels", isas())
+@pytest.mark.parametrize("kernels", (*isas(), *emulated()))
 @pytest.mark.parametrize(
     ("kv", "page_size"), [("float32", 16), ("bf16", 48), ("int8", 8), ("int4", 16), ("bf16", 1)]
 )
@@ -92,7 +92,7 @@ def scores(engine, params) -> torch.Tensor:
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("kernels", isas())
+@pytest.mark.parametrize("kernels", (*isas(), *emulated()))
 def test_integer_text_is_the_same_on_every_instruction_set(kernels: str) -> None:
     """In float32, with float32 KV, the order of operations is the same everywhere."""
     want = run_all(engine_of("scalar", "float32"), PROMPTS, GREEDY)
