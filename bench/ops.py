@@ -8,8 +8,10 @@ Kernels, by the names that --only picks from (any part of "kernel shape" will do
   gemm.FORMAT.ACTIVATIONS  rows 32 and 512
   decode.KV                one row of attention behind C tokens; shape: query heads / KV heads, head dimension, C
   prefill.KV               512 rows of attention from position 0 on
-  balance.KV               a request of 64K tokens beside 31 of 100: long ones cut over the threads, against not
-  cascade.KV               32 requests of 2048 shared and 64 own tokens: shared KV read once, against once each
+  balance.KV               a request of 64K tokens beside 31 of 100: long ones cut over the threads, against a
+                           thread for each request and KV head, and for each request
+  cascade.KV               32 requests of 2048 shared and 64 own tokens: shared KV read once, against read by each,
+                           and against a copy for each
   sample.OPTIONS           tokens from 1 and 32 rows of logits, in the cache; shape: vocabulary. "even" rows are
                            normal with deviation 1, as no model's are: top-p leaves thousands of tokens
 
@@ -43,7 +45,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,8 @@ class Heads:
         return f"{self.query}/{self.kv} d{self.dim}"
 
 
-HEADS = (Heads(9, 3, 64), Heads(32, 8, 128))
+HEADS = (Heads(9, 3, 64), Heads(32, 8, 128))  # of SmolLM2-135M and Llama-3-8B
+MULTI_HEAD = Heads(32, 32, 128)  # of Llama-2-7B
 
 
 @dataclass(frozen=True)
@@ -372,21 +375,32 @@ def prefills(bench: Bench, rows: int = 512, layers: int = 8) -> None:
             bench.measure(cases)
 
 
-def pair(bench: Bench, kernel: str, rows: int, both: dict[str, Attention], sizes: list[int]) -> dict[str, Any]:
-    """Two plans of the same attention in turns; how much faster the first is."""
-    first, least = next(iter(both.values())), min(sizes)
+def versus(
+    bench: Bench, kernel: str, rows: int, ways: dict[str, Attention], sizes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """The same attention in several ways, in turns; how much faster the first is than each other one."""
+    first, least = next(iter(ways.values())), min(sizes)
     cases = [
         Case(kernel, f"{first.pool.heads} {name}", rows, a.run, a.layers, size, a.operations, "bf16", size > least)
-        for (name, a), size in zip(both.items(), sizes, strict=True)
+        for (name, a), size in zip(ways.items(), sizes, strict=True)
     ]
-    fast, slow = bench.measure(cases)
-    ratios = [b / a for a, b in zip(fast, slow, strict=True)]
-    return {"speed_up": statistics.median(ratios), "speed_up_low": min(ratios), "speed_up_high": max(ratios)}
+    fast, *others = bench.measure(cases)
+    found = {}
+    for name, slow in zip(list(ways)[1:], others, strict=True):
+        ratios = [b / a for a, b in zip(fast, slow, strict=True)]
+        found[name] = {"speed_up": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return found
 
 
-def balance(bench: Bench) -> dict[str, Any]:
-    """One long request beside short ones. What is not cut has one piece of work for each request and KV head."""
-    heads, kernel = HEADS[0], "balance.bf16"
+def times(found: dict[str, float]) -> str:
+    return f"{found['speed_up']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+
+
+def balance(bench: Bench, heads: Heads) -> dict[str, Any]:
+    """One long request beside short ones, cut; a piece for each request and KV head; one thread for each request.
+
+    The last is the long request alone on one thread, which takes at least that long with the others beside it.
+    """
     count, tokens = SHORT
     each, total = -(-tokens // PAGE), LONG // PAGE
     requests = [Request(LONG - 1, LONG, range(total))]
@@ -394,48 +408,46 @@ def balance(bench: Bench) -> dict[str, Any]:
         requests.append(Request(tokens - 1, tokens, range(total, total + each)))
         total += each
     pool = KVPool(heads, "bf16", total * PAGE, bench.cold)
-    both = {
-        name: Attention(pool, requests, total * PAGE, bench, split=split)
-        for name, split in (("split", True), ("whole", False))
+    size = total * PAGE
+    ways = {
+        "split": Attention(pool, requests, size, bench),
+        "per KV head": Attention(pool, requests, size, bench, split=False),
+        "per request": Attention(pool, requests[:1], size, replace(bench, threads=1)),
     }
-    size = (LONG + count * tokens) * pool.token_bytes
-    found = pair(bench, kernel, len(requests), both, [size, size])
-    threads = bench.threads
-    found["bound"] = max(1.0, -(-heads.kv // threads) * threads / heads.kv)
-    found["items"] = {name: a.stats["items"] for name, a in both.items()}
-    spread = f"{found['speed_up_low']:.2f}-{found['speed_up_high']:.2f}"
-    print(
-        f"  split is {found['speed_up']:.2f} times as fast ({spread});"
-        f" {found['bound']:.2f} is what {heads.kv} KV heads on {threads} threads leave to gain"
-    )
-    return found
+    read = (LONG + count * tokens) * pool.token_bytes
+    found = versus(bench, "balance.bf16", len(requests), ways, [read, read, LONG * pool.token_bytes])
+    for name, ratio in found.items():
+        print(f"  split is {times(ratio)} times as fast as one thread {name}")
+    return {**found, "items": {name: a.stats["items"] for name, a in ways.items()}}
 
 
-def cascade(bench: Bench) -> dict[str, Any]:
-    """Requests that share most of their pages."""
-    heads, kernel = HEADS[0], "cascade.bf16"
+def cascade(bench: Bench, heads: Heads) -> dict[str, Any]:
+    """Requests that share most of their pages: read once; read by each; and without sharing, a copy for each."""
     shared, own, length = SHARED // PAGE, OWN // PAGE, SHARED + OWN
-    requests = [
+    sharing = [
         Request(length - 1, length, [*range(shared), *range(shared + i * own, shared + (i + 1) * own)])
         for i in range(SHARERS)
     ]
+    alone = [
+        Request(length - 1, length, range(i * length // PAGE, (i + 1) * length // PAGE)) for i in range(SHARERS)
+    ]
     tokens = SHARED + SHARERS * OWN
-    pool = KVPool(heads, "bf16", tokens, bench.cold)
-    both = {
-        name: Attention(pool, requests, tokens, bench, cascade=on)
-        for name, on in (("shared", True), ("apart", False))
+    pool, copies = (KVPool(heads, "bf16", n, bench.cold) for n in (tokens, SHARERS * length))
+    ways = {
+        "shared": Attention(pool, sharing, tokens, bench),
+        "apart": Attention(pool, sharing, tokens, bench, cascade=False),
+        "copies": Attention(copies, alone, SHARERS * length, bench),
     }
-    read = [a.stats["tokens_read"] * pool.token_bytes for a in both.values()]
-    found = pair(bench, kernel, len(requests), both, read)
-    found |= {"bytes": dict(zip(both, read, strict=True)), "bytes_ratio": read[1] / read[0]}
-    stats = both["shared"].stats
-    assert read[1] == stats["tokens_without_sharing"] * pool.token_bytes
+    read = [a.stats["tokens_read"] * pool.token_bytes for a in ways.values()]
+    assert read[1] == ways["shared"].stats["tokens_without_sharing"] * pool.token_bytes
+    # "apart" finds most of what it reads in the caches, so its bytes over its time are no bandwidth of memory.
+    found = versus(bench, "cascade.bf16", SHARERS, ways, read)
     print(
-        f"  shared reads {read[0] / 1e6:.2f} MB of KV a layer, apart {read[1] / 1e6:.2f} MB:"
-        f" {found['bytes_ratio']:.1f} times as much; it is {found['speed_up']:.2f} times as fast"
-        f" ({found['speed_up_low']:.2f}-{found['speed_up_high']:.2f})"
+        f"  shared reads {read[0] / 1e6:.2f} MB of KV a layer, the others {read[1] / 1e6:.2f} MB,"
+        f" {read[1] / read[0]:.1f} times as much; it is {times(found['apart'])} times as fast as apart,"
+        f" {times(found['copies'])} times as fast as copies"
     )
-    return found
+    return {**found, "bytes": dict(zip(ways, read, strict=True))}
 
 
 # -- sampling ----------------------------------------------------------------------------------------
@@ -516,9 +528,8 @@ def main() -> None:
     decodes(bench)
     prefills(bench)
     samples(bench)
-    for name, run in (("balance", balance), ("cascade", cascade)):
-        if bench.wants(f"{name}.bf16", str(HEADS[0])):
-            out[name] = run(bench)
+    for name, run, shapes in (("balance", balance, HEADS[:1]), ("cascade", cascade, (*HEADS, MULTI_HEAD))):
+        out[name] = {str(h): run(bench, h) for h in shapes if bench.wants(f"{name}.bf16", str(h))}
     if not bench.results:
         sys.exit(f"no kernel matches {' '.join(args.only)}")
     low, middle, high = min(bench.reads), statistics.median(bench.reads), max(bench.reads)
