@@ -50,9 +50,7 @@ class Config:
     @property
     def arithmetic(self) -> str:
         """What a step computes in, in words: everything on which the bits of its results depend."""
-        return (
-            f"{self.dtype}, {self.activations} activations, {self.kv_cache_dtype} KV, {self.kernels} kernels"
-        )
+        return f"{self.dtype}, {self.activations} activations, {self.kv_cache_dtype} KV, {self.kernels} kernels"
 
     def __str__(self) -> str:
         return "\n".join(f"{k}: {v}" for k, v in self.to_dict().items())

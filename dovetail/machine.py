@@ -93,6 +93,12 @@ def cpu_model(root: Path = ROOT) -> str:
     return platform.machine()
 
 
+def processor(root: Path = ROOT) -> str:
+    """All that the system says of the processor's kind: code made for it runs wherever this is the same."""
+    keys = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part")
+    return "\n".join([platform.machine(), *(next(_cpuinfo(root, key), "") for key in keys)])
+
+
 def isa(root: Path = ROOT) -> tuple[str, ...]:
     """Instruction sets that kernels care about and this processor has."""
     flags = set(next(_cpuinfo(root, "flags"), "").split()) | set(next(_cpuinfo(root, "Features"), "").split())

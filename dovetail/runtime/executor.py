@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
+from dovetail.core.types import Span, SpanResult, StepPlan, StepResult
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
-from dovetail.runtime.sampler import Row, by_span, describe, sample
-
-LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
+from dovetail.runtime.sampler import Row, by_span, prompt_logprobs, sample
 
 
 class ModelExecutor:
@@ -82,19 +81,10 @@ class ModelExecutor:
                 results[i] = result
         for i, span in enumerate(spans):
             if span.request.params.prompt_logprobs is not None and i in hidden:
-                scores = self._score(span, hidden[i])
+                scores = prompt_logprobs(span, partial(self._logits_of, hidden[i]))
                 results[i] = replace(results[i], prompt_logprobs=tuple(scores))
         return results
 
-    def _score(self, span: Span, hidden: Tensor) -> list[TokenLogprobs]:
-        """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them."""
-        request = span.request
-        first = max(span.start, request.scored)
-        stop = min(span.stop, len(request.prompt) - 1)
-        out: list[TokenLogprobs] = []
-        for at in range(first, stop, LOGIT_ROWS):
-            end = min(at + LOGIT_ROWS, stop)
-            logits = self.model.logits(hidden[at - span.start : end - span.start])
-            counts = [request.params.prompt_logprobs or 0] * (end - at)
-            out += describe(logits, request.prompt[at + 1 : end + 1], counts)
-        return out
+    def _logits_of(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        logits: Tensor = self.model.logits(hidden[rows])
+        return logits

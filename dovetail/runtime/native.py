@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,7 @@ from dovetail.ops.template import TemplateError
 from dovetail.runtime.kv import KV
 from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorder import Recorder, connect
-from dovetail.runtime.sampler import Row, by_span, describe, known
-
-LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
+from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 
 
 def recordable(model: Any, seams: Seams) -> bool:
@@ -152,9 +152,8 @@ class NativeExecutor:
         at = 0
         for i, s in enumerate(spans):
             if s.request.params.prompt_logprobs is not None and s.stage == last:
-                results[i] = SpanResult(
-                    results[i].tokens, results[i].logprobs, tuple(self._score(s, at)), results[i].error
-                )
+                scores = prompt_logprobs(s, partial(self._logits_of, at))
+                results[i] = replace(results[i], prompt_logprobs=tuple(scores))
             at += s.stop - s.start
         return results
 
@@ -163,15 +162,7 @@ class NativeExecutor:
         view = torch.from_numpy(self.program.view(self._logits, rows))
         return view[:, : self.model.config.vocab_size]
 
-    def _score(self, span: Span, row: int) -> list[TokenLogprobs]:
-        """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them."""
-        request = span.request
-        first, stop = max(span.start, request.scored), min(span.stop, len(request.prompt) - 1)
-        out: list[TokenLogprobs] = []
-        for at in range(first, stop, LOGIT_ROWS):
-            end = min(at + LOGIT_ROWS, stop)
-            self.program.sample([row + i - span.start for i in range(at, end)])
-            self.program.run(*self._head)
-            counts = [request.params.prompt_logprobs or 0] * (end - at)
-            out += describe(self._view(end - at), request.prompt[at + 1 : end + 1], counts)
-        return out
+    def _logits_of(self, first: int, rows: list[int]) -> Tensor:
+        self.program.sample([first + r for r in rows])
+        self.program.run(*self._head)
+        return self._view(len(rows))

@@ -13,7 +13,7 @@ from dovetail.core.seams import Geometry, Variant
 from dovetail.layers.norm import Norm
 from dovetail.layers.packed import PackedLinear
 from dovetail.ops import cpu
-from dovetail.ops.attention.kernel_variant import kernel_variant
+from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.rope import Rope
 from dovetail.runtime.kv import KV
 
@@ -30,6 +30,7 @@ class Recorder:
         self.attended = program.slot(heads * dim)
         self._angles: dict[Rope, int] = {}
         self._slots: dict[tuple[str, int], int] = {}
+        self._variants: dict[int, tuple[Variant, KernelVariant]] = {}
         self._held: list[Any] = []  # what the program's addresses point into
 
     def slot(self, name: str, width: int, sampled: bool = False) -> int:
@@ -73,8 +74,9 @@ class Recorder:
 
     def attend(self, layer: int, variant: Variant) -> None:
         """Attention of `q` over the step's sequences into `attended`."""
-        v = kernel_variant(variant, self.geometry.num_heads)
-        self._held.append(v.held)
+        if id(variant) not in self._variants:
+            self._variants[id(variant)] = (variant, kernel_variant(variant, self.geometry.num_heads))
+        v = self._variants[id(variant)][1]
         self.program.attend(self.q, self.attended, layer, v.window, v.address, v.params)
 
 

@@ -5,17 +5,18 @@ Nothing is drawn from a generator with a state, so drafts, batch-mates and preem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.core.types import Request, SpanResult, TokenLogprobs
+from dovetail.core.types import Request, Span, SpanResult, TokenLogprobs
 from dovetail.runtime.odds import odds
 
 _MASK = 2**64 - 1
+LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
 UNSOUND = "no token can be chosen: the logits are NaN or infinite, or every token is forbidden"
 
 
@@ -174,6 +175,22 @@ def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
         TokenLogprobs(t, lp, rank, tuple(b[:c]))
         for t, (lp,), rank, b, c in zip(tokens, own.tolist(), ranks, best, counts, strict=True)
     ]
+
+
+def prompt_logprobs(span: Span, logits: Callable[[list[int]], Tensor]) -> list[TokenLogprobs]:
+    """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them.
+
+    logits: of rows of the span, counted from its first, [rows, vocabulary]; a few rows at a time are asked for.
+    """
+    request = span.request
+    first, stop = max(span.start, request.scored), min(span.stop, len(request.prompt) - 1)
+    out: list[TokenLogprobs] = []
+    for at in range(first, stop, LOGIT_ROWS):
+        end = min(at + LOGIT_ROWS, stop)
+        counts = [request.params.prompt_logprobs or 0] * (end - at)
+        rows = logits(list(range(at - span.start, end - span.start)))
+        out += describe(rows, request.prompt[at + 1 : end + 1], counts)
+    return out
 
 
 def by_span(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 import shutil
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dovetail import machine
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.seams import SlidingWindow, Variant
 from dovetail.ops import template
@@ -773,10 +775,40 @@ def test_a_failing_compiler_is_told_of_or_passed_over(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_is_an_error_of_its_own_kind(tmp_path: Path) -> None:
+def test_where_nothing_can_be_kept_it_still_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CompileError, match="the torch reference"):
-        compile_variant(SoftCap(2.0), folder=tmp_path / "file" / "kernels")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        compiled = compile_variant(SoftCap(2.0), folder=tmp_path / "file" / "kernels")
+    assert works(compiled, 2.0) and not compiled.path.exists()
+
+
+@needs_compiler
+def test_what_is_kept_needs_no_compiler(tmp_path: Path) -> None:
+    path = compile_variant(SoftCap(2.0), folder=tmp_path).path
+    compiled = compile_variant(SoftCap(3.0), folder=tmp_path, compilers=["no-such-compiler"])
+    assert compiled.path == path and works(compiled, 3.0)
+
+
+@needs_compiler
+def test_what_another_processor_compiled_is_left_alone(
+    counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, calls = counting
+    compile_variant(SoftCap(2.0), folder=tmp_path / "k", compilers=[compiler])
+    monkeypatch.setattr(machine, "processor", lambda: "another")
+    compile_variant(SoftCap(2.0), folder=tmp_path / "k", compilers=[compiler])
+    assert calls() == 2
+
+
+@needs_compiler
+def test_kept_files_of_another_system_are_compiled_again(counting, tmp_path: Path) -> None:
+    compiler, calls = counting
+    path = compile_variant(SoftCap(2.0), folder=tmp_path / "a", compilers=[compiler]).path
+    foreign = tmp_path / "b" / path.name
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"no library" + hashlib.sha256(b"no library").digest())
+    compiled = compile_variant(SoftCap(2.0), folder=tmp_path / "b", compilers=[compiler])
+    assert calls() == 2 and works(compiled, 2.0)
 
 
 @needs_compiler

@@ -1,8 +1,8 @@
 """Variants as native functions, compiled on first use and kept.
 
-A function is kept under a hash of its source, the flags, and everything that the compiler defines for this
-processor, so a change of any of them compiles anew. Kept files end in a hash of what comes before it: one that a
-crash or a disk has damaged is compiled again, not loaded.
+A function is kept under a hash of its source, the flags and what this processor can do, so a change of any of them
+compiles anew, and what was compiled once needs no compiler. Kept files end in a hash of what comes before it: one
+that a crash or a disk has damaged is compiled again, not loaded.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from dovetail import hub
+from dovetail import hub, machine
 from dovetail.core.seams import Variant
 from dovetail.files import replacing
 from dovetail.ops.template.cpp import SYMBOL, cpp, params
@@ -49,7 +49,7 @@ class Compiled:
     are in [0, 2^30). It may be called from many threads; `scores` must not overlap the other arrays.
 
     address: of the function, for as long as the process lives. params: float32, whose memory the caller passes.
-    source: the C++. path: the file that is loaded. traced: what is known about the variant.
+    source: the C++. path: the file that keeps it, if it could be written. traced: what is known about the variant.
     """
 
     address: int
@@ -80,15 +80,32 @@ def compile_variant(
     """
     traced = variant if isinstance(variant, Traced) else trace(variant)
     source = cpp(traced.program)
-    folder = folder or hub.home() / "kernels"
+    key = hashlib.sha256("\0".join([*FLAGS, *GCC_FLAGS, machine.processor(), source]).encode()).hexdigest()
+    path = (folder or hub.home() / "kernels") / f"{key}.so"
+    library = _kept(path) or _compiled(source, path, compilers)
+    address = ctypes.cast(library[SYMBOL], ctypes.c_void_p).value
+    return Compiled(address or 0, params(traced.program), source, path, traced, library)
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """What an earlier run compiled, if it is whole and of this system."""
+    if not _is_whole(path):
+        return None
+    try:
+        return _load(path)
+    except (OSError, AttributeError):
+        return None
+
+
+def _compiled(source: str, path: Path, compilers: Sequence[str]) -> ctypes.CDLL:
+    """The function by the first compiler that can, kept at `path`."""
     tried = []
     for name in compilers:
         if not (compiler := shutil.which(name)):
             continue
         try:
-            path, library = _library(source, compiler, folder)
-            address = ctypes.cast(library[SYMBOL], ctypes.c_void_p).value
-            return Compiled(address or 0, params(traced.program), source, path, traced, library)
+            with tempfile.TemporaryDirectory(prefix="dovetail-") as directory:
+                return _keep(_build(source, compiler, Path(directory)), path)
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             tried.append(f"{compiler}: {_told(error)}")
     if tried:
@@ -99,17 +116,28 @@ def compile_variant(
     )
 
 
-def _library(source: str, compiler: str, folder: Path) -> tuple[Path, ctypes.CDLL]:
-    macros = _macros(compiler)
-    flags = FLAGS if "__clang__" in macros else FLAGS + GCC_FLAGS
-    key = hashlib.sha256("\0".join([compiler, *flags, macros, source]).encode()).hexdigest()
-    path = folder / f"{key}.so"
-    if not _is_whole(path):
-        binary = _build(source, [compiler, *flags])
+def _keep(built: Path, path: Path) -> ctypes.CDLL:
+    """Load it from where it stays; where that cannot be written, load what was built."""
+    binary = built.read_bytes()
+    try:
         # Two processes may both come here; each writes a file of its own, and the last one's takes the name.
         with replacing(path) as file:
             file.write(binary + hashlib.sha256(binary).digest())
-    return path, ctypes.CDLL(str(path))
+    except OSError as error:
+        warnings.warn(f"a compiled variant cannot be kept and is compiled at every start: {error}", stacklevel=2)
+        return _load(built)
+    try:
+        return _load(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Raises OSError for what is no library of this system, AttributeError for one without the function."""
+    library = ctypes.CDLL(str(path))
+    _ = library[SYMBOL]
+    return library
 
 
 def _is_whole(path: Path) -> bool:
@@ -120,18 +148,13 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-_HASH]).digest() == content[-_HASH:]
 
 
-@lru_cache
-def _macros(compiler: str) -> str:
-    """Every macro that the compiler defines: its version, and what it takes this processor for."""
-    return _run([compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-
-
-def _build(source: str, command: Sequence[str]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="dovetail-") as directory:
-        text, library = Path(directory, "variant.cpp"), Path(directory, "variant.so")
-        text.write_text(source, encoding="utf-8")
-        _run([*command, "-o", str(library), str(text)])
-        return library.read_bytes()
+def _build(source: str, compiler: str, directory: Path) -> Path:
+    text, library = directory / "variant.cpp", directory / "variant.so"
+    text.write_text(source, encoding="utf-8")
+    macros = _run([compiler, "-dM", "-E", "-x", "c++", os.devnull])
+    flags = FLAGS if "__clang__" in macros else FLAGS + GCC_FLAGS
+    _run([compiler, *flags, "-o", str(library), str(text)])
+    return library
 
 
 def _run(command: Sequence[str]) -> str:
