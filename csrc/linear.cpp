@@ -8,7 +8,7 @@ namespace dovetail {
 
 namespace {
 
-constexpr int ALONE = 8;       // rows up to which every thread prepares all activations itself
+constexpr int ALONE = 4;       // rows up to which every thread prepares all activations itself
 constexpr int CHUNKS = 12;     // pieces per thread: its last one is what others may have to wait for
 constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed before they are combined
 constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
