@@ -28,6 +28,7 @@ class Recorder:
         heads, dim = geometry.num_heads, geometry.head_dim
         self.q = program.slot(heads * (-(-dim // 16) * 16))
         self.attended = program.slot(heads * dim)
+        self.weight_bytes = 0  # that the recorded products read, as they are packed
         self._angles: dict[Rope, int] = {}
         self._slots: dict[tuple[str, int], int] = {}
         self._variants: dict[int, tuple[Variant, KernelVariant]] = {}
@@ -60,6 +61,7 @@ class Recorder:
         """target = layer(norm(source)); or += with `add`; or act(gate half) * up half of the columns."""
         if not isinstance(layer, PackedLinear):
             raise TypeError(f"only packed weights can be recorded, not {type(layer).__name__}")
+        self.weight_bytes += sum(p.bytes for p in layer.parts)
         weights = norm.weight.float().tolist() if norm else []
         self.program.linear(
             source, target, layer.parts, layer.activation, norm=weights, eps=norm.eps if norm else 0.0,

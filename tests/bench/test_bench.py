@@ -32,6 +32,11 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_p
     return run
 
 
+def test_no_script_hides_a_standard_module() -> None:
+    """Workers start in this folder, and torch imports much."""
+    assert not {Path(name).stem for name in SCRIPTS} & sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(script, name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as left:
@@ -77,15 +82,18 @@ def test_ops(script, only: str) -> None:
 @native
 def test_profile(script, tiny_model: Path) -> None:
     given = (tiny_model, "--points", "3,0,1", "1,20,2", "--repeats", 2, "--threads", 1, "--json")
-    out, found = script("profile.py", *given)
+    out, found = script("step.py", *given)
     assert f"exact activations, float32 KV, {isas()[0]} kernels" in out
     assert [p["streams"] for p in found["points"]] == [1, 2]
     for p in found["points"]:
-        assert {"embed", "attend", "head"} < set(p["ms"])
-        rest = sum(ms for name, ms in p["ms"].items() if name not in ("all", "run"))
-        assert rest == pytest.approx(p["ms"]["all"])
+        assert {"embed", "attend", "head"} < set(p["figures"])
+        other = ("all", "run", "median", "MB", "GB/s", "roofline")
+        assert sum(ms for name, ms in p["figures"].items() if name not in other) == pytest.approx(
+            p["figures"]["all"]
+        )
+        assert p["figures"]["roofline"] > 0 and 0 < p["figures"]["run"] <= p["figures"]["median"]
     with pytest.raises(SystemExit):
-        script("profile.py", tiny_model, "--kernels", "torch")
+        script("step.py", tiny_model, "--kernels", "torch")
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """The time of a step by operation, in milliseconds: where a prompt, a decode step and a batch spend it.
 
-    .venv/bin/python bench/profile.py [MODEL] [--points ROWS,CONTEXT,STREAMS ...] [--repeats N] [--threads N]
+    .venv/bin/python bench/step.py [MODEL] [--points ROWS,CONTEXT,STREAMS ...] [--repeats N] [--threads N]
         [--dtype D] [--activations A] [--kernels K] [--kv-cache-dtype KV] [--json]
 
 A point is a step of STREAMS requests with ROWS tokens each behind CONTEXT tokens; the defaults are a prompt of
 512, one stream at 16, 1024 and 4096, and 8 and 32 streams at 105. Operations are timed one by one, on all threads;
-shown is each one's fastest repeat. `run` is the fastest run of the same step without timing in between.
+shown is each one's fastest repeat. `run` is the fastest run of the same step without timing in between, `median`
+its median. MB are the weights, as they are packed, and the KV that the step reads; `roofline` is the time that they
+take at the machine's raw read (the best of three passes over 256 MB, beside every run) by the run's own: the median
+of the repeats. It says something where memory is the limit, that is with few rows.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import argparse
 import collections
 import json
 import random
+import statistics
 import time
 from typing import Any, NamedTuple
 
 from dovetail import LLM
+from dovetail.ops import cpu
 from dovetail.runtime.native import NativeExecutor
 
+READ_MB = 256
 ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")
 
 
@@ -55,20 +61,32 @@ def plan(llm: LLM, program: Any, at: Point) -> None:
     program.plan()
 
 
-def measure(program: Any, repeats: int) -> dict[str, float]:
-    """Milliseconds by operation; the last operation is the head. `all` is their sum."""
+def step_bytes(llm: LLM, at: Point) -> int:
+    """Weights, and KV of all that the rows' contexts hold."""
+    executor: Any = llm.engine.executor
+    per_token = llm.config.kv_memory // (llm.config.num_kv_pages * llm.config.block_size)
+    weights: int = executor.recorder.weight_bytes
+    return weights + at.streams * (at.context + at.rows) * per_token
+
+
+def measure(program: Any, repeats: int, size: int, threads: int) -> dict[str, float]:
+    """Milliseconds by operation, the last of which is the head, and of whole runs; `size`: bytes of a step."""
     best: dict[str, float] = {}
-    runs = []
+    runs, reads = [], []
     for _ in range(repeats):
         steps = program.profile(0, program.mark())
         found: collections.Counter[str] = collections.Counter()
         for i, (name, seconds) in enumerate(steps):
             found["head" if i == len(steps) - 1 else name] += seconds * 1e3
         best = {name: min(ms, best.get(name, ms)) for name, ms in found.items()}
+        reads.append(cpu.native().read_bandwidth(READ_MB, threads) * 1e9)
+        program.run(0, program.mark())  # the first run after memory was unmapped is slower
         start = time.perf_counter()
         program.run(0, program.mark())
-        runs.append((time.perf_counter() - start) * 1e3)
-    return {**best, "all": sum(best.values()), "run": min(runs)}
+        runs.append(time.perf_counter() - start)
+    roofline = statistics.median(size / read / run for read, run in zip(reads, runs, strict=True))
+    times = {**best, "all": sum(best.values()), "run": min(runs) * 1e3, "median": statistics.median(runs) * 1e3}
+    return {**times, "MB": size / 1e6, "GB/s": statistics.median(reads) / 1e9, "roofline": roofline}
 
 
 def main() -> None:
@@ -91,7 +109,8 @@ def main() -> None:
     found: list[dict[str, float]] = []
     for at in args.points:
         plan(llm, executor.program, at)
-        found.append(measure(executor.program, args.repeats))
+        size = step_bytes(llm, at)
+        found.append(measure(executor.program, args.repeats, size, llm.config.threads))
         if len(found) == 1:
             print(f"{'rows':>5} {'context':>7} {'streams':>7}" + "".join(f"{name:>12}" for name in found[0]))
         print(
@@ -99,7 +118,7 @@ def main() -> None:
         )
     if args.json:
         facts = {name: getattr(llm.config, name) for name in (*ARITHMETIC, "threads")}
-        steps = [{**at._asdict(), "ms": ms} for at, ms in zip(args.points, found, strict=True)]
+        steps = [{**at._asdict(), "figures": figures} for at, figures in zip(args.points, found, strict=True)]
         print(json.dumps({"model": args.model, **facts, "repeats": args.repeats, "points": steps}))
 
 
