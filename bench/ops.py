@@ -224,6 +224,7 @@ class Linears:
                 self.source, self.target, [copy], activation, norm=[], eps=0.0, bias=[], add=False, gate="",
                 sampled=False,
             )  # fmt: skip
+        program.tune()
         program.set_rows(most)
         program.run(0, 0)
         rows = np.random.default_rng(1).standard_normal((most, k), np.float32)

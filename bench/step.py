@@ -6,9 +6,9 @@
 A point is a step of STREAMS requests with ROWS tokens each behind CONTEXT tokens; the defaults are a prompt of
 512, one stream at 16, 1024 and 4096, and 8 and 32 streams at 105. Operations are timed one by one, on all threads;
 shown is each one's fastest repeat. `run` is the fastest run of the same step without timing in between, `median`
-its median. MB are the weights, as they are packed, and the KV that the step reads; `roofline` is the time that they
-take at the machine's raw read (the best of three passes over 256 MB, beside every run) by the run's own: the median
-of the repeats. It says something where memory is the limit, that is with few rows.
+its median. MB are the weights, as they are packed, and the KV that the step reads; `roofline` is the time that
+they take at the machine's raw read (the best of three passes over 256 MB, beside every run) by the run's own: the
+median of the repeats. It says something where memory is the limit, that is with few rows.
 """
 
 from __future__ import annotations

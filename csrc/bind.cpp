@@ -256,6 +256,7 @@ NB_MODULE(_native, m) {
         .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
         .def("plan", &Program::plan)
         .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("tune", &Program::tune, nb::call_guard<nb::gil_scoped_release>())
         .def("profile", &Program::profile)
         .def("argmax", &Program::argmax)
         .def("penalise", penalise)

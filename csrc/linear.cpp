@@ -43,6 +43,12 @@ int LinearOp::total(const Work& work) const {
     return args_.sampled ? (int)work.step->sampled.size() : work.step->rows();
 }
 
+size_t LinearOp::weight_bytes() const {
+    size_t bytes = 0;
+    for (const Segment& s : segments_) bytes += s.weights->bytes;
+    return bytes;
+}
+
 void LinearOp::prepare(const Work& work) {
     const size_t need = (size_t)total(work) * row_bytes_;
     if (work.rows->size() < need) work.rows->resize(need);
@@ -105,7 +111,7 @@ void LinearOp::panel(const Work& work, const uint8_t* rows, int row, int n, int 
 void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const {
     const size_t group = block.count * w.tile_stride;
     const size_t per_block = (group / k_blocks_ + block.parts - 1) / block.parts;
-    const int lines = (int)((per_block + 63) / 64);
+    const int lines = block.ahead ? (int)((per_block + 63) / 64) : 0;
     const uint8_t* tile = w.tile(block.tile);
     const bool stream = block.parts == 1 && block.count == 1;
     const uint8_t* ahead = tile + (stream ? AHEAD : group + (size_t)block.part * lines * 64 * k_blocks_);
@@ -130,7 +136,7 @@ void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int 
             const bool direct = columns == count * TILE && args_.bias.empty();
             for (int b = 0; b < blocks; b++) {
                 const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
-                const Block block{t, count, rows + at * row_bytes_, some, b, blocks};
+                const Block block{t, count, rows + at * row_bytes_, some, b, blocks, ahead(work, n)};
                 if (direct) {
                     multiply(k, w, block, {out.data.data() + (size_t)at * out.stride + column, out.stride, args_.add});
                     continue;
@@ -168,7 +174,7 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
             for (int w = 0; w < 2; w++)
                 for (int t = from, count; t < to; t += count) {
                     count = std::min(step, to - t);
-                    multiply(k, *segments_[w].weights, {t, count, rows + at * row_bytes_, some, b, blocks},
+                    multiply(k, *segments_[w].weights, {t, count, rows + at * row_bytes_, some, b, blocks, ahead(work, n)},
                              {values[w] + (t - from) * TILE, width, false});
                 }
             if (!args_.bias.empty())

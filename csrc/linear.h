@@ -6,21 +6,27 @@ namespace dovetail {
 
 class LinearOp : public Op {
    public:
+    // Bytes of activation rows beside which weights must be fetched: the processor then does not see their stream.
+    static constexpr size_t CROWDED = 8 << 10;
+
     LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kernels& kernels);
     const char* name() const override { return args_.gate ? "linear_gate" : args_.add ? "linear_add" : "linear"; }
     void prepare(const Work& work) override;
     void run(Member& member, const Work& work) override;
+    size_t weight_bytes() const override;
 
    private:
     struct Segment {
         const Packed* weights;
         int column, first_tile;
     };
-    // `count` tiles from `tile` on against n activation rows, which are `part` of `parts` such groups of rows.
+    // `count` tiles from `tile` on against n activation rows, which are `part` of `parts` such groups of rows. ahead:
+    // fetch weights.
     struct Block {
         int tile, count;
         const uint8_t* rows;
         int n, part, parts;
+        bool ahead;
     };
     struct Target {
         float* out;
@@ -35,6 +41,9 @@ class LinearOp : public Op {
     void multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const;
     void finish(Slot& out, int row, int column, int n, const float* values) const;
     int total(const Work& work) const;
+    bool ahead(const Work& work, int n) const {
+        return work.ahead || n > work.kernels->rows_alone || n * row_bytes_ > CROWDED;
+    }
 
     LinearArgs args_;
     std::vector<Segment> segments_;

@@ -10,6 +10,13 @@
 
 namespace dovetail {
 
+namespace {
+
+constexpr size_t TUNED = 128 << 20;  // bytes of weights to learn from: more than caches hold, read in milliseconds
+constexpr int TRIALS = 3;
+
+}  // namespace
+
 void Step::clear() {
     tokens.clear(), positions.clear(), span_of_row.clear(), offsets.clear(), sampled.clear(), pages.clear();
     tables.clear(), sequences.clear(), table_start.clear(), changes.clear();
@@ -203,6 +210,34 @@ void Program::fit(int rows) {
     }
 }
 
+void Program::tune() {
+    const Alone alone(running_);
+    std::vector<Op*> some;
+    size_t bytes = 0;
+    for (size_t i = 0; i < ops_.size() && bytes < TUNED; i++)
+        if (ops_[i]->weight_bytes()) some.push_back(ops_[i].get()), bytes += ops_[i]->weight_bytes();
+    if (bytes < TUNED / 16) return;  // hardly anything to gain
+    step.clear();
+    step.tokens.resize(1), step.sampled.assign(1, 0);
+    fit(1);
+    double best[2] = {1e9, 1e9};
+    for (int i = 0; i < 2 * TRIALS; i++) {
+        const bool ahead = i % 2;
+        const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_, ahead};
+        int phases = 0;
+        for (Op* op : some) op->prepare(work), phases += op->phases();
+        team_.reserve(phases);
+        const auto start = std::chrono::steady_clock::now();
+        team_.run([&](Member& member) {
+            for (Op* op : some) op->run(member, work);
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best[ahead] = std::min(best[ahead], took.count());
+    }
+    ahead_ = best[1] <= best[0];
+    step.clear();
+}
+
 void Program::plan() {
     const Alone alone(running_);
     for (size_t i = 0; i < step.sequences.size(); i++)
@@ -213,7 +248,7 @@ void Program::plan() {
 void Program::run(int first, int last) {
     const Alone alone(running_);
     fit(step.rows());
-    const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_};
+    const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_, ahead_};
     int phases = 0;
     for (int i = first; i < last; i++) ops_[i]->prepare(work), phases += ops_[i]->phases();
     team_.reserve(phases);

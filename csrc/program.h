@@ -41,6 +41,7 @@ struct Work {
     std::vector<Slot>* slots;
     Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
     std::vector<Aligned<uint8_t>>* own;  // memory of each thread for the operation at work
+    bool ahead;  // fetch weights ahead also where the processor may do that as well by itself
 };
 
 class Op {
@@ -50,6 +51,7 @@ class Op {
     virtual int phases() const { return 4; }
     virtual void prepare(const Work&) {}  // on one thread, before the region: all memory is taken here
     virtual void run(Member& member, const Work& work) = 0;
+    virtual size_t weight_bytes() const { return 0; }
 };
 
 struct LinearArgs {
@@ -91,6 +93,8 @@ class Program {
 
     Step step;
 
+    // Learns from the recorded weights how this processor reads them fastest. No result depends on it.
+    void tune();
     void plan();
     // Operations [first, last) on the step's rows.
     void run(int first, int last);
@@ -115,6 +119,7 @@ class Program {
     Aligned<uint8_t> rows_;
     std::vector<Aligned<uint8_t>> own_;
     std::atomic<bool> running_{false};
+    bool ahead_ = true;
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_;
     Sampler sampler_;

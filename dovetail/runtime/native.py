@@ -70,6 +70,7 @@ class NativeExecutor:
         first = program.mark()
         self._logits = model.record_head(to)
         self._head = (first, program.mark())
+        program.tune()
         self._carry: dict[str, Tensor] = {}
 
     def run(self, plan: StepPlan) -> StepResult:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
 from dovetail.ops.attention.paged import PagedAttention, Shape
@@ -106,3 +107,27 @@ for _ in range(20):
     subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, check=True, timeout=60
     )
+
+
+def test_how_weights_are_read_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    weight = cpu.pack(
+        StoredTensor("w", "F32", (4096, 1024), torch.randn(4096, 1024).view(torch.uint8)), torch.float32, 2
+    )
+    outs = []
+    for tuned in (False, True):
+        program = cpu.native().Program(cpu.isas()[0], 2, (1, 1, 2), False, False)
+        source, target = program.slot(1024), program.slot(4096)
+        program.linear(
+            source, target, [weight], "exact", norm=[], eps=0.0, bias=[], add=True, gate="", sampled=False
+        )
+        if tuned:
+            program.tune()
+            assert program.num_rows() == 0
+        program.set_rows(3)
+        program.run(0, 0)
+        program.view(target, 3)[:] = 0
+        program.view(source, 3)[:, :1024] = torch.linspace(-1, 1, 3 * 1024).view(3, 1024).numpy()
+        program.run(0, 1)
+        outs.append(program.view(target, 3)[:, :4096].copy())
+    assert (outs[0] == outs[1]).all() and outs[0].any()
