@@ -109,12 +109,13 @@ void LinearOp::panel(const Work& work, const uint8_t* rows, int row, int n, int 
 // Rows `rows` (n of them) times `count` tiles. While few rows are computed the weights behind these are fetched;
 // else `part` of `parts` fetches its share of the next group of tiles.
 void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const {
-    const size_t group = block.count * w.tile_stride;
-    const size_t per_block = (group / k_blocks_ + block.parts - 1) / block.parts;
-    const int lines = block.ahead ? (int)((per_block + 63) / 64) : 0;
+    const size_t group = block.count * w.tile_stride, all = (group / k_blocks_ + 63) / 64;
+    const int each = ((int)all + block.parts - 1) / block.parts, sharers = ((int)all + each - 1) / each;
+    const int share = block.part - (block.parts - sharers);  // the last ones: just before the group is read
+    const int lines = block.ahead && share >= 0 ? each : 0;
     const uint8_t* tile = w.tile(block.tile);
     const bool stream = block.parts == 1 && block.count == 1;
-    const uint8_t* ahead = tile + (stream ? AHEAD : group + (size_t)block.part * lines * 64 * k_blocks_);
+    const uint8_t* ahead = tile + (stream ? AHEAD : group + (size_t)share * each * 64 * k_blocks_);
     const Gemm gemm = block.n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
                                          : kernels.gemm[w.format][args_.activation][block.n][block.count];
     gemm({tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines, block.n,
