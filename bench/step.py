@@ -49,15 +49,23 @@ def point(text: str) -> Point:
 
 
 def plan(llm: LLM, program: Any, at: Point) -> None:
-    """Every stream has pages of its own; what they hold does not change the time."""
+    """Every stream has pages of its own, whose context is computed first: memory never written is in no bank."""
     chance, stop = random.Random(0), at.context + at.rows
     pages = -(-stop // llm.config.block_size)
     if pages * at.streams > llm.config.num_kv_pages:
         raise SystemExit(f"{at} needs {pages * at.streams} pages of KV, there are {llm.config.num_kv_pages}")
+    tokens = [chance.randrange(llm.checkpoint.config.vocab_size) for _ in range(stop)]
+    tables = [list(range(i * pages, (i + 1) * pages)) for i in range(at.streams)]
+    chunk = llm.config.max_num_batched_tokens
+    for table in tables:
+        for start in range(0, at.context, chunk):
+            program.clear()
+            program.add(start, min(start + chunk, at.context), tokens, [], table, 0, 1)
+            program.plan()
+            program.run(0, program.mark())
     program.clear()
-    for i in range(at.streams):
-        tokens = [chance.randrange(llm.checkpoint.config.vocab_size) for _ in range(stop)]
-        program.add(at.context, stop, tokens, [], list(range(i * pages, (i + 1) * pages)), 0, 1)
+    for table in tables:
+        program.add(at.context, stop, tokens, [], table, 0, 1)
     program.plan()
 
 
