@@ -1,6 +1,7 @@
 """The command line: `dovetail COMMAND`.
 
-A command is a file `dovetail/cli/<name>.py` with a typed, documented function `command`, listed in COMMANDS.
+A command is a file `dovetail/cli/<name>.py` with a typed, documented function `command`, listed in COMMANDS; one
+with commands of its own (`dovetail bench model`) has a typer `app` instead.
 Such files import torch, fastapi and the like inside the function: `--help` reads all of them.
 """
 
@@ -70,8 +71,11 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_options)
     for name in names:
-        kind = _PromptCommand if name == "run" else None
-        app.command(name, cls=kind)(import_module(f"dovetail.cli.{name}").command)
+        module = import_module(f"dovetail.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name, cls=_PromptCommand if name == "run" else None)(module.command)
     return app
 
 
