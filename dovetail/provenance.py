@@ -24,7 +24,7 @@ def provenance(llm: LLM | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if llm is not None:
-        found["config"] = llm.config.to_dict()
+        found["config"] = llm.config.to_dict() | {"use": list(llm.config.use)}
     return found
 
 
