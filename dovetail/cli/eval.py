@@ -141,7 +141,7 @@ def _table(suite: Suite, results: Sequence[Result]) -> str:
     from dovetail.evals.plots import pareto
     from dovetail.table import table
 
-    measured = [r for r in results if suite.quality in r]
+    measured = [r for r in results if r["state"] == "measured"]
     sign = 1 if suite.higher else -1
     front = pareto([(r["tokens_per_s"], sign * r[suite.quality]) for r in measured])
     best = {measured[i]["setting"] for i in front}

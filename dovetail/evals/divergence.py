@@ -127,7 +127,7 @@ def divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, n
     """KL(reference || logits) in nats, float64 [rows], of logits [rows, vocabulary], and whether the largest is
     the same token."""
     p, q = _log_softmax(reference), _log_softmax(logits)
-    kl = np.where(np.isneginf(p), 0, np.exp(p) * (p - q)).sum(-1)
+    kl = (np.exp(p) * np.where(np.isneginf(p), 0, p - q)).sum(-1)
     return np.maximum(kl, 0), reference.argmax(-1) == logits.argmax(-1)  # rounding may leave it just below 0
 
 

@@ -22,7 +22,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
     """A Figure: a point for each result, the Pareto front joined by a line. Refused settings are left out."""
-    measured = [r for r in results if suite.quality in r]
+    measured = [r for r in results if r["state"] == "measured"]
     drawn = figure()
     axes = drawn.subplots()
     speeds = [r["tokens_per_s"] for r in measured]
