@@ -29,10 +29,15 @@ def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
     values = [r[suite.quality] for r in measured]
     sign = 1 if suite.higher else -1
     front = pareto([(s, sign * v) for s, v in zip(speeds, values, strict=True)])
-    axes.plot([speeds[i] for i in front], [values[i] for i in front], color="tab:orange", label="Pareto front")
+    line = {"color": "tab:orange", "marker": "o", "markersize": 11, "label": "Pareto front"}
+    axes.plot([speeds[i] for i in front], [values[i] for i in front], **line)
     axes.scatter(speeds, values, color="tab:blue", zorder=3)
+    middle = (min(speeds, default=0) + max(speeds, default=0)) / 2
     for result, x, y in zip(measured, speeds, values, strict=True):
-        axes.annotate(result["setting"], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        left = x > middle  # names grow towards the middle, so that none is cut off
+        place = {"xytext": (-8 if left else 8, 5), "ha": "right" if left else "left"}
+        axes.annotate(result["setting"], (x, y), textcoords="offset points", fontsize=8, **place)
+    axes.margins(0.1)
     if not suite.higher:
         axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
