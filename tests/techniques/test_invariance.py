@@ -8,13 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.techniques import MODULES, technique
 from tests.tiny import finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
-LOSSY = ["sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"]
+LOSSY = [
+    *("sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"),
+    *(
+        "quest:budget=8,skip_layers=0",
+        "quest:budget=16,skip_layers=1",
+        "quest:budget=12,skip_layers=0,score=mean_std",
+    ),
+]
 
 
 @cache
@@ -89,6 +97,10 @@ def test_at_its_exact_setting_a_technique_gives_the_plain_text(name: str) -> Non
     assert plain.lossless or plain.exact_at
     for other in [None, *sorted(MODULES)]:
         if other == name:
+            continue
+        if other and set(technique(other).fills) & set(plain.fills):
+            with pytest.raises(ConfigError, match=f"{name} and {other}"):
+                compose(exact, technique(other))
             continue
         more = (
             [technique(f"{other}:" + ",".join(f"{k}={v}" for k, v in technique(other).exact_at.items()))]
