@@ -34,6 +34,8 @@ template <class T> T choice(const std::string& name, std::initializer_list<const
     throw std::invalid_argument("unknown choice '" + name + "'");
 }
 
+Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bound", "mean_std"}); }
+
 KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tuple addresses, nb::tuple sizes) {
     KVMemory kv{};
     kv.layout = choice<Layout>(layout, {"tiled", "NHD", "HND"});
@@ -50,7 +52,7 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
 
 // Append rows [start, stop) of one sequence: tokens and then drafts, its pages, and how many last rows to sample.
 void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts, nb::list pages, int64_t first_page,
-              int sample) {
+              int sample, int dense_until) {
     Step& s = p.step;
     const int row = s.rows(), size = p.page_size();
     const int accepted = (int)nb::len(tokens), count = (stop + size - 1) / size;
@@ -70,6 +72,7 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     }
     for (int i = stop - sample; i < stop; i++) s.sampled.push_back(row + i - start);
     s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
+    s.spans.push_back({row, stop - start, start, dense_until, nullptr});
 }
 
 // Penalties of a sampled row: rates for repetition, presence and frequency; tokens, of which `prompt` were not written.
@@ -243,16 +246,25 @@ NB_MODULE(_native, m) {
                         std::vector<float> k_norm, float eps) {
             p.rope({in, angles, q, layer, std::move(q_norm), std::move(k_norm), eps});
         })
-        .def("attend", [](Program& p, int q, int out, int layer, int window, uintptr_t variant,
+        .def("attend", [](Program& p, std::tuple<int, int, int, bool> on, int window, uintptr_t variant,
                           std::vector<float> params) {
-            p.attend(q, out, layer, window, (Variant)variant, std::move(params));
+            const auto [q, out, layer, chosen] = on;
+            p.attend({q, out, layer, chosen}, window, (Variant)variant, std::move(params));
         })
+        .def("sparsify", [](Program& p, int window, int budget, bool positions) { p.sparsify({window, budget, positions}); })
+        .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries) {
+            p.pick(q, layer, summary_of(kind), (const uint8_t*)summaries);
+        })
+        .def("summarise", [](Program& p, const std::string& kind, int layers, const std::vector<int64_t>& pages,
+                             uintptr_t out) { p.summarise(summary_of(kind), layers, pages, (uint8_t*)out); })
+        .def("unread", &Program::unread)
         .def("clear", [](Program& p) { p.step.clear(); })
         .def("set_rows", [](Program& p, int rows) {  // rows of no sequence, for operations that ask for nothing else
             p.step.clear();
             p.step.tokens.assign(rows, 0);
         })
-        .def("add", add_span)
+        .def("add", add_span, nb::arg("start"), nb::arg("stop"), nb::arg("tokens"), nb::arg("drafts"), nb::arg("pages"),
+             nb::arg("first_page"), nb::arg("sample"), nb::arg("dense_until") = INT32_MAX)
         .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
         .def("plan", &Program::plan)
         .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())

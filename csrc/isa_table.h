@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/linear.h"
+#include "kernels/pages.h"
 #include "kernels/rows.h"
 #include "kernels/sample.h"
 
@@ -13,6 +14,7 @@
         if (!table.name) {                                    \
             add_linear(table), add_rows_of(table);            \
             add_attention(table), add_sample(table);          \
+            add_pages(table);                                 \
             table.name = #NAME;                               \
         }                                                     \
         return &table;                                        \

@@ -64,6 +64,29 @@ struct KeyBlock {
 using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t q_pos, int32_t head,
                          const float* params);
 
+// What is kept of a page: maximum and minimum of its keys, or mean and standard deviation, [2][n] values. A query is
+// scored by its positive and negative part against the one, by itself and its magnitude against the other.
+enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES };
+
+// Rows [rows][n] of a group's queries, both halves each, against the pages listed; `stride` bytes from one page's summary
+// to the next one's. out[p]: the highest product of the rows with page p.
+struct PageScores {
+    const void* q;
+    int rows, n;
+    const uint8_t* summaries;
+    size_t stride;
+    const int32_t* pages;
+    int count;
+    float* out;
+};
+
+// Keys of one page and head: tiles of 16 tokens in the attention layout, n dimensions.
+struct PageTiles {
+    const uint8_t* keys;
+    size_t tile_bytes;
+    int tiles, n;
+};
+
 constexpr int LOGITS = 64;  // whose maximum, or sum of odds, is kept together
 
 // How odds are made of logits: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
@@ -99,6 +122,9 @@ struct Kernels {
     // sum 0) is the identity.
     void (*merge)(float* const* records, int rows, const State& state, int n);
     void (*scale)(const float* x, float by, int n, float* y);
+
+    void (*page_scores[NUM_KV])(const PageScores& args);
+    void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
 
     bool (*maxima)(const float* x, int n, float* y);  // of every 64 logits; false where there is a NaN
     void (*odds)(const float* x, int n, const Odds& how, float* y);

@@ -19,7 +19,7 @@ constexpr int TRIALS = 3;
 
 void Step::clear() {
     tokens.clear(), positions.clear(), span_of_row.clear(), offsets.clear(), sampled.clear(), pages.clear();
-    tables.clear(), sequences.clear(), table_start.clear(), changes.clear();
+    tables.clear(), sequences.clear(), spans.clear(), table_start.clear(), changes.clear();
 }
 
 namespace {
@@ -136,21 +136,47 @@ class RopeOp : public Op {
 
 class AttendOp : public Op {
    public:
-    AttendOp(int q, int out, int layer, int window, Variant variant, std::vector<float> params, const KVMemory& kv)
-        : q_(q), out_(out), layer_(layer), window_(window), variant_(variant), params_(std::move(params)), kv_(kv) {}
+    AttendOp(AttendOn on, int window, Variant variant, std::vector<float> params, const KVMemory& kv)
+        : on_(on), window_(window), variant_(variant), params_(std::move(params)), kv_(kv) {}
     const char* name() const override { return "attend"; }
-    void prepare(const Work& work) override { work.plan->prepare(kv_); }
+    void prepare(const Work& work) override { plan(work).prepare(kv_); }
     void run(Member& member, const Work& work) override {
-        Slot& out = (*work.slots)[out_];
-        AttendArgs args{&kv_, layer_ * kv_.pages_per_layer, (*work.slots)[q_].data.data(), out.data.data(),
+        Slot& out = (*work.slots)[on_.out];
+        AttendArgs args{&kv_, on_.layer * kv_.pages_per_layer, (*work.slots)[on_.q].data.data(), out.data.data(),
                         out.stride, window_, variant_, params_.data(), nullptr};
-        work.plan->run(member, *work.kernels, args);
+        plan(work).run(member, *work.kernels, args);
     }
 
    private:
-    int q_, out_, layer_, window_;
+    AttentionPlan& plan(const Work& work) const { return on_.chosen && work.chosen ? *work.chosen : *work.plan; }
+
+    AttendOn on_;
+    int window_;
     Variant variant_;
     std::vector<float> params_;
+    const KVMemory& kv_;
+};
+
+// Chooses the pages of a layer, where rows have to.
+class PickOp : public Op {
+   public:
+    PickOp(int q, int layer, Summary kind, const uint8_t* summaries, const KVMemory& kv)
+        : q_(q), layer_(layer), kind_(kind), summaries_(summaries), kv_(kv) {}
+    const char* name() const override { return "pick"; }
+    void prepare(const Work& work) override {
+        if (work.chosen) work.selection->prepare(kv_, (int)work.own->size());
+    }
+    void run(Member& member, const Work& work) override {
+        if (!work.chosen) return;
+        const size_t bytes = (size_t)kv_.heads * 2 * kv_.padded() * kv_.element();
+        work.selection->pick(member, *work.kernels,
+                             {&kv_, (*work.slots)[q_].data.data(), summaries_ + layer_ * kv_.pages_per_layer * bytes, kind_});
+    }
+
+   private:
+    int q_, layer_;
+    Summary kind_;
+    const uint8_t* summaries_;
     const KVMemory& kv_;
 };
 
@@ -199,8 +225,18 @@ void Program::linear(LinearArgs args) {
 
 void Program::rope(RopeArgs args) { add(new RopeOp(std::move(args), heads_, kv_)); }
 
-void Program::attend(int q, int out, int layer, int window, Variant variant, std::vector<float> params) {
-    add(new AttendOp(q, out, layer, window, variant, std::move(params), kv_));
+void Program::attend(AttendOn on, int window, Variant variant, std::vector<float> params) {
+    add(new AttendOp(on, window, variant, std::move(params), kv_));
+}
+
+void Program::pick(int q, int layer, Summary kind, const uint8_t* summaries) {
+    add(new PickOp(q, layer, kind, summaries, kv_));
+}
+
+void Program::summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out) {
+    const Alone alone(running_);
+    team_.reserve(1);
+    team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, layers, pages, out); });
 }
 
 void Program::fit(int rows) {
@@ -223,7 +259,7 @@ void Program::tune() {
     double best[2] = {1e9, 1e9};
     for (int i = 0; i < 2 * TRIALS; i++) {
         const bool ahead = i % 2;
-        const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_, ahead};
+        const Work work = this->work(ahead);
         int phases = 0;
         for (Op* op : some) op->prepare(work), phases += op->phases();
         team_.reserve(phases);
@@ -241,14 +277,18 @@ void Program::tune() {
 void Program::plan() {
     const Alone alone(running_);
     for (size_t i = 0; i < step.sequences.size(); i++)
-        step.sequences[i].pages = step.tables.data() + step.table_start[i];
+        step.spans[i].pages = step.sequences[i].pages = step.tables.data() + step.table_start[i];
     plan_.build(step.sequences, heads_, kv_.page_size, team_.threads, cascade_, split_);
+    choosing_ = selection_.build(step.spans, heads_, kv_.page_size, sparsity_);
+    if (!choosing_) return;
+    chosen_.build(selection_.sequences(), heads_, kv_.page_size, team_.threads, cascade_, split_);
+    unread_ += selection_.unread();
 }
 
 void Program::run(int first, int last) {
     const Alone alone(running_);
     fit(step.rows());
-    const Work work{&step, &plan_, kernels_, &slots_, &rows_, &own_, ahead_};
+    const Work work = this->work(ahead_);
     int phases = 0;
     for (int i = first; i < last; i++) ops_[i]->prepare(work), phases += ops_[i]->phases();
     team_.reserve(phases);

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "pack.h"
 #include "sample.h"
+#include "select.h"
 
 namespace dovetail {
 
@@ -27,6 +28,7 @@ struct Step {
     std::vector<int64_t> pages;                                            // of each row's token
     std::vector<int32_t> tables;                                           // page lists, one after the other
     std::vector<Sequence> sequences;
+    std::vector<Span> spans;                                               // the sequences, as rows that may choose
     std::vector<size_t> table_start;
     std::map<int, Change> changes;  // to logits, by sampled row
 
@@ -37,6 +39,8 @@ struct Step {
 struct Work {
     Step* step;
     AttentionPlan* plan;
+    AttentionPlan* chosen;  // where rows read the pages that `selection` chose; or null: none has to choose
+    Selection* selection;
     const Kernels* kernels;
     std::vector<Slot>* slots;
     Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
@@ -73,6 +77,11 @@ struct RopeArgs {
     float eps;
 };
 
+struct AttendOn {
+    int q, out, layer;
+    bool chosen;
+};
+
 class Program {
    public:
     Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split);
@@ -89,7 +98,12 @@ class Program {
     void angles(int out, std::vector<float> frequencies, float temper);
     void linear(LinearArgs args);
     void rope(RopeArgs args);
-    void attend(int q, int out, int layer, int window, Variant variant, std::vector<float> params);
+    // Rows read everything, or what the last `pick` of the layer chose.
+    void attend(AttendOn on, int window, Variant variant, std::vector<float> params);
+    void sparsify(const Sparsity& sparsity) { sparsity_ = sparsity; }
+    void pick(int q, int layer, Summary kind, const uint8_t* summaries);
+    void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out);
+    int64_t unread() const { return unread_; }  // pages of a head that rows left out, in all steps
 
     Step step;
 
@@ -108,6 +122,7 @@ class Program {
 
    private:
     void fit(int rows);
+    Work work(bool ahead) { return {&step, &plan_, choosing_ ? &chosen_ : nullptr, &selection_, kernels_, &slots_, &rows_, &own_, ahead}; }
     void add(Op* op) { ops_.emplace_back(op); }
 
     const Kernels* kernels_;
@@ -121,7 +136,11 @@ class Program {
     std::atomic<bool> running_{false};
     bool ahead_ = true;
     std::vector<std::unique_ptr<Op>> ops_;
-    AttentionPlan plan_;
+    AttentionPlan plan_, chosen_;
+    Selection selection_;
+    Sparsity sparsity_{INT32_MAX, INT32_MAX, false};
+    bool choosing_ = false;
+    int64_t unread_ = 0;
     Sampler sampler_;
 };
 

@@ -49,6 +49,7 @@ class KV:
             self.k, self.v = TiledStore.pair(shape, dtype, config.page_size)
         else:
             self.k, self.v = kind(shape, dtype, device), kind(shape, dtype, device)
+        self.geometry = geometry
         self.num_kv_heads, self.head_dim = geometry.num_kv_heads, geometry.head_dim
         self.pages_per_layer = config.num_pages
         self.page_size = config.page_size

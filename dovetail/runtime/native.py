@@ -24,10 +24,10 @@ from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 
 def recordable(model: Any, seams: Seams) -> bool:
     """Whether nothing in Python must act between two operations of a layer."""
-    defaults = (
-        (seams.selector, Selector), (seams.codec, Codec), (seams.residency, Residency), (seams.rows, RowFilter),
-    )  # fmt: skip
+    defaults = ((seams.codec, Codec), (seams.residency, Residency), (seams.rows, RowFilter))
     if any(type(filler) is not default for filler, default in defaults):
+        return False
+    if not (type(seams.selector) is Selector or seams.selector.recorded):
         return False
     try:
         variants = {id(v): v for v in (block.attention.variant for block in model.blocks())}
@@ -55,7 +55,7 @@ class NativeExecutor:
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
         self.program = program = cpu.native().Program(isa, threads, heads, True, True)
         connect(program, kv)
-        to = Recorder(program, shape, model.config.hidden_size)
+        to = Recorder(program, kv, model.config.hidden_size)
         self.recorder = to
         self._x, self._width = to.x, model.config.hidden_size
         model.record_embed(to)
@@ -98,7 +98,9 @@ class NativeExecutor:
         offset, last = self.kv.stage_pages, self.num_stages - 1
         for s in spans:
             r = s.request
-            program.add(s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample)
+            program.add(
+                s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until
+            )  # fmt: skip
         program.plan()
         first, end = self._ranges[spans[0].stage]
         if all(s.stage == 0 for s in spans):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dovetail.checkpoint.tensor import StoredTensor
-from dovetail.core.seams import Geometry, Variant
+from dovetail.core.seams import Variant
 from dovetail.layers.norm import Norm
 from dovetail.layers.packed import PackedLinear
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
+from dovetail.ops.pages import Summaries
 from dovetail.ops.rope import Rope
 from dovetail.runtime.kv import KV
 
@@ -21,9 +22,10 @@ from dovetail.runtime.kv import KV
 class Recorder:
     """The program under construction. Buffers are shared by all layers: `x` holds the hidden rows."""
 
-    def __init__(self, program: Any, geometry: Geometry, width: int) -> None:
+    def __init__(self, program: Any, kv: KV, width: int) -> None:
         self.program = program
-        self.geometry = geometry
+        self.kv = kv
+        self.geometry = geometry = kv.geometry
         self.x = program.slot(width)
         heads, dim = geometry.num_heads, geometry.head_dim
         self.q = program.slot(heads * (-(-dim // 16) * 16))
@@ -75,11 +77,19 @@ class Recorder:
         self.program.rope(source, self._angles[rope], self.q, layer, q_norm, k_norm, eps)
 
     def attend(self, layer: int, variant: Variant) -> None:
-        """Attention of `q` over the step's sequences into `attended`."""
+        """Attention of `q` over the step's sequences into `attended`, or over what the selector chooses."""
         if id(variant) not in self._variants:
             self._variants[id(variant)] = (variant, kernel_variant(variant, self.geometry.num_heads))
         v = self._variants[id(variant)][1]
-        self.program.attend(self.q, self.attended, layer, v.window, v.address, v.params)
+        chosen = layer not in self.kv.own_window and self.kv.seams.selector.record(layer, self)
+        self.program.attend((self.q, self.attended, layer, chosen), v.window, v.address, v.params)
+
+    def pick(self, layer: int, summaries: Summaries, window: int, budget: int) -> None:
+        """Choose pages of `layer` by their summaries (`ops.pages`): a row reads `budget` pages, of which those of
+        the last `window` tokens are not chosen but given. Both are the same in all layers."""
+        self.program.sparsify(window, budget, True)
+        self._held.append(summaries)
+        self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr())
 
 
 def connect(program: Any, kv: KV) -> None:

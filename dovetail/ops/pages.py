@@ -1,0 +1,80 @@
+"""Pages of keys summarised by two vectors, scored against queries, and the best ones picked.
+
+The torch functions define what the native operations `summarise` and `pick` (csrc/select.h) do:
+
+    summary(page) = (max_t k_t, min_t k_t)                     "bound"
+                  = (mean_t k_t, std_t k_t)                    "mean_std"
+    score(q, page) = sum_i max(q_i, 0) first_i + min(q_i, 0) second_i      "bound": no key of the page has a
+                                                                           larger product with q
+                   = sum_i q_i first_i + |q_i| second_i                    "mean_std"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.runtime.store import TiledStore, lazy_zeros, padded
+
+KINDS = ("bound", "mean_std")
+
+
+class Summaries:
+    """Summaries of every page of every layer: `data` [layers x pages, KV heads, 2, head_dim padded to 16], in the
+    type of the keys."""
+
+    def __init__(self, kv: Any, kind: str) -> None:
+        self.kv = kv
+        self.kind = kind
+        self.program: Any = None  # summarises pages in its layout
+        dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, 2, padded(kv.head_dim))
+        self.data = lazy_zeros(shape, dtype, kv.device)
+
+    def seal(self, pages: Tensor) -> None:
+        """Summarise the completed `pages` [n] (int64) of all layers."""
+        layers = self.kv.geometry.num_layers
+        if self.program is not None and isinstance(self.kv.k, TiledStore):
+            self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr())
+            return
+        for layer in range(layers):
+            found = summary(self.kv.keys(layer, pages), self.kind).to(self.data.dtype)
+            self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found
+
+    def scores(self, layer: int, q: Tensor, pages: Tensor) -> Tensor:
+        """q [rows, heads, head_dim], physical pages [rows, n] -> scores [rows, KV heads, n]."""
+        found = self.data[layer * self.kv.pages_per_layer + pages]
+        return page_scores(q, found[..., : self.kv.head_dim], self.kind)
+
+
+def summary(keys: Tensor, kind: str) -> Tensor:
+    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, 2, head_dim]."""
+    if kind == "bound":
+        return torch.stack([keys.amax(1), keys.amin(1)], 2)
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    return torch.stack([keys.mean(1), keys.std(1, correction=0)], 2)
+
+
+def page_scores(q: Tensor, summaries: Tensor, kind: str) -> Tensor:
+    """q [rows, heads, head_dim], summaries [rows, pages, KV heads, 2, head_dim] -> [rows, KV heads, pages]: the
+    highest score over the query heads of each KV head's group. NaN is -infinity."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(1, (summaries.shape[2], -1)).to(wide)
+    pair = (q.clamp_min(0), q.clamp_max(0)) if kind == "bound" else (q, q.abs())
+    halves = summaries.to(wide).unbind(3)
+    products = [torch.einsum("rhgd,rphd->rhgp", a, x) for a, x in zip(pair, halves, strict=True)]
+    scores = products[0] + products[1]
+    return torch.where(scores.isnan(), float("-inf"), scores).amax(2)
+
+
+def pick(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
+    """The `count` [rows] highest of the first `eligible` [rows] of scores [rows, KV heads, pages], of equals the
+    first ones, ascending: [rows, KV heads, n], -1 where there are fewer than n."""
+    pages = torch.arange(scores.shape[-1], device=scores.device)
+    absent = pages >= eligible[:, None, None]
+    order = scores.masked_fill(absent, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    most = min(int(count.max()), scores.shape[-1])
+    chosen = torch.where(pages[:most] < count[:, None, None], order[..., :most], scores.shape[-1]).sort(-1).values
+    return torch.where(chosen == scores.shape[-1], -1, chosen)
