@@ -1,0 +1,120 @@
+"""Summaries of pages, their scores and the choice among them: the definitions, and the native operations."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail import LLM, SamplingParams
+from dovetail.ops.cpu import emulated, isas
+from dovetail.ops.pages import KINDS, page_scores, pick, summary
+
+SEEDS = st.integers(0, 2**31)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(SEEDS, st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
+def test_the_bound_is_above_every_product(seed: int, tokens: int, heads: int, group: int) -> None:
+    keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
+    scores = page_scores(q, summary(keys, "bound").expand(2, -1, -1, -1, -1), "bound")
+    products = torch.einsum("rhgd,pthd->rhgpt", q.unflatten(1, (heads, group)), keys)
+    assert (scores >= products.amax((2, 4)) - 1e-12).all()
+    if tokens == 1:  # pages of one token: exact
+        torch.testing.assert_close(scores, products.amax((2, 4)))
+
+
+@given(SEEDS, st.integers(1, 20))
+def test_mean_and_deviation_are_the_tokens(seed: int, tokens: int) -> None:
+    keys = random(seed, 3, tokens, 2, 8).double()
+    mean, std = summary(keys, "mean_std").unbind(2)
+    torch.testing.assert_close(mean, keys.mean(1))
+    torch.testing.assert_close(std, ((keys - keys.mean(1, keepdim=True)) ** 2).mean(1).sqrt())
+
+
+numbers = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, float("-inf")])
+
+
+@given(st.lists(numbers, min_size=1, max_size=12), st.data())
+def test_the_best_pages_by_brute_force(scores: list[float], data: Any) -> None:
+    eligible = data.draw(st.integers(0, len(scores)))
+    count = data.draw(st.integers(0, len(scores) + 2))
+    found = pick(torch.tensor(scores)[None, None], torch.tensor([eligible]), torch.tensor([count]))[0, 0].tolist()
+    wanted = sorted(sorted(range(eligible), key=lambda i: (-scores[i], i))[:count])
+    assert [p for p in found if p >= 0] == wanted
+
+
+@given(SEEDS, st.integers(1, 30))
+def test_larger_budgets_read_what_smaller_ones_do(seed: int, pages: int) -> None:
+    scores, eligible = random(seed, 1, 2, pages), torch.tensor([pages])
+    chosen = [pick(scores, eligible, torch.tensor([n])) for n in range(pages + 1)]
+    for small, large in itertools.pairwise(chosen):
+        for head in range(2):
+            assert set(small[0, head].tolist()) - {-1} <= set(large[0, head].tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("block", [16, 32, 8])
+def test_native_summaries_are_the_definitions(tiny_model: Path, kind: str, kv: str, block: int) -> None:
+    if not isas():
+        pytest.skip("the native kernels were not built")
+    llm = LLM(tiny_model, use=f"quest:budget=64,skip_layers=0,score={kind}", kv_cache_dtype=kv, block_size=block)
+    llm.generate([[i % 250 for i in range(200)]], SamplingParams(temperature=0, max_tokens=9), progress=False)
+    executor: Any = llm.engine.executor
+    summaries, cache = llm.engine.seams.selector.summaries, executor.kv  # type: ignore[attr-defined]
+    assert summaries.program is not None
+    sealed = torch.arange(208 // block)
+    for layer in range(2):
+        got = summaries.data[layer * cache.pages_per_layer + sealed]
+        want = summary(cache.keys(layer, sealed), kind).to(got.dtype)
+        torch.testing.assert_close(
+            got[..., : cache.head_dim], want, rtol=0.01 if kv == "bf16" else 1e-5, atol=1e-5
+        )
+        if kind == "bound":
+            assert torch.equal(got[..., : cache.head_dim], want)
+
+
+TEXT = [[(7 * i * i + i // 3) % 250 for i in range(n)] for n in (300, 40, 170)]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def texts(model: Path, **options: Any) -> list[list[int]]:
+    llm = LLM(model, dtype="float32", **options)
+    found = [o.outputs[0].token_ids for o in llm.generate(TEXT, GREEDY, progress=False)]
+    assert options.get("use") is None or llm.activity()["quest"] > 0
+    llm.engine.check()
+    return found
+
+
+@pytest.mark.parametrize("isa", [*isas(), *emulated()])
+@pytest.mark.parametrize("use", ["quest:budget=64,skip_layers=0", "quest:budget=96,skip_layers=1,score=mean_std"])
+def test_every_instruction_set_reads_what_the_reference_reads(tiny_model: Path, isa: str, use: str) -> None:
+    assert texts(tiny_model, use=use, kernels=isa) == texts(tiny_model, use=use, kernels="torch")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([1, 7, 33, 128]), st.integers(1, 3), st.sampled_from(["float32", "bf16", "int8"]),
+    st.sampled_from([16, 8]), st.booleans(),
+)  # fmt: skip
+def test_native_text_is_the_same_under_any_schedule(
+    tiny_model: Path, tokens: int, seqs: int, kv: str, block: int, drafts: bool
+) -> None:
+    use = ["quest:budget=64,skip_layers=0"]
+    alone = texts(tiny_model, use=use, kv_cache_dtype=kv, block_size=block)
+    use += ["ngram:tokens=3,min_n=1,max_n=2"] if drafts else []
+    llm = LLM(
+        tiny_model, use=use, dtype="float32", kv_cache_dtype=kv, block_size=block, max_num_batched_tokens=tokens,
+        max_num_seqs=seqs,
+    )  # fmt: skip
+    found = [o.outputs[0].token_ids for o in llm.generate(TEXT, GREEDY, progress=False)]
+    assert found == alone
