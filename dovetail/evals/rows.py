@@ -93,7 +93,7 @@ def told(refusals: Sequence[dict[str, Any]], count: int) -> str:
 def left_out(result: dict[str, Any]) -> str:
     """What a result's text ends with where rows were refused."""
     count = result["refused"]
-    return f"\n{count} rows were left out: {told(result['refusals'], count)}" if count else ""
+    return f"\n{count} left out: {told(result['refusals'], count)}" if count else ""
 
 
 def given_file(suite: str, data: Path | None) -> Path:
