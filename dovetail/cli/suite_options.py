@@ -45,4 +45,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "windows": (int, "How many windows of the corpus, from its start."),
     "dense": (int, "Tokens at the start of a window that read everything, whatever techniques are in use."),
     "tokens": (int, "Tokens of each answer."),
+    "prompts": (Path, "File of prompts to answer: a line of text each, or .jsonl with prompt or messages."),
+    "limit": (int, "How many rows of the file count, from its start."),
+    "scorer": (str, "When an answer is right: exact, contains, number, choice, or regex:PATTERN."),
+    "shots": (int, "Rows at the start of the file that are worked examples before each question."),
 }

@@ -51,7 +51,7 @@ class Perplexity(Suite):
         if not 0 <= dense < size:
             raise ConfigError(f"--dense must be below the window's {size} tokens, got {dense}")
         start = time.perf_counter()
-        scores = score(llm, cut, [1] * len(cut), dense)
+        scores = score(llm, cut, [1] * len(cut), [dense] * len(cut))
         seconds = time.perf_counter() - start
         means = [-statistics.fmean(s) for s in scores]
         tokens = sum(map(len, scores))

@@ -65,5 +65,12 @@ def build(kind: type[Suite], given: Mapping[str, Any]) -> Suite:
     return kind(**given)
 
 
+def at_least(least: int, **options: int | None) -> None:
+    """ConfigError where an option that was given is below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{_flag(name)} must be at least {least}, got {value}")
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
