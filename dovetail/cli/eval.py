@@ -11,6 +11,7 @@ from dovetail.cli.engine_options import EngineOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.cli.suite_options import SuiteOptions
 from dovetail.core.errors import ConfigError
+from dovetail.evals import SUITES
 from dovetail.plot import PlotOption
 from dovetail.progress import note
 
@@ -24,7 +25,7 @@ EXIT_MISSED = 1
 @spliced
 def command(
     model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
-    suite: Annotated[str, typer.Option(help="What to measure: see below.")],
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")],
     suite_options: SuiteOptions,
     engine: EngineOptions,
     sweep: Annotated[
@@ -47,7 +48,7 @@ def command(
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure MODEL: perplexity, divergence from a reference, needles in long contexts, answers to tasks.
+    """Measure how good MODEL's answers are, and how fast.
 
     Everything runs through the engine that serves, so quality and speed are of the same run; a technique that was
     in use and never acted makes the measurement an error (exit 1). Without --against the reference of a comparison
