@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
 
 import typer
 
@@ -105,13 +105,28 @@ class SamplingOptions:
         SamplingParams(**{"max_tokens": None, **self.given})
 
 
-_BUNDLES: tuple[type[EngineOptions] | type[SamplingOptions], ...] = (EngineOptions, SamplingOptions)
+class Bundle(Protocol):
+    """A dataclass of options that a command asks for by annotation."""
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]: ...
+
+    @classmethod
+    def collect(cls, values: dict[str, Any]) -> Any: ...
+
+
+def _bundle(annotation: Any) -> type[Bundle] | None:
+    is_class = isinstance(annotation, type)
+    return (
+        annotation if is_class and hasattr(annotation, "collect") and hasattr(annotation, "parameters") else None
+    )
 
 
 def spliced(command: C) -> C:
-    """`command` with each EngineOptions or SamplingOptions parameter replaced by that bundle's options."""
+    """`command` with each parameter that is a bundle, like EngineOptions, replaced by that bundle's options."""
     signature = inspect.signature(command, eval_str=True)
-    bundles = {p.name: p.annotation for p in signature.parameters.values() if p.annotation in _BUNDLES}
+    found = {p.name: _bundle(p.annotation) for p in signature.parameters.values()}
+    bundles = {name: bundle for name, bundle in found.items() if bundle is not None}
     parameters: list[inspect.Parameter] = []
     for p in signature.parameters.values():
         new = (

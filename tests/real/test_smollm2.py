@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,3 +107,23 @@ def test_the_default_precision_gives_the_same_text_under_any_schedule(llm: LLM, 
         for _ in range(2):  # the second time prompts are in the prefix cache
             assert [o.outputs[0].token_ids for o in other.generate(chats, params)] == want, more
         other.engine.check()
+
+
+@pytest.mark.timeout(300)
+def test_perplexity_equals_transformers(llm: LLM, smollm2: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from dovetail.evals.corpus import corpus
+    from dovetail.evals.perplexity import Perplexity
+
+    result = Perplexity(window=512, windows=2).measure(llm, None)
+    export(open_checkpoint(smollm2), tmp_path / "hf", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = llm.tokenizer.encode(corpus("pydoc").text)
+    losses = []
+    for i in (0, 512):
+        text = torch.tensor([ids[i : i + 512]])
+        with torch.inference_mode():
+            losses.append(model(text, labels=text).loss.item())
+    wanted = math.exp(sum(losses) / 2)
+    assert result["perplexity"] == pytest.approx(wanted, rel=1e-4)

@@ -1,0 +1,179 @@
+"""`dovetail eval`: how good a model's answers are with a technique, and how fast they come, on one path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dovetail.cli.engine_options import EngineOptions, spliced
+from dovetail.cli.result import JsonOption, write_json
+from dovetail.cli.suite_options import SuiteOptions
+from dovetail.core.errors import ConfigError
+from dovetail.evals import SUITES
+from dovetail.plot import PlotOption
+from dovetail.progress import note
+
+if TYPE_CHECKING:
+    from dovetail.evals.run import Run
+    from dovetail.evals.suite import Result, Suite
+
+EXIT_MISSED = 1
+
+
+@spliced
+def command(
+    model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")],
+    suite_options: SuiteOptions,
+    engine: EngineOptions,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings to compare, as in ngram:tokens=2,4 or kv-cache-dtype=bf16,int8. Repeat for more."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Reference: plain, exact, or parts as in --sweep.", show_default=False),
+    ] = None,
+    least: Annotated[
+        list[str] | None, typer.Option("--min", metavar="KEY=N", help="Exit with 1 if a figure is below. Repeat.")
+    ] = None,
+    most: Annotated[
+        list[str] | None, typer.Option("--max", metavar="KEY=N", help="Exit with 1 if a figure is above. Repeat.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on where an interrupted run ended.")] = False,
+    plot: PlotOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure how good MODEL's answers are, and how fast.
+
+    Everything runs through the engine that serves, so quality and speed are of the same run; a technique that was
+    in use and never acted makes the measurement an error (exit 1). Without --against the reference of a comparison
+    is the engine without techniques or, where none is in use, in float32 (exact).
+
+    \b
+    Examples:
+      dovetail eval smollm2-135m --suite perplexity
+      dovetail eval smollm2-135m --suite divergence --sweep kv-cache-dtype=bf16,int8,int4 --plot kl.png
+      dovetail eval smollm2-135m --suite perplexity --use sink-window:window=256 --max perplexity=20
+    """
+    from dovetail.evals import run as runs
+    from dovetail.evals.journal import Journal
+
+    asked = _asked(model, suite, suite_options, engine, sweep or [], against)
+    bounds = _bounds(asked.suite, least or [], 1) + _bounds(asked.suite, most or [], -1)
+    journal = Journal(asked.key, fresh)
+    if journal.found:
+        note(f"{len(journal.found)} of {len(asked.settings)} results are an interrupted run's (--fresh: anew)")
+    try:
+        results = runs.run(asked, journal, lambda result: _say(asked, result))
+    except KeyboardInterrupt:
+        if journal.found:
+            note(f"\n{len(journal.found)} of {len(asked.settings)} results are kept: the same command goes on")
+        raise
+    if len(asked.settings) > 1:
+        print(_table(asked.suite, results))
+    if plot is not None:
+        from dovetail.plot import save
+
+        save(asked.suite.draw(results), plot)
+    write_json(json_file, _json(asked, results))
+    _judge(results, bounds)
+
+
+def _asked(
+    model: str, name: str, options: SuiteOptions, engine: EngineOptions, sweep: Sequence[str], against: str | None
+) -> Run:
+    from dovetail.evals import find
+    from dovetail.evals.run import Run
+    from dovetail.evals.suite import build
+    from dovetail.setting import Setting, parse_setting, parse_sweep
+
+    kind = find(name)
+    plain = Setting("plain", (), engine.options)
+    base = Setting("+".join(engine.use) or "plain", engine.use, engine.options)
+    settings = {base.name: base}
+    for text in sweep:
+        for setting in parse_sweep(text, base):
+            named = Setting("+".join([*engine.use, setting.name]), setting.use, setting.options)
+            settings.setdefault(named.name, named)
+    reference = parse_setting(against, plain) if against is not None else None
+    if kind.compares and reference is None:
+        reference = parse_setting("plain" if engine.use or sweep else "exact", plain)
+    if not kind.compares and reference is not None:
+        settings = {reference.name: reference, **{n: s for n, s in settings.items() if n != reference.name}}
+        reference = None
+    return Run(build(kind, options.given), model, list(settings.values()), reference)
+
+
+def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, float, int]]:
+    """`accuracy=0.95` of --min (sign 1) or --max (sign -1)."""
+    flag, found = "--min" if sign > 0 else "--max", []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if key not in suite.columns or not equals:
+            raise ConfigError(f"{flag} '{text}': write KEY=NUMBER with one of {', '.join(suite.columns)}")
+        try:
+            found.append((key, float(value), sign))
+        except ValueError:
+            raise ConfigError(f"{flag} '{text}': '{value}' is not a number") from None
+    return found
+
+
+def _say(asked: Run, result: Result) -> None:
+    single = len(asked.settings) == 1
+    if "why" in result:
+        note(f"{result['setting']}: {result['state']}: {result['why']}")
+    if result["state"] != "refused":
+        text = asked.suite.text(result)
+        if single:
+            print(text)
+            for name, count in result["activity"].items():
+                print(f"{name}: acted {count} times")
+        else:
+            note(f"  {text}")
+
+
+def _table(suite: Suite, results: Sequence[Result]) -> str:
+    """One line for each setting; a star marks those that none beats in quality and speed together."""
+    from dovetail.evals.plots import pareto
+    from dovetail.table import table
+
+    measured = [r for r in results if r["state"] == "measured"]
+    sign = 1 if suite.higher else -1
+    front = pareto([(r["tokens_per_s"], sign * r[suite.quality]) for r in measured])
+    best = {measured[i]["setting"] for i in front}
+    rows = []
+    for r in results:
+        figures = [float(r[c]) if c in r else None for c in suite.columns]
+        state = "best" if r["setting"] in best else ""
+        rows.append((r["setting"], *figures, r["state"] if r["state"] != "measured" else state))
+    return table(("setting", *suite.columns, ""), rows)
+
+
+def _json(asked: Run, results: Sequence[Result]) -> dict[str, Any]:
+    from dovetail.provenance import provenance
+
+    head = {"suite": asked.suite.name, "model": asked.model}
+    if asked.reference is not None:
+        head["against"] = asked.reference.name
+    if len(results) == 1:
+        return {**head, **results[0], **provenance()}
+    return {**head, "results": list(results), **provenance()}
+
+
+def _judge(results: Sequence[Result], bounds: Sequence[tuple[str, float, int]]) -> None:
+    """Exit with 1 where a technique was idle or a bound is missed; ConfigError where every setting was refused."""
+    if all(r["state"] == "refused" for r in results):
+        raise ConfigError(f"every setting was refused; the first: {results[0]['why']}")
+    missed = any(r["state"] == "idle" for r in results)
+    for r in results:
+        for key, bound, sign in bounds:
+            if key in r and not r[key] * sign >= bound * sign:
+                note(f"{r['setting']}: {key} is {r[key]:g}, {'below' if sign > 0 else 'above'} {bound:g}")
+                missed = True
+    if missed:
+        raise typer.Exit(EXIT_MISSED)

@@ -1,0 +1,48 @@
+"""Plots that several suites share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dovetail.evals.suite import Result, Suite
+from dovetail.plot import figure
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (speed, quality), more of both being better, that no other point beats: none is at
+    least as good in both and better in one. In order of speed; of equal points all are kept."""
+    front = []
+    for i, (speed, quality) in enumerate(points):
+        beaten = any(s >= speed and q >= quality and (s, q) != (speed, quality) for s, q in points)
+        if not beaten:
+            front.append(i)
+    return sorted(front, key=lambda i: points[i])
+
+
+def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
+    """A Figure: a point for each result, the Pareto front joined by a line. Refused settings are left out."""
+    measured = [r for r in results if r["state"] == "measured"]
+    drawn = figure()
+    axes = drawn.subplots()
+    speeds = [r["tokens_per_s"] for r in measured]
+    values = [r[suite.quality] for r in measured]
+    sign = 1 if suite.higher else -1
+    front = pareto([(s, sign * v) for s, v in zip(speeds, values, strict=True)])
+    line = {"color": "tab:orange", "marker": "o", "markersize": 11, "label": "Pareto front"}
+    axes.plot([speeds[i] for i in front], [values[i] for i in front], **line)
+    axes.scatter(speeds, values, color="tab:blue", zorder=3)
+    middle = (min(speeds, default=0) + max(speeds, default=0)) / 2
+    for result, x, y in zip(measured, speeds, values, strict=True):
+        left = x > middle  # names grow towards the middle, so that none is cut off
+        place = {"xytext": (-8 if left else 8, 5), "ha": "right" if left else "left"}
+        axes.annotate(result["setting"], (x, y), textcoords="offset points", fontsize=8, **place)
+    axes.margins(0.1)
+    if not suite.higher:
+        axes.invert_yaxis()
+    axes.set_xlabel("tokens/s")
+    axes.set_ylabel(suite.quality.replace("_", " ") + ("" if suite.higher else " (lower is better)"))
+    axes.set_title(f"{suite.name}, {results[0]['model']}" if results else suite.name)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    return drawn

@@ -1,0 +1,97 @@
+"""A suite on one setting of an engine or on many: each loaded, measured and checked, a result each."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dovetail.core.errors import ConfigError, DovetailError
+from dovetail.evals.journal import Journal
+from dovetail.evals.suite import Result, Suite
+from dovetail.progress import note
+from dovetail.setting import Setting
+
+if TYPE_CHECKING:
+    from dovetail.llm import LLM
+
+MEASURED, REFUSED, IDLE = "measured", "refused", "idle"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be measured: `suite` on `model` at each of `settings`, against `reference` if it compares."""
+
+    suite: Suite
+    model: str
+    settings: Sequence[Setting]
+    reference: Setting | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What makes two runs the same."""
+        from dovetail import __version__
+
+        settings = [
+            (s.name, s.use, sorted(vars(s.options).items())) for s in (*self.settings, self.reference) if s
+        ]
+        facts = {"suite": self.suite.name, **self.suite.facts, "model": self.model}
+        return {**facts, "settings": settings, "version": __version__}
+
+
+def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Result]:
+    """A result for each setting, in order; those in the journal are not measured again.
+
+    A result has `setting` (its name), `state` and the suite's figures; `why` where it was refused or a technique
+    was idle. A setting that is refused does not stop the others. `show` is called with each.
+    """
+    results: list[Result] = []
+    reference: Any = None
+    for i, setting in enumerate(asked.settings):
+        result = journal.found.get(setting.name)
+        if result is None:
+            if len(asked.settings) > 1:
+                note(f"{i + 1}/{len(asked.settings)} {setting.name}")
+            if asked.suite.compares and reference is None:
+                assert asked.reference is not None
+                note(f"reference: {asked.reference.name}")
+                reference = _once(asked.reference, asked, lambda llm: asked.suite.refer(llm))
+            result = _measure(asked, setting, reference)
+            journal.add(setting.name, result)
+        results.append(result)
+        show(result)
+    journal.remove()
+    return results
+
+
+def _measure(asked: Run, setting: Setting, reference: Any) -> Result:
+    start = {"setting": setting.name, "suite": asked.suite.name, "model": asked.model, "use": list(setting.use)}
+    try:
+        return start | _once(setting, asked, lambda llm: _figures(asked.suite, llm, reference))
+    except (ConfigError, DovetailError) as error:
+        if len(asked.settings) == 1:
+            raise
+        return {**start, "state": REFUSED, "why": str(error), "activity": {}}
+
+
+def _figures(suite: Suite, llm: LLM, reference: Any) -> Result:
+    """The suite's figures, and whether every technique in use acted while they were taken."""
+    before = llm.activity()
+    found = suite.measure(llm, reference)
+    activity = {name: count - before[name] for name, count in llm.activity().items()}
+    idle = [name for name, count in activity.items() if not count]
+    state: Result = {"state": IDLE if idle else MEASURED}
+    if idle:
+        state["why"] = f"{', '.join(idle)} never acted: these are the plain engine's figures"
+    return {**state, **found, "activity": activity, "config": llm.config.to_dict() | {"use": list(llm.config.use)}}
+
+
+def _once(setting: Setting, asked: Run, act: Callable[[LLM], Any]) -> Any:
+    """Load an engine, use it, and give its memory back before the next one is loaded."""
+    llm = setting.load(asked.model)
+    try:
+        return act(llm)
+    finally:
+        del llm
+        gc.collect()

@@ -1,0 +1,76 @@
+"""What a suite of `dovetail eval` is: a measurement of one engine, with a figure for quality and one for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dovetail.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dovetail.llm import LLM
+
+Result = dict[str, Any]
+
+
+class Suite:
+    """A measurement. Subclasses are frozen dataclasses whose fields are the suite's options.
+
+    `quality` is the key in a result that says how good an engine is; `higher`: whether more of it is better.
+    `columns` are the keys that a table of several results shows.
+    """
+
+    name: ClassVar[str]
+    quality: ClassVar[str]
+    higher: ClassVar[bool] = True
+    columns: ClassVar[tuple[str, ...]] = ()
+    compares: ClassVar[bool] = False  # whether `measure` needs what a reference engine says
+
+    def refer(self, llm: LLM) -> Any:
+        """What the reference engine says; handed to each `measure`. Called once, with `compares` only."""
+        raise NotImplementedError
+
+    def measure(self, llm: LLM, reference: Any) -> Result:
+        """Run on an engine: figures as plain data, with `tokens`, `seconds` and `tokens_per_s`.
+
+        RequestError or ConfigError where the engine cannot do what is asked.
+        """
+        raise NotImplementedError
+
+    def text(self, result: Result) -> str:
+        """A result for people, in a few lines."""
+        raise NotImplementedError
+
+    def draw(self, results: list[Result]) -> Any:
+        """A matplotlib Figure of results. Default: quality against speed."""
+        from dovetail.evals.plots import quality_against_speed
+
+        return quality_against_speed(self, results)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was asked for, as plain data for results."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in given.items()}
+
+
+def build(kind: type[Suite], given: Mapping[str, Any]) -> Suite:
+    """A suite with the options given. ConfigError for one that it does not have."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            takes = ", ".join(_flag(n) for n in known)
+            raise ConfigError(f"the suite {kind.name} takes no {_flag(name)}; it takes {takes}")
+    return kind(**given)
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """ConfigError where an option that was given is below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{_flag(name)} must be at least {least}, got {value}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,206 @@
+"""Runs over settings: refused ones, idle techniques, interruptions, bounds, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from dovetail import cli, evals
+from dovetail.evals.journal import Journal
+from dovetail.evals.plots import pareto
+from dovetail.evals.suite import Result, Suite
+
+MEASURED: list[str] = []
+ANSWERS: dict[str, float | BaseException] = {}
+
+
+@dataclass(frozen=True)
+class Fake(Suite):
+    """A suite whose figure is what ANSWERS says for the KV type; it generates a token if asked to."""
+
+    tokens: int = 0
+
+    name = "fake"
+    quality = "good"
+    columns = ("good", "tokens_per_s")
+
+    def measure(self, llm: Any, reference: Any) -> Result:
+        kind = llm.config.kv_cache_dtype
+        MEASURED.append(kind)
+        answer = ANSWERS.get(kind, 1.0)
+        if isinstance(answer, BaseException):
+            raise answer
+        if self.tokens:
+            from dovetail import SamplingParams
+
+            llm.generate([1] * 40, SamplingParams(temperature=0, max_tokens=self.tokens, ignore_eos=True))
+        return {"good": answer, "tokens": 1, "seconds": 1.0, "tokens_per_s": 10.0 * len(MEASURED)}
+
+    def text(self, result: Result) -> str:
+        return f"good {result['good']}"
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    MEASURED.clear()
+    ANSWERS.clear()
+    monkeypatch.setitem(evals.SUITES, "fake", ("fake", "Fake"))
+    monkeypatch.setattr(evals, "find", lambda name: Fake)
+    monkeypatch.setenv("DOVETAIL_HOME", str(tmp_path / "home"))
+
+
+def evaluate(model: Path, *options: str):
+    return CliRunner().invoke(cli.build(["eval"]), ["eval", str(model), "--suite", "fake", *options])
+
+
+SWEEP = ("--sweep", "kv-cache-dtype=bf16,int8,int4")
+
+
+def test_one_setting_is_a_flat_result(tiny_model: Path):
+    done = evaluate(tiny_model, "--tokens", "0", "--json", "-")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["suite"], result["good"], result["activity"], result["use"]) == ("fake", 1.0, {}, [])
+    assert {"machine", "versions", "commit", "config", "seconds", "tokens"} <= set(result)
+    assert done.stdout.startswith("good 1.0\n")
+
+
+def test_a_sweep_is_a_table_and_a_plot(tiny_model: Path, tmp_path: Path):
+    ANSWERS.update(float32=4.0, bf16=3.0, int8=5.0, int4=1.0)
+    plot = tmp_path / "sweep.png"
+    done = evaluate(tiny_model, *SWEEP, "--plot", str(plot), "--json", str(tmp_path / "sweep.json"))
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["setting", "good", "tokens_per_s"]
+    # Of a slow good one, a fast bad one and one that another beats in both, the last is not marked.
+    assert [line.split()[-1] for line in lines[1:]] == ["10", "20", "best", "best"]
+    results = json.loads((tmp_path / "sweep.json").read_text())["results"]
+    assert [r["setting"] for r in results] == ["plain", *(f"kv-cache-dtype={k}" for k in ("bf16", "int8", "int4"))]
+    assert plot.stat().st_size > 1000
+
+
+def test_an_impossible_setting_is_shown_and_the_others_run(tiny_model: Path):
+    done = evaluate(tiny_model, "--sweep", "kv-cache-dtype=int8,int3", "--sweep", "sink-window:window=0,99")
+    assert done.exit_code == 1  # the window that fits was idle
+    states = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:]}
+    assert states.pop("plain") == "10"  # its speed: the others were measured later, which is faster here
+    assert states == {
+        "kv-cache-dtype=int8": "best",
+        "kv-cache-dtype=int3": "refused",
+        "sink-window:window=0": "refused",
+        "sink-window:window=99": "idle",
+    }
+    assert "int3" in done.stderr and "window >= 1" in done.stderr
+
+
+def test_one_impossible_setting_is_an_error(tiny_model: Path):
+    done = evaluate(tiny_model, "--kv-cache-dtype", "int3")
+    assert done.exit_code == 2 and "int3" in done.stderr
+    done = evaluate(tiny_model, "--sweep", "kv-cache-dtype=int3", "--kv-cache-dtype", "int5")
+    assert done.exit_code == 2 and "every setting was refused" in done.stderr
+
+
+def test_a_technique_that_never_acted_fails_the_measurement(tiny_model: Path):
+    idle = evaluate(tiny_model, "--use", "sink-window:sink=0,window=16", "--json", "-")
+    assert idle.exit_code == 1 and "never acted" in idle.stderr
+    assert json.loads(idle.stdout.splitlines()[-1])["state"] == "idle"
+    acted = evaluate(tiny_model, "--use", "sink-window:sink=0,window=16", "--tokens", "3", "--json", "-")
+    assert acted.exit_code == 0
+    assert json.loads(acted.stdout.splitlines()[-1])["activity"]["sink-window"] > 0
+
+
+def test_an_interrupted_sweep_goes_on_where_it_ended(tiny_model: Path):
+    ANSWERS["int8"] = KeyboardInterrupt()
+    first = evaluate(tiny_model, *SWEEP)
+    assert first.exit_code == 130 and "2 of 4 results are kept" in first.stderr
+    del ANSWERS["int8"]
+    MEASURED.clear()
+    second = evaluate(tiny_model, *SWEEP)
+    assert second.exit_code == 0 and "2 of 4" in second.stderr
+    assert MEASURED == ["int8", "int4"]
+    MEASURED.clear()
+    assert evaluate(tiny_model, *SWEEP).exit_code == 0  # that one was complete: the next is new
+    assert len(MEASURED) == 4
+
+
+def test_a_fresh_run_forgets_an_interrupted_one_and_other_options_are_another_run(tiny_model: Path):
+    ANSWERS["int8"] = KeyboardInterrupt()
+    evaluate(tiny_model, *SWEEP)
+    MEASURED.clear()
+    evaluate(tiny_model, *SWEEP, "--tokens", "1")
+    assert MEASURED == ["float32", "bf16", "int8"]
+    MEASURED.clear()
+    evaluate(tiny_model, *SWEEP, "--fresh")
+    assert MEASURED == ["float32", "bf16", "int8"]
+
+
+def test_a_journal_believes_whole_lines_only(tmp_path: Path):
+    journal = Journal({"a": 1})
+    journal.add("one", {"x": 1})
+    with open(journal.path, "ab") as file:
+        file.write(b'["two", {"x": ')
+    assert Journal({"a": 1}).found == {"one": {"x": 1}}
+    Journal({"a": 1}).add("three", {"x": 3})
+    assert set(Journal({"a": 1}).found) == {"one", "three"}
+    assert Journal({"a": 2}).found == {}
+
+
+@pytest.mark.parametrize(
+    ("option", "code"), [(("--min", "good=1"), 0), (("--min", "good=1.1"), 1), (("--max", "good=0.9"), 1)]
+)
+def test_bounds_decide_the_exit_code(tiny_model: Path, option: tuple[str, str], code: int):
+    assert evaluate(tiny_model, *option).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--min", "bad=1"), "one of good, tokens_per_s"),
+        (("--min", "good"), "KEY=NUMBER"),
+        (("--min", "good=much"), "not a number"),
+        (("--window", "3"), "takes no --window; it takes --tokens"),
+        (("--sweep", "nothing=1"), "neither a technique"),
+        (("--against", "threads=1,2"), "must be one"),
+        (("--plot", "plot.txt"), "must end in"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_runs(tiny_model: Path, options: tuple[str, ...], why: str):
+    done = evaluate(tiny_model, *options)
+    assert done.exit_code == 2 and why in done.stderr
+    assert MEASURED == []
+
+
+def test_a_reference_is_a_row_where_a_suite_compares_nothing(tiny_model: Path):
+    done = evaluate(
+        tiny_model, "--against", "plain", "--kv-cache-dtype", "int8", *SWEEP[:1], "kv-cache-dtype=int4"
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["plain", "kv-cache-dtype=int4"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]):
+    front = pareto(points)
+    for i, (x, y) in enumerate(points):
+        beaten = any((a >= x and b > y) or (a > x and b >= y) for a, b in points)
+        assert (i in front) == (not beaten)
+    assert [points[i] for i in front] == sorted(points[i] for i in front)
+
+
+def test_every_option_of_every_suite_is_on_the_command_line():
+    from dataclasses import fields
+    from importlib import import_module
+
+    from dovetail.cli.suite_options import OPTIONS
+
+    used = set()
+    for name, (module, kind) in evals.SUITES.items():
+        if name != "fake":
+            used |= {f.name for f in fields(getattr(import_module(f"dovetail.evals.{module}"), kind))}
+    assert used == set(OPTIONS)
