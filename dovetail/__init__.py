@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from dovetail.core.sampling import SamplingParams
     from dovetail.core.technique import Technique
+    from dovetail.core.types import Probe
     from dovetail.llm import LLM
     from dovetail.outputs import CompletionOutput, RequestOutput
 
@@ -28,6 +29,7 @@ _WHERE = {
     "LLM": "dovetail.llm",
     "SamplingParams": "dovetail.core.sampling",
     "Technique": "dovetail.core.technique",
+    "Probe": "dovetail.core.types",
     "RequestOutput": "dovetail.outputs",
     "CompletionOutput": "dovetail.outputs",
     "DovetailError": "dovetail.core.errors",
@@ -46,6 +48,7 @@ __all__ = [
     "DovetailError",
     "ForkError",
     "ModelError",
+    "Probe",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -10,9 +10,10 @@ from dovetail.config import Config, Found, Machine, Options, resolve
 from dovetail.core.errors import ConfigError, ModelError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
+from dovetail.core.types import Probe
 from dovetail.interrupts import uninterrupted
 from dovetail.outputs import Answer, RequestOutput
-from dovetail.session import Session
+from dovetail.session import SERVING, Session
 from dovetail.units import parse_size
 
 Prompt = str | Sequence[int]
@@ -78,17 +79,23 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        probes: Probe | Sequence[Probe] = SERVING,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts: a string, a list of strings, or lists of token ids; outputs are in their order.
 
-        A bad prompt raises RequestError before anything runs. `progress` shows a bar on a terminal's stderr.
+        A bad prompt raises RequestError before anything runs. `probes` are for measuring: see `Probe`. `progress`
+        shows a bar on a terminal's stderr.
         """
         many = _prompts(prompts)
         each = [_params(p) for p in params] if isinstance(params, Sequence) else [_params(params)] * len(many)
         if len(each) != len(many):
             raise RequestError(f"{len(many)} prompts but {len(each)} sets of parameters", param="params")
-        answers = [self.session.prepare(p, s) for p, s in zip(many, each, strict=True)]
+        looks = [probes] * len(many) if isinstance(probes, Probe) else list(probes)
+        if len(looks) != len(many):
+            raise RequestError(f"{len(many)} prompts but {len(looks)} probes", param="probes")
+        prepare = self.session.prepare
+        answers = [prepare(p, s, probe=look) for p, s, look in zip(many, each, looks, strict=True)]
         return self._finish(answers, progress)
 
     def chat(

@@ -160,6 +160,7 @@ class Answer:
     params: SamplingParams
     streams: list[Stream]
     tokenizer: Tokenizer
+    score_from: int = 1
     arrival: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float | None = None
@@ -189,7 +190,7 @@ class Answer:
         if self.params.prompt_logprobs is not None:
             new = self.prompt_scores[len(self.prompt_names) :]
             self.prompt_names += [named(entry, self.tokenizer) for entry in new]
-            scores = [None, *self.prompt_names]
+            scores = [*[None] * self.score_from, *self.prompt_names]
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, [s.output() for s in self.streams], scores,
             max(0, self.streams[0].request.cached_tokens), self.metrics(), self.finished, self.error,

@@ -13,12 +13,13 @@ from dovetail.core.engine import Engine
 from dovetail.core.errors import RequestError
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.types import Request
+from dovetail.core.types import Probe, Request
 from dovetail.outputs import Answer, Stream
 from dovetail.tokenizer import Tokenizer
 from dovetail.turns import Turns
 
 _MASK = 2**64 - 1
+SERVING = Probe()  # nothing is measured
 
 
 class Session:
@@ -43,7 +44,13 @@ class Session:
     def busy(self) -> bool:
         return self.engine.busy
 
-    def prepare(self, prompt: str | Sequence[int], params: SamplingParams, request_id: str = "") -> Answer:
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str = "",
+        probe: Probe = SERVING,
+    ) -> Answer:
         """Check a prompt and its parameters, and build the answer; nothing is queued yet.
 
         A string is tokenized with the model's special tokens. Raises RequestError, which names the field.
@@ -52,6 +59,7 @@ class Session:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         self._check(ids, params)
+        _check_probe(probe, ids, params)
         number = next(self._count)
         request_id = request_id or f"request-{number}"
         seed = params.seed if params.seed is not None else mix(self.config.seed, number)
@@ -61,8 +69,11 @@ class Session:
         for i, r in enumerate(requests):
             r.index = i
             r.fork_of = requests[0] if i else None
+            if probe.dense_until >= 0:
+                r.dense_until = probe.dense_until
+            r.scored, r.observe = probe.score_from - 1, probe.observe
         streams = [Stream(r, self.tokenizer) for r in requests]
-        return Answer(request_id, text, ids, params, streams, self.tokenizer)
+        return Answer(request_id, text, ids, params, streams, self.tokenizer, probe.score_from)
 
     def submit(self, answer: Answer) -> Answer:
         """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run."""
@@ -144,6 +155,18 @@ class Session:
             for t in values:
                 if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
                     raise RequestError(f"{name}: token id {t!r} is not in the vocabulary of {size}", param=name)
+
+
+def _check_probe(probe: Probe, ids: Sequence[int], params: SamplingParams) -> None:
+    if probe.dense_until < -1:
+        raise RequestError(f"dense_until must be a position or -1, got {probe.dense_until}", param="dense_until")
+    if not 1 <= probe.score_from <= max(1, len(ids)):
+        raise RequestError(
+            f"score_from must be between 1 and the prompt's {len(ids)} tokens, got {probe.score_from}",
+            param="score_from",
+        )
+    if probe.observe is not None and params.prompt_logprobs is None:
+        raise RequestError("observe is shown what prompt_logprobs score; set prompt_logprobs=0", param="observe")
 
 
 def token_ids(values: Iterable[Any]) -> list[int]:

@@ -252,9 +252,12 @@ class Scheduler:
         return True
 
     def _stored(self, request: Request) -> Stored:
-        if not self.limits.prefix_caching or request.params.prompt_logprobs is not None:
+        most = min(len(request.tokens) - 1, self._reusable(request))
+        if request.params.prompt_logprobs is not None:  # rows to be scored must run
+            most = min(most, request.scored)
+        if not self.limits.prefix_caching or most == 0:
             return Stored([], 0)
-        return self.reuse.match(request, min(len(request.tokens) - 1, self._reusable(request)))
+        return self.reuse.match(request, most)
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's pages; it keeps its tokens and waits at the head of the queue."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,23 @@ from dovetail.core.sampling import SamplingParams
 
 Array = Any  # a tensor or an array; core never looks inside
 UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a measurement asks of a prompt, besides its answer.
+
+    dense_until: rows before this position read everything; -1 is the end of the prompt, as in serving.
+    score_from: where `prompt_logprobs` begin: the first token that is scored, at least 1. What lies before it may
+    come from the prefix cache.
+    observe: called in the step that scores tokens, with the position of its first row and the rows' logits
+    [rows, vocabulary], which are gone afterwards; the row at position p says what token p + 1 would be. Needs
+    `prompt_logprobs`.
+    """
+
+    dense_until: int = -1
+    score_from: int = 1
+    observe: Callable[[int, Array], None] | None = None
 
 
 @dataclass(eq=False)
@@ -34,7 +51,8 @@ class Request:
     stage: int = 0  # the next stage of the program
     flying: int = 0  # tokens in the span that is between two stages
     cached_tokens: int = -1  # prompt tokens found stored at first admission; -1: not admitted yet
-    scored: int = 0  # prompt rows whose logprobs were delivered
+    scored: int = 0  # prompt rows whose logprobs were delivered, or not asked for
+    observe: Callable[[int, Array], None] | None = None  # see Probe
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -189,6 +189,8 @@ def prompt_logprobs(span: Span, logits: Callable[[list[int]], Tensor]) -> list[T
         end = min(at + LOGIT_ROWS, stop)
         counts = [request.params.prompt_logprobs or 0] * (end - at)
         rows = logits(list(range(at - span.start, end - span.start)))
+        if request.observe is not None:
+            request.observe(at, rows)
         out += describe(rows, request.prompt[at + 1 : end + 1], counts)
     return out
 
