@@ -1,0 +1,44 @@
+"""Readings of figures, one a round, and what a result keeps of them: the median, the lowest and the highest."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Path = tuple[str, ...]
+Samples = dict[Path, list[float]]
+"""Readings by the place that a figure has in a result: ("decode_tokens_per_s", "16")."""
+
+
+def medians(samples: Samples) -> dict[str, Any]:
+    """The median of every figure, at its place."""
+    return _nested(samples, statistics.median)
+
+
+def spreads(samples: Samples) -> dict[str, Any]:
+    """[lowest, highest] of every figure, at its place."""
+    return _nested(samples, lambda readings: [min(readings), max(readings)])
+
+
+def ratios(ours: Samples, theirs: Samples) -> Samples:
+    """ours / theirs, round by round, of the figures that both have in every round and theirs is never 0 in."""
+    both = [path for path in ours if len(ours[path]) == len(theirs.get(path, ())) and all(theirs[path])]
+    return {path: [a / b for a, b in zip(ours[path], theirs[path], strict=True)] for path in both}
+
+
+def percentile(values: Sequence[float], p: float) -> float:
+    """The smallest of `values` that at least `p` percent of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)]
+
+
+def _nested(samples: Samples, of: Callable[[list[float]], Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, readings in samples.items():
+        *above, last = path
+        place = found
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = of(readings)
+    return found

@@ -1,0 +1,54 @@
+"""How long a new process takes to its first token, and how much memory it comes to hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from dovetail.core.errors import DovetailError
+from dovetail.process import peak_rss, since_start
+
+if TYPE_CHECKING:
+    from dovetail.setting import Setting
+
+# -P, and the path of this process: what the child imports is what this one would, wherever it is started.
+_CHILD = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dovetail.bench.startup import main; main()"
+
+
+def start(model: str, setting: Setting) -> dict[str, float]:
+    """`startup_s`, from the beginning of a process to the first token, and `peak_rss` in bytes, after a prompt of
+    512 tokens and a short answer. DovetailError if the model cannot be run.
+    """
+    asked = {"model": model, "use": setting.use, "options": vars(setting.options)}
+    command = [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        last = "\n".join(done.stderr.splitlines()[-10:])
+        raise DovetailError(f"the process that start-up is measured in ended with {done.returncode}:\n{last}")
+    found: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise DovetailError(str(found["error"]))
+    return {name: float(value) for name, value in found.items()}
+
+
+def main() -> None:
+    """What the child does: load, answer one token, work; the figures, or the `error`, as a line on stdout."""
+    asked = json.loads(sys.argv[2])
+    try:
+        found: dict[str, float | str] = dict(_measure(asked))
+    except DovetailError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+
+
+def _measure(asked: dict) -> dict[str, float]:
+    from dovetail.bench.points import exercise, measure
+    from dovetail.llm import LLM
+
+    llm = LLM(asked["model"], use=asked["use"], **asked["options"])
+    measure(llm, [[1]], 1)
+    seconds = since_start()
+    exercise(llm)
+    return {"startup_s": seconds, "peak_rss": peak_rss()}
