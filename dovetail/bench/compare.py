@@ -16,8 +16,8 @@ from dovetail.json_file import parse_json_object, read_bytes
 
 MAX_BYTES = 64 << 20
 ORIGIN = ("machine", "versions", "commit", "config")
-# No figures: where the result comes from, and the readings that figures were made from.
-_NOT_FIGURES = frozenset((*ORIGIN, "date", "spread", "samples", "facts", "settings", "sampling"))
+# No figures: where the result comes from, what was asked for, and the readings that figures were made from.
+_NOT_FIGURES = frozenset((*ORIGIN, "date", "rounds", "spread", "samples", "facts", "settings", "sampling"))
 _NAMES = ("setting", "name")  # that may tell the objects of a list apart
 Place = tuple[str, ...]
 
@@ -43,9 +43,9 @@ def load(path: Path) -> dict[str, Any]:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """What is different about two results, and the figures that both have.
 
-    `same_machine`; `differs`: by part of their origin, what is different, as [a's, b's]; `figures` with `a`, `b`,
-    `ratio` (b / a, None where a is 0), `spread_a`, `spread_b` and `beyond`: whether these do not touch; `only_a`,
-    `only_b`: the names of the others. ConfigError if they have no figure in common.
+    `same_machine`; `differs`: in what, as [a's, b's], by part of their origin and what was `asked`; `figures`: `a`,
+    `b`, `ratio` (b / a, None where a is 0), `spread_a`, `spread_b` and `beyond`, whether these do not touch;
+    `only_a`, `only_b`: the names of the others. ConfigError if they have no figure in common.
     """
     ours, theirs = dict(figures(a)), dict(figures(b))
     common = [place for place in ours if place in theirs]
@@ -53,9 +53,11 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"the two results have no figure in common: {_some(ours)} in one, {_some(theirs)} in the other"
         )
+    differs = {name: _differences(_origin(a, name), _origin(b, name)) for name in ORIGIN}
+    differs["asked"] = _differences(_asked(a), _asked(b))
     return {
         "same_machine": _same_machine(a["machine"], b["machine"]),
-        "differs": {name: found for name in ORIGIN if (found := _differences(_origin(a, name), _origin(b, name)))},
+        "differs": {name: found for name, found in differs.items() if found},
         "figures": {".".join(place): _pair(place, (a, b), (ours[place], theirs[place])) for place in common},
         "only_a": [".".join(place) for place in ours if place not in theirs],
         "only_b": [".".join(place) for place in theirs if place not in ours],
@@ -118,6 +120,12 @@ def _origin(result: Mapping[str, Any], name: str) -> Any:
     if name == "config" and "peer" in result:
         return _at(result, ("facts", "ours", "config"))
     return result.get(name)
+
+
+def _asked(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of the measurement in words, and how often it was made."""
+    words = {name: value for name, value in result.items() if isinstance(value, (str, bool)) or name == "rounds"}
+    return {name: value for name, value in words.items() if name not in (*ORIGIN, "date")}
 
 
 def _same_machine(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -14,12 +14,13 @@ Samples = dict[Path, list[float]]
 
 def medians(samples: Samples) -> dict[str, Any]:
     """The median of every figure, at its place."""
-    return _nested(samples, statistics.median)
+    return _nested(samples, _median)
 
 
 def spreads(samples: Samples) -> dict[str, Any]:
-    """[lowest, highest] of every figure, at its place."""
-    return _nested(samples, lambda readings: [min(readings), max(readings)])
+    """[lowest, highest] of every figure that was read more than once, at its place."""
+    several = {path: readings for path, readings in samples.items() if len(readings) > 1}
+    return _nested(several, lambda readings: [min(readings), max(readings)])
 
 
 def ratios(ours: Samples, theirs: Samples) -> Samples:
@@ -31,6 +32,13 @@ def ratios(ours: Samples, theirs: Samples) -> Samples:
 def percentile(values: Sequence[float], p: float) -> float:
     """The smallest of `values` that at least `p` percent of them do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)]
+
+
+def _median(readings: Sequence[float]) -> float:
+    """The median; of counts a count, where it is one."""
+    median = statistics.median(readings)
+    whole = all(isinstance(reading, int) for reading in readings) and median == int(median)
+    return int(median) if whole else median
 
 
 def _nested(samples: Samples, of: Callable[[list[float]], Any]) -> dict[str, Any]:

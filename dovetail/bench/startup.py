@@ -27,20 +27,20 @@ def start(model: str, setting: Setting) -> dict[str, float]:
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-10:])
         raise DovetailError(f"the process that start-up is measured in ended with {done.returncode}:\n{last}")
-    found: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
         raise DovetailError(str(found["error"]))
-    return {name: float(value) for name, value in found.items()}
+    return found
 
 
 def main() -> None:
     """What the child does: load, answer one token, work; the figures, or the `error`, as a line on stdout."""
     asked = json.loads(sys.argv[2])
     try:
-        found: dict[str, float | str] = dict(_measure(asked))
+        line = json.dumps(_measure(asked))
     except DovetailError as error:
-        found = {"error": str(error)}
-    print(json.dumps(found))
+        line = json.dumps({"error": str(error)})
+    print(line)
 
 
 def _measure(asked: dict) -> dict[str, float]:

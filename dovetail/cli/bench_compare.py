@@ -21,8 +21,8 @@ def command(
     """Compare two results, figure by figure.
 
     A and B are what --json of bench, eval or bench/peers.py wrote. First comes what is different about
-    their machines, versions, commits and configurations, then every figure that both have. A figure with * differs
-    by more than its rounds do: the ranges do not touch.
+    their machines, versions, commits, configurations and measurements, then every figure that both have. A figure
+    with * differs by more than its rounds do: the ranges do not touch.
 
     \b
     Example:
@@ -46,7 +46,7 @@ def _show(found: dict[str, Any]) -> None:
     if origin:
         print(table(("different", found["a"], found["b"]), origin), end="\n\n")
     else:
-        print("Same machine, versions, commit and configuration.", end="\n\n")
+        print("The same machine, versions, commit, configuration and measurement.", end="\n\n")
     headers = ("figure", "a", "b", "b/a", "", "spread of a", "spread of b")
     rows = [
         (

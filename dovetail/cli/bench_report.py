@@ -37,7 +37,7 @@ def settings(engine: EngineOptions, against: str | None) -> list[Setting]:
 def show(found: Mapping[str, Any], shown: Shown) -> None:
     """The result's origin in two lines, and its figures as a table."""
     config, machine = found["config"], found["machine"]
-    print(f"{found['model']}, {machine['cpu']}, {config['threads']} threads, medians of {found['rounds']} rounds")
+    print(f"{found['model']}, {machine['cpu']}, {config['threads']} threads, {_rounds(found['rounds'])}")
     kinds = (config[name] for name in ("dtype", "activations", "kv_cache_dtype", "kernels"))
     arithmetic = "{}, {} activations, {} KV, {} kernels".format(*kinds)
     print(f"{arithmetic}, techniques: {', '.join(found['use']) or 'none'}")
@@ -78,6 +78,10 @@ def finish(found: Mapping[str, Any]) -> None:
         raise typer.Exit(1)
 
 
+def _rounds(count: int) -> str:
+    return "one round" if count == 1 else f"medians of {count} rounds"
+
+
 def _figures(found: Mapping[str, Any], shown: Shown) -> Iterator[tuple[tuple[str, ...], str, str, float]]:
     for name, (words, unit, scale) in shown.items():
         value = found.get(name)
@@ -88,10 +92,9 @@ def _figures(found: Mapping[str, Any], shown: Shown) -> Iterator[tuple[tuple[str
 
 
 def _triple(found: Mapping[str, Any], path: tuple[str, ...], scale: float) -> tuple[float | None, ...]:
-    median, spread = _at(found, path), _at(found, ("spread", *path))
-    if median is None:
-        return (None, None, None)
-    return (median * scale, spread[0] * scale, spread[1] * scale)
+    """Median, lowest and highest; None for what there is not."""
+    values = (_at(found, path), *(_at(found, ("spread", *path)) or (None, None)))
+    return tuple(None if value is None else value * scale for value in values)
 
 
 def _at(found: Any, path: tuple[str, ...]) -> Any:
