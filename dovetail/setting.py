@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dovetail.core.errors import ConfigError
@@ -31,7 +31,7 @@ class Setting:
 
     name: str
     use: tuple[str, ...] = ()
-    options: Options = Options()
+    options: Options = field(default_factory=Options)
 
     def load(self, model: str) -> LLM:
         """The model with this setting. Raises ModelError, ConfigError or CapacityError."""
@@ -109,7 +109,9 @@ def _expanded(value: str, whole: str) -> Iterable[str]:
     if not dots:
         return [value]
     if not (low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high)):
-        raise ConfigError(f"'{whole}': '{value}' is not a range; write LOW..HIGH with whole numbers, as in 128..2048")
+        raise ConfigError(
+            f"'{whole}': '{value}' is not a range; write LOW..HIGH with whole numbers, as in 128..2048"
+        )
     doubled = itertools.takewhile(lambda n: n <= int(high), (int(low) << i for i in itertools.count()))
     return [str(n) for n in doubled]
 

@@ -43,7 +43,7 @@ def load(path: Path) -> dict[str, Any]:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """What is different about two results, and the figures that both have.
 
-    `same_machine`; `differs`: in what, as [a's, b's], by part of their origin and what was `asked`; `figures`: `a`,
+    `same_machine`; `differs`: in what, as [a's, b's], by part of origin and what was `asked`; `figures`: `a`,
     `b`, `ratio` (b / a, None where a is 0), `spread_a`, `spread_b` and `beyond`, whether these do not touch;
     `only_a`, `only_b`: the names of the others. ConfigError if they have no figure in common.
     """
