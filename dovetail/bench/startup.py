@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dovetail.core.errors import DovetailError
+from dovetail.interrupts import uninterrupted
 from dovetail.process import peak_rss, since_start
 
 if TYPE_CHECKING:
@@ -23,14 +24,30 @@ def start(model: str, setting: Setting) -> dict[str, float]:
     """
     asked = {"model": model, "use": setting.use, "options": vars(setting.options)}
     command = [sys.executable, "-P", "-c", _CHILD, json.dumps(sys.path), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-10:])
-        raise DovetailError(f"the process that start-up is measured in ended with {done.returncode}:\n{last}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    status, out, errors = _run(command)
+    if status:
+        last = "\n".join(errors.splitlines()[-10:])
+        raise DovetailError(f"the process that start-up is measured in ended with {status}:\n{last}")
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
     if "error" in found:
         raise DovetailError(str(found["error"]))
     return found
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a process that does not outlive an interrupt."""
+    process = None
+    try:
+        with uninterrupted():  # one that comes while the process is made would lose sight of it
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+        out, errors = process.communicate()
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.wait()
+        raise
+    return process.returncode, out, errors
 
 
 def main() -> None:

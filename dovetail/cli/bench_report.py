@@ -25,12 +25,19 @@ Shown = Mapping[str, tuple[str, str, float]]
 
 
 def settings(engine: EngineOptions, against: str | None) -> list[Setting]:
-    """What to measure: the options given, and the setting they are set against. ConfigError for a bad SPEC."""
+    """What to measure: the options given, and the setting they are set against.
+
+    ConfigError for a bad SPEC, or a technique that there is not.
+    """
     from dovetail.setting import Setting, parse_setting
+    from dovetail.techniques import technique
 
     found = [Setting("+".join(engine.use) or "plain", engine.use, engine.options)]
     if against is not None:
         found.append(parse_setting(against, Setting("plain", (), engine.options)))
+    for setting in found:
+        for spec in setting.use:
+            technique(spec)  # known before a model is loaded
     return found
 
 
