@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20
 ORIGIN = ("machine", "versions", "commit", "config")
 # No figures: where the result comes from, what was asked for, and the readings that figures were made from.
 _NOT_FIGURES = frozenset((*ORIGIN, "date", "rounds", "spread", "samples", "facts", "settings", "sampling"))
-_NAMES = ("setting", "name")  # that may tell the objects of a list apart
+_NAMES = ("setting", "name", "target", "rate", "length", "depth")  # what tells the objects of a list apart
 Place = tuple[str, ...]
 
 
@@ -109,11 +109,10 @@ def _range(value: Any) -> tuple[float, float] | None:
 
 def _names(objects: list[Mapping[str, Any]]) -> list[str]:
     """A name for each of a list's objects: its own if these are all different, else its number."""
-    for key in _NAMES:
-        own = [str(inner.get(key)) for inner in objects]
-        if len(set(own)) == len(own) and all(isinstance(inner.get(key), str) for inner in objects):
-            return own
-    return [str(number) for number in range(len(objects))]
+    targets = {str(inner.get("target")) for inner in objects}
+    telling = [key for key in _NAMES if key != "target" or len(targets) > 1]
+    own = ["/".join(str(inner[key]) for key in telling if key in inner) for inner in objects]
+    return own if all(own) and len(set(own)) == len(own) else [str(number) for number in range(len(objects))]
 
 
 def _origin(result: Mapping[str, Any], name: str) -> Any:

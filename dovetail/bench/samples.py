@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,9 +28,12 @@ def ratios(ours: Samples, theirs: Samples) -> Samples:
     return {path: [a / b for a, b in zip(ours[path], theirs[path], strict=True)] for path in both}
 
 
-def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest of `values` that at least `p` percent of them do not exceed."""
-    return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)]
+def percentile(values: Sequence[float], q: float) -> float:
+    """The `q`th percentile of `values` (at least one), in between two of them on the line through both."""
+    ordered, at = sorted(values), (len(values) - 1) * q / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 def _median(readings: Sequence[float]) -> float:

@@ -1,22 +1,25 @@
-"""`dovetail bench`: how fast a model runs here."""
+"""`dovetail bench`: measurements, each a file `bench_<name>.py`."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import typer
 
-from dovetail.cli import bench_compare, bench_model, bench_offline
+COMMANDS = ("model", "offline", "compare")
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="""Measure how fast a model runs here.
+app = typer.Typer(no_args_is_help=True)
 
-\b
-Examples:
-  dovetail bench model smollm2-135m --quick
-  dovetail bench compare before.json after.json
-""",
-)
-app.command("model")(bench_model.command)
-app.command("offline")(bench_offline.command)
-app.command("compare")(bench_compare.command)
+
+@app.callback()
+def group() -> None:
+    """Measure speed.
+
+    \b
+    Example:
+      dovetail bench model smollm2-135m --quick
+    """
+
+
+for _name in COMMANDS:
+    app.command(_name)(import_module(f"dovetail.cli.bench_{_name}").command)

@@ -100,6 +100,10 @@ def test_spread_of_the_nearest_object_and_of_the_peers_layout():
 def test_objects_in_a_list_are_told_apart_by_their_name_if_they_have_one():
     named = [{"name": "q", "value": 1}, {"name": "r", "value": 2}]
     assert dict(figures({"claims": named})) == {("claims", "q", "value"): 1, ("claims", "r", "value"): 2}
+    points = [{"target": "x", "rate": 1, "p50": 5}, {"target": "x", "rate": 2, "p50": 6}]
+    assert [place[1] for place, _ in figures({"points": points})] == ["1", "1", "2", "2"]
+    points[1] |= {"target": "y", "rate": 1}
+    assert [place[1] for place, _ in figures({"points": points})] == ["x/1", "x/1", "y/1", "y/1"]
     twice = [{"name": "q", "value": 1}, {"name": "q", "value": 2}, {"value": 3}]
     assert [place[1] for place, _ in figures({"rows": twice})] == ["0", "1", "2"]
 
