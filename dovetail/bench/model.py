@@ -12,7 +12,7 @@ from dovetail.bench.points import DECODE, PREFILL, Point, Prompts, Timing, measu
 from dovetail.bench.samples import percentile
 from dovetail.bench.side import Side, in_turns, result
 from dovetail.bench.startup import start
-from dovetail.progress import counter
+from dovetail.progress import Advance, counter
 from dovetail.setting import Setting
 
 PERCENTILES = (50, 90, 99)
@@ -99,42 +99,33 @@ def run(asked: Asked) -> dict[str, Any]:
 
     Raises ModelError, ConfigError or CapacityError where an engine cannot be had, RequestError where it fails.
     """
-    starts = _starts(asked)  # before anything is loaded here: the memory is theirs alone
-    sides = [Timed(setting, asked) for setting in asked.settings]
-    _rounds(asked, sides)
+    wanted = points(asked.quick)
+    # Quick, only the smallest point of each figure warms up.
+    warming = [at for i, at in enumerate(wanted) if not asked.quick or at.figure != wanted[i - 1].figure]
+    each = asked.starts + len(warming) + asked.rounds * len(wanted)
+    with counter("measurements", each * len(asked.settings)) as advance:
+        starts = _starts(asked, advance)  # before anything is loaded here: the memory is theirs alone
+        sides = [Timed(setting, asked) for setting in asked.settings]
+        prompts = Prompts(sides[0].llm.session.vocab_size)
+        for number, at in [(-1, at) for at in warming] + [(n, at) for n in range(asked.rounds) for at in wanted]:
+            given = prompts.take(at.prompt, at.streams)  # all sides get the same ones
+            for side in in_turns(sides, number):
+                if number < 0:
+                    side.time(at, given)
+                else:
+                    side.take(at, given)
+                advance(1)
     for side, found in zip(sides, starts, strict=True):
         side.samples |= {(name,): readings for name, readings in found.items()}
     return {**result(asked.model, sides), "rounds": asked.rounds, "quick": asked.quick}
 
 
-def _starts(asked: Asked) -> list[dict[str, list[float]]]:
+def _starts(asked: Asked, advance: Advance) -> list[dict[str, list[float]]]:
+    """Readings of start-up and memory, for each setting."""
     found: list[dict[str, list[float]]] = [{} for _ in asked.settings]
-    with counter("start-up", asked.starts * len(found)) as advance:
-        for _ in range(asked.starts):
-            for setting, readings in zip(asked.settings, found, strict=True):
-                for name, value in start(asked.model, setting).items():
-                    readings.setdefault(name, []).append(value)
-                advance(1)
+    for _ in range(asked.starts):
+        for setting, readings in zip(asked.settings, found, strict=True):
+            for name, value in start(asked.model, setting).items():
+                readings.setdefault(name, []).append(value)
+            advance(1)
     return found
-
-
-def _rounds(asked: Asked, sides: Sequence[Timed]) -> None:
-    """Points once to warm up, then all in every round. All sides get the same prompts.
-
-    Quick, only the smallest point of each figure warms up.
-    """
-    wanted = points(asked.quick)
-    warming = [at for i, at in enumerate(wanted) if not asked.quick or at.figure != wanted[i - 1].figure]
-    prompts = Prompts(sides[0].llm.session.vocab_size)
-    with counter("measurements", (len(warming) + asked.rounds * len(wanted)) * len(sides)) as advance:
-        for at in warming:
-            given = prompts.take(at.prompt, at.streams)
-            for side in sides:
-                side.time(at, given)
-                advance(1)
-        for number in range(asked.rounds):
-            for at in wanted:
-                given = prompts.take(at.prompt, at.streams)
-                for side in in_turns(sides, number):
-                    side.take(at, given)
-                    advance(1)

@@ -44,34 +44,30 @@ def settings(engine: EngineOptions, against: str | None) -> list[Setting]:
 def show(found: Mapping[str, Any], shown: Shown) -> None:
     """The result's origin in two lines, and its figures as a table."""
     config, machine = found["config"], found["machine"]
-    print(f"{found['model']}, {machine['cpu']}, {config['threads']} threads, {_rounds(found['rounds'])}")
+    print(f"{found['model']}, {machine['cpu']}, {_count(config['threads'], 'thread')}, {_rounds(found['rounds'])}")
     kinds = (config[name] for name in ("dtype", "activations", "kv_cache_dtype", "kernels"))
     arithmetic = "{}, {} activations, {} KV, {} kernels".format(*kinds)
     print(f"{arithmetic}, techniques: {', '.join(found['use']) or 'none'}")
-    against = found.get("against")
-    if against is None:
-        rows = [(label, unit, *_triple(found, path, scale)) for path, label, unit, scale in _figures(found, shown)]
-        print(table(("figure", "unit", "median", "lowest", "highest"), rows))
-        return
-    rows = []
+    rows = _beside(found, found["against"], shown) if "against" in found else _alone(found, shown)
+    print(table(rows[0], rows[1:]))
+
+
+def _alone(found: Mapping[str, Any], shown: Shown) -> list[tuple[Any, ...]]:
+    """Rows of a table, the first of which has the headings."""
+    rows: list[tuple[Any, ...]] = [("figure", "unit", "median", "lowest", "highest")]
     for path, label, unit, scale in _figures(found, shown):
-        pair = (_at(found, path), _at(against, path))
-        ratio = _triple(found, ("ratio", *path), 1.0)
-        rows.append((label, unit, *(None if v is None else v * scale for v in pair), *ratio))
-    print(
-        table(
-            (
-                "figure",
-                "unit",
-                "/".join(found["use"]) or "plain",
-                against["setting"],
-                "ratio",
-                "lowest",
-                "highest",
-            ),
-            rows,
-        )
-    )
+        rows.append((label, unit, *_triple(found, path, scale)))
+    return rows
+
+
+def _beside(found: Mapping[str, Any], against: Mapping[str, Any], shown: Shown) -> list[tuple[Any, ...]]:
+    """The same of two settings and their ratio."""
+    ours = "+".join(found["use"]) or "plain"
+    rows: list[tuple[Any, ...]] = [("figure", "unit", ours, against["setting"], "ratio", "lowest", "highest")]
+    for path, label, unit, scale in _figures(found, shown):
+        pair = (None if value is None else value * scale for value in (_at(found, path), _at(against, path)))
+        rows.append((label, unit, *pair, *_triple(found, ("ratio", *path), 1.0)))
+    return rows
 
 
 def finish(found: Mapping[str, Any]) -> None:
@@ -87,6 +83,10 @@ def finish(found: Mapping[str, Any]) -> None:
 
 def _rounds(count: int) -> str:
     return "one round" if count == 1 else f"medians of {count} rounds"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _figures(found: Mapping[str, Any], shown: Shown) -> Iterator[tuple[tuple[str, ...], str, str, float]]:
