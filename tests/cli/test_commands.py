@@ -223,4 +223,5 @@ def test_doctor_without_the_native_library(home, monkeypatch):
 
 def test_the_listed_commands_exist():
     for name in cli.COMMANDS:
-        assert callable(import_module(f"dovetail.cli.{name}").command)
+        module = import_module(f"dovetail.cli.{name}")
+        assert callable(module.app if hasattr(module, "app") else module.command)
