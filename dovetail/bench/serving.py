@@ -50,19 +50,20 @@ class ServingBench:
         self.stop = Stop()
         self.points: list[dict[str, Any]] = []
         self.over = False
+        self._unloaded: list[float] = []  # seconds of a request alone, for each target
         self._loads = 0
 
     async def run(self, keep: Keep) -> None:
         """Warm up, then run every load. RequestError if a warm-up request is not answered."""
         try:
-            seconds = [await self._warm_up(target) for target in self.targets]
+            self._unloaded = [await self._warm_up(target) for target in self.targets]
             if self.plan.speed is not None:
                 await self._point("trace", self.workload.replay(self.plan.speed, 0), keep)
             elif self.plan.rates is not None:
                 for rate in self.plan.rates:
                     await self._at(rate, keep)
             else:
-                start = sweep.first_rate(max(seconds))
+                start = sweep.first_rate(max(self._unloaded))
                 await sweep.to_saturation(start, lambda rate: self._at(rate, keep))
         except _Ended:
             pass
@@ -70,8 +71,8 @@ class ServingBench:
             self.over = True
 
     async def _warm_up(self, target: Target) -> float:
-        """Send requests one after the other; seconds of the last one."""
-        seconds = 0.0
+        """Send requests one after the other; seconds of the last one, infinite if there was none."""
+        seconds = math.inf
         load = Load(target.client, target.served.model, self.stop)
         for request in self.workload.warm_up(self.plan.warmup):
             (record,) = (await load.run([request])).records
@@ -79,7 +80,7 @@ class ServingBench:
                 raise _Ended
             if not record.ok:
                 raise RequestError(f"{target.label}: a warm-up request failed: {record.error}: {record.message}")
-            seconds = record.e2e or 0.0
+            seconds = record.e2e or math.inf
         return seconds
 
     async def _at(self, rate: float, keep: Keep) -> list[bool]:
@@ -92,7 +93,7 @@ class ServingBench:
         if not requests:
             raise RequestError(f"no request arrives within --duration at rate {rate}; make it longer")
         saturated = []
-        for target in self.targets:
+        for target, unloaded in zip(self.targets, self._unloaded, strict=True):
             load = Load(target.client, target.served.model, self.stop, self.plan.max_concurrency)
             # A collection of everything that is in memory takes long enough to make requests late.
             gc.collect()
@@ -100,7 +101,7 @@ class ServingBench:
             with counter(f"{target.label}, rate {rate}", len(requests)) as done:
                 run = await load.run(requests, done)
             gc.unfreeze()
-            point = {"target": target.label, "rate": rate} | summarize(run, self.plan.slo)
+            point = {"target": target.label, "rate": rate} | summarize(run, self.plan.slo, unloaded)
             self.points.append(point)
             keep(target.label, rate, run)
             _tell(point)

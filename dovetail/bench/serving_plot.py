@@ -32,7 +32,9 @@ def draw(points: Sequence[dict[str, Any]], destination: Path) -> None:
     rate.set_ylabel("requests per second")
     rate.set_xlabel("offered requests per second")
     if len(offered) > 2:
-        rate.set_xscale("log")
+        rate.set_xscale("log", base=2)
+        rate.xaxis.set_major_formatter("{x:g}")
+    latency.yaxis.set_major_formatter("{x:g}")
     for axes in (latency, rate):
         axes.grid(True, which="major", color="0.9")
         axes.legend(fontsize="small")

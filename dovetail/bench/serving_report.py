@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,11 +33,12 @@ def spread(seconds: Iterable[float | None]) -> dict[str, float] | None:
     return {"mean": sum(values) / len(values)} | {f"p{q}": percentile(values, q) for q in PERCENTILES}
 
 
-def summarize(run: Run, slo: SLO | None) -> dict[str, Any]:
+def summarize(run: Run, slo: SLO | None, unloaded: float = math.inf) -> dict[str, Any]:
     """The figures of a run, as in the JSON result: rates per second, latencies in milliseconds.
 
     Latencies and token rates are of whole answers. `duration_s` is from the start to the end of the last answer;
     `offered_rate` is requests over the time until the last one was due, None where all were due at once.
+    `unloaded` is seconds that a request took before the load.
     """
     whole = [record for record in run.records if record.ok]
     duration = max((record.ended or 0.0 for record in whole), default=0.0)
@@ -49,7 +51,7 @@ def summarize(run: Run, slo: SLO | None) -> dict[str, Any]:
         "duration_s": duration,
         "offered_rate": len(run.records) / span if span else None,
         "achieved_rate": _per(len(whole), duration),
-        "saturated": saturated(run.records),
+        "saturated": saturated(run.records, unloaded),
         "peak_concurrency": run.peak_concurrency,
         **_tokens(whole, duration),
         "ttft_ms": spread(record.ttft for record in whole),
@@ -64,17 +66,17 @@ def summarize(run: Run, slo: SLO | None) -> dict[str, Any]:
     return point
 
 
-def saturated(records: Sequence[Record]) -> bool:
-    """Whether answers came more slowly than requests, the time that each took left aside.
+def saturated(records: Sequence[Record], unloaded: float = math.inf) -> bool:
+    """Whether fewer than 90 % as many answers came per second as requests did.
 
-    Compares the time from the first to the last arrival with that from the first to the last answer: as long as a
-    server keeps up they are the same, however long an answer takes. Missing answers count as not kept up with.
+    The time of one answer without load is left aside: the shorter of `unloaded` seconds and the fastest answer. A
+    missing answer counts as not kept up with.
     """
-    ends = sorted(record.ended or 0.0 for record in records if record.ok)
-    if len(ends) < 2:
-        return len(ends) < len(records)
-    kept = (records[-1].arrival - records[0].arrival) / max(ends[-1] - ends[0], 1e-9)
-    return min(1.0, kept) * len(ends) / len(records) < SATURATED
+    whole = [record for record in records if record.ok]
+    alone = min((record.e2e or 0.0 for record in whole), default=0.0)
+    end = max((record.ended or 0.0 for record in whole), default=0.0)
+    kept = records[-1].arrival / max(end - min(alone, unloaded), 1e-9)
+    return min(1.0, kept) * len(whole) / len(records) < SATURATED
 
 
 def _tokens(whole: Sequence[Record], duration: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ _LATENCIES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("e2e_
 def report(points: Sequence[Point]) -> str:
     """Tables of rates and latencies, the ratios of two targets, errors, and the highest rates."""
     targets = list(dict.fromkeys(point["target"] for point in points))
+    points = sorted(points, key=_order)
     parts = [_rates(points), _latencies(points)]
     if len(targets) == 2:
         parts.append(_ratios(points, targets))
@@ -72,11 +73,10 @@ def _ratios(points: Sequence[Point], targets: Sequence[str]) -> str:
     rates = [name for name in _RATES if slo or name != "goodput"]
     headers = ["rate", *(n.replace("_", " ") for n in rates), *(f"{n[:-3].upper()} {q}" for n, q in _LATENCIES)]
     rows = []
-    for rate in ours.keys() & theirs.keys():
+    for rate in (rate for rate in ours if rate in theirs):
         a, b = ours[rate], theirs[rate]
         latencies = [_ratio((b[n] or {}).get(q), (a[n] or {}).get(q)) for n, q in _LATENCIES]
-        rows.append([rate, *(_ratio(a[name], b[name]) for name in rates), *latencies])
-    rows.sort(key=lambda row: (isinstance(row[0], str), row[0]))
+        rows.append([_number(rate), *(_ratio(a[name], b[name]) for name in rates), *latencies])
     return f"{title}\n{table(headers, rows)}" if rows else ""
 
 
@@ -103,6 +103,11 @@ def _highest_lines(points: Sequence[Point], targets: Sequence[str]) -> str:
             share = f"{ATTAINED:.0%} of the requests"
             lines.append(f"{row['target']}: highest rate at which {share} meet the SLO: {_number(row['slo_met'])}")
     return "\n".join(lines)
+
+
+def _order(point: Point) -> tuple[bool, Any]:
+    """Rising rates, those that are words last."""
+    return isinstance(point["rate"], str), point["rate"]
 
 
 def _rate(point: Point) -> str:
