@@ -21,15 +21,23 @@ def record_file(path: Path | None) -> Iterator[Callable[[str, Any, Run], None]]:
     if path is None:
         yield lambda target, rate, run: None
         return
+    with _explained(path):
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+
+    def keep(target: str, rate: Any, run: Run) -> None:
+        with _explained(path):
+            for index, record in enumerate(run.records):
+                line = {"target": target, "rate": rate, "request": index, **record.to_dict()}
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+
+    with file:
+        yield keep
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with open(path, "w", encoding="utf-8") as file:
-
-            def keep(target: str, rate: Any, run: Run) -> None:
-                for index, record in enumerate(run.records):
-                    line = {"target": target, "rate": rate, "request": index, **record.to_dict()}
-                    file.write(json.dumps(line) + "\n")
-                file.flush()
-
-            yield keep
+        yield
     except OSError as error:
         raise ConfigError(f"--records {path}: cannot be written: {error.strerror or error}") from error

@@ -18,7 +18,7 @@ from dovetail.bench.workload import LoadRequest, Workload
 from dovetail.core.errors import RequestError
 from dovetail.progress import counter, note
 
-CACHED = 0.05  # share of prompt tokens in a prefix cache, above which prompts were not new to the server
+CACHED = 0.25  # share of prompt tokens in a prefix cache, above which prompts were not new to the server
 
 # Takes the label of the target, the rate as in the JSON result, and the run.
 Keep = Callable[[str, Any, Run], None]
@@ -49,7 +49,6 @@ class ServingBench:
         self.plan = plan
         self.stop = Stop()
         self.points: list[dict[str, Any]] = []
-        self.over = False
         self._unloaded: list[float] = []  # seconds of a request alone, for each target
         self._loads = 0
 
@@ -66,9 +65,7 @@ class ServingBench:
                 start = sweep.first_rate(max(self._unloaded))
                 await sweep.to_saturation(start, lambda rate: self._at(rate, keep))
         except _Ended:
-            pass
-        finally:
-            self.over = True
+            return
 
     async def _warm_up(self, target: Target) -> float:
         """Send requests one after the other; seconds of the last one, infinite if there was none."""
@@ -116,7 +113,7 @@ class ServingBench:
         if not self.workload.shares and cached > CACHED * point["input_tokens"]:
             note(
                 f"{point['target']}: {cached} of {point['input_tokens']} prompt tokens were in its prefix cache, "
-                "though every prompt is new; it may know them from an earlier run: change --seed or restart it"
+                "though every prompt is new; so its TTFT is better than it would be without"
             )
 
 

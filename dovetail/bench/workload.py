@@ -114,7 +114,8 @@ class Workload:
     """A load that can be asked for at any rate.
 
     Every load of a workload has the same lengths and new prompts: `point` numbers them, and the tokens depend on
-    it, so that what one point left in a prefix cache does not help the next.
+    it, so that what one point left in a prefix cache does not help the next. They depend on `salt` too, which
+    does the same for a server that outlives this run.
     """
 
     rows: Sequence[TraceRequest] | Synthetic
@@ -122,6 +123,7 @@ class Workload:
     limits: Limits
     seed: int
     block: int = BLOCK
+    salt: str = ""
 
     @property
     def shares(self) -> bool:
@@ -140,12 +142,12 @@ class Workload:
 
     def warm_up(self, count: int) -> list[LoadRequest]:
         """`count` requests like the first ones, with prompts that no other load has."""
-        prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}:warm-up")
+        prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}{self.salt}:warm-up")
         rows = islice(self.rows, count)
         return [_request(prompts, i, 0.0, row) for i, row in enumerate(rows)]
 
     def _load(self, times: Iterable[float], point: int) -> list[LoadRequest]:
-        prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}:{point}")
+        prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}{self.salt}:{point}")
         found: list[LoadRequest] = []
         for at, row in zip(times, self.rows, strict=False):
             if len(found) == self.limits.requests or at > (self.limits.duration or math.inf):

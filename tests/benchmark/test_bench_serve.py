@@ -277,7 +277,7 @@ def test_sharegpt_prompts_are_sent_as_they_are(fake, tmp_path) -> None:
     trace.write_text(json.dumps([{"conversations": turns}] * 3))
     found, _ = serve(fake.url, "--trace", trace, "--rate", "100", "--warmup", "0")
     assert [(b["prompt"], b["max_tokens"]) for b in fake.bodies] == [("What is it?", 10)] * 3
-    assert found["workload"]["trace"]["lengths_counted"] is False
+    assert found["workload"]["trace"]["lengths"] == "estimated"
 
 
 def test_a_failed_warm_up_says_what_the_server_said() -> None:
@@ -289,7 +289,16 @@ def test_a_failed_warm_up_says_what_the_server_said() -> None:
     assert "warm-up" in message and "HTTP 400: unknown field ignore_eos" in message
 
 
-def test_prompts_from_an_earlier_run_are_noticed(fake) -> None:
+def test_a_running_server_gets_new_prompts_each_time_and_one_started_here_the_same() -> None:
+    with FakeServer() as server:
+        runs = [serve(server.url, *FAST)[0]["workload"] for _ in range(2)]
+    assert runs[0]["salt"] != runs[1]["salt"]
+    assert len({body["prompt"] for body in server.bodies}) == 24
+    lengths = [(len(b["prompt"].split()), b["max_tokens"]) for b in server.bodies]
+    assert sorted(lengths[:12]) == sorted(lengths[12:])
+
+
+def test_prompts_that_the_server_knows_are_noticed(fake) -> None:
     async def cached(server, number, request, body):
         events = whole(body)
         events[-2] = event(usage(8, body["max_tokens"], prompt_tokens_details={"cached_tokens": 6}))
@@ -426,6 +435,7 @@ def test_the_real_server(tiny_model, tmp_path) -> None:
     found, _ = serve(str(tiny_model), *options)
     (target,) = found["targets"]
     assert target["started_here"] and target["context"] == 4096
+    assert found["workload"]["salt"] == ""
     assert target["options"] == ["--threads", "1", "--kv-memory", str(4 << 20)]
     assert found["workload"]["prompts"] == "ids"
     for point in found["points"]:
