@@ -6,7 +6,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("model", "offline", "compare")
+COMMANDS = ("model", "serve", "offline", "compare")
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -16,8 +16,9 @@ def group() -> None:
     """Measure speed.
 
     \b
-    Example:
+    Examples:
       dovetail bench model smollm2-135m --quick
+      dovetail bench serve smollm2-135m --rate 1..8
     """
 
 
