@@ -63,7 +63,8 @@ from dovetail.bench.attention import (
     Request,
     check_finite,
 )
-from dovetail.bench.rounds import Ratio, interleave
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.rounds import interleave
 from dovetail.ops import cpu
 from dovetail.ops.dequant import BLOCKS
 

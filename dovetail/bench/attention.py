@@ -6,15 +6,16 @@ KV is cold: a run goes through as many layers as the pool holds, each of them on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.core.seams import Variant
 from dovetail.ops import cpu
+from dovetail.ops.attention import Rows, attend_dense
 from dovetail.ops.attention.kernel_variant import KernelVariant
 from dovetail.runtime.store import FloatStore, TiledStore, padded
 
@@ -154,22 +155,41 @@ class Attention:
         return self.stats["tokens_read"] * self.pool.token_bytes
 
 
-class ThreadPerRequest:
-    """The same step where a request is one thread's: in order, each goes to the thread with the least to read."""
+class Unfused:
+    """The same step in torch, where scores are a tensor that a variant is then applied to: `--kernels torch`.
 
-    def __init__(self, pool: KVPool, requests: Sequence[Request], tokens: int, kernels: Kernels) -> None:
-        shares: list[list[Request]] = [[] for _ in range(min(kernels.threads, len(requests)))]
-        for r in requests:
-            min(shares, key=lambda share: sum(other.stop for other in share)).append(r)
-        alone = replace(kernels, threads=1)
-        self.parts = [Attention(pool, share, tokens, alone) for share in shares]
-        self.layers = self.parts[0].layers
-        self._threads = ThreadPoolExecutor(len(self.parts))
+    For requests of one row each and equal lengths, over at most `layers` layers.
+    """
+
+    def __init__(
+        self, fused: Attention, requests: Sequence[Request], variant: Variant, layers: int = 4
+    ) -> None:  # fmt: skip
+        pool, length = fused.pool, requests[0].stop
+        self.variant, self.q = variant, fused.q[..., : pool.heads.dim]
+        self.rows = Rows(
+            torch.tensor([r.start for r in requests]),
+            [(torch.arange(len(requests)), torch.arange(len(requests))[:, None], length)],
+        )
+        inside = torch.arange(length)
+        pages = torch.tensor([list(r.pages) for r in requests])
+        slots = pages[:, inside // pool.pages.size] * pool.pages.size + inside % pool.pages.size
+        k, v = (store.read(0, slots).float() for store in (pool.k, pool.v))
+        self.layers = min(layers, fused.layers)
+        self.kv = [(k.clone(), v.clone()) for _ in range(self.layers)]
+        wrong = (self._layer(0) - fused.first_layer()).abs().max().item()
+        if not wrong < 1e-3:
+            raise RuntimeError(
+                f"{variant}: the kernel is {wrong} away from the reference; its time would mean nothing"
+            )
 
     def run(self) -> None:
-        """Every layer once. The threads do not wait for each other between layers, which is in their favour."""
-        for done in [self._threads.submit(part.run) for part in self.parts]:
-            done.result()
+        """Every layer once."""
+        for layer in range(self.layers):
+            self._layer(layer)
+
+    def _layer(self, layer: int) -> Tensor:
+        k, v = self.kv[layer]
+        return attend_dense(self.q, lambda spans, length: (k[:, :length], v[:, :length]), self.variant, self.rows)
 
 
 def check_finite(program: Any, slot: int, rows: int, what: str) -> None:

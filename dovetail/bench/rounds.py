@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from dovetail.ops import cpu
 
 READ_MB = 256  # of a raw read
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast as a baseline: the median of the rounds' ratios, their lowest and highest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, baseline: Sequence[float], ours: Sequence[float]) -> Ratio:
-        """From seconds of each round."""
-        ratios = [b / a for b, a in zip(baseline, ours, strict=True)]
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
 def interleave(

@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
-COMMANDS = ("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "doctor")
+COMMANDS = ("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "reproduce", "doctor")
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
