@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
-from dovetail.ops.attention import Rows, attend_dense
 from dovetail.ops.attention.kernel_variant import KernelVariant
+from dovetail.ops.template import with_tables
 from dovetail.runtime.store import FloatStore, TiledStore, padded
 
 PAGE = 16  # tokens
@@ -156,31 +156,27 @@ class Attention:
 
 
 class Unfused:
-    """The same step in torch, where scores are a tensor that a variant is then applied to: `--kernels torch`.
+    """The same step as torch operations on contiguous K and V: scores are a tensor, which the variant changes.
 
-    For requests of one row each and equal lengths, over at most `layers` layers.
+    For requests of one row each and equal lengths, over at most `layers` layers. RuntimeError if the kernels'
+    result is another one.
     """
 
-    def __init__(
-        self, fused: Attention, requests: Sequence[Request], variant: Variant, layers: int = 4
-    ) -> None:  # fmt: skip
-        pool, length = fused.pool, requests[0].stop
-        self.variant, self.q = variant, fused.q[..., : pool.heads.dim]
-        self.rows = Rows(
-            torch.tensor([r.start for r in requests]),
-            [(torch.arange(len(requests)), torch.arange(len(requests))[:, None], length)],
-        )
-        inside = torch.arange(length)
+    def __init__(self, fused: Attention, requests: Sequence[Request], variant: Variant, layers: int = 2) -> None:
+        pool, heads, length = fused.pool, fused.pool.heads, requests[0].stop
+        self.variant = with_tables(variant)
+        self.q = fused.q[..., : heads.dim].unflatten(1, (heads.kv, -1)) * heads.dim**-0.5
+        self.q_pos = torch.tensor([r.start for r in requests])[:, None, None, None]
+        self.k_pos = inside = torch.arange(length)
+        self.head = torch.arange(heads.query).view(heads.kv, -1, 1)
         pages = torch.tensor([list(r.pages) for r in requests])
         slots = pages[:, inside // pool.pages.size] * pool.pages.size + inside % pool.pages.size
-        k, v = (store.read(0, slots).float() for store in (pool.k, pool.v))
+        k, v = (store.read(0, slots).float().transpose(1, 2).contiguous() for store in (pool.k, pool.v))
         self.layers = min(layers, fused.layers)
         self.kv = [(k.clone(), v.clone()) for _ in range(self.layers)]
-        wrong = (self._layer(0) - fused.first_layer()).abs().max().item()
+        wrong = (self._layer(0).flatten(1, 2) - fused.first_layer()).abs().max().item()
         if not wrong < 1e-3:
-            raise RuntimeError(
-                f"{variant}: the kernel is {wrong} away from the reference; its time would mean nothing"
-            )
+            raise RuntimeError(f"{variant}: the kernels' result is {wrong} off; their time would mean nothing")
 
     def run(self) -> None:
         """Every layer once."""
@@ -188,8 +184,12 @@ class Unfused:
             self._layer(layer)
 
     def _layer(self, layer: int) -> Tensor:
-        k, v = self.kv[layer]
-        return attend_dense(self.q, lambda spans, length: (k[:, :length], v[:, :length]), self.variant, self.rows)
+        """[requests, KV heads, query heads of each, dim]."""
+        k, v = self.kv[layer]  # [requests, KV heads, tokens, dim]
+        where = (self.q_pos, self.k_pos, self.head)
+        scores = self.variant.score(self.q @ k.transpose(2, 3), *where)
+        readable = self.variant.mask(*where) & (self.k_pos <= self.q_pos)
+        return torch.softmax(scores.masked_fill(~readable, -torch.inf), -1) @ v
 
 
 def check_finite(program: Any, slot: int, rows: int, what: str) -> None:

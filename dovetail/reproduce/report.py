@@ -79,12 +79,12 @@ def draw(done: Reproduction) -> Any:
     for y, c in enumerate(claims):
         if c.paper_ratio is not None:
             low, high = c.paper_ratio
-            axes.plot([low, high], [y, y], color="tab:orange", linewidth=7, alpha=0.6, solid_capstyle="round")
+            axes.plot([low, high], [y, y], "s-", color="tab:orange", linewidth=7, markersize=7)
         assert c.ratio is not None
         color = "tab:red" if c.meets is False else "tab:blue"
         axes.plot([c.ratio.low, c.ratio.high], [y, y], color=color, linewidth=1.5)
         axes.plot([c.ratio.median], [y], "o", color=color, markersize=5)
-    axes.plot([], [], color="tab:orange", linewidth=7, alpha=0.6, label="paper")
+    axes.plot([], [], "s-", color="tab:orange", linewidth=7, markersize=7, label="paper")
     axes.plot([], [], "o-", color="tab:blue", label="ours, median and range")
     if done.missed:
         axes.plot([], [], "o-", color="tab:red", label="ours, bar missed")

@@ -25,8 +25,9 @@ class Prefix:
 class Effort:
     """rounds: of each comparison of attention. generations: of parallel generation, with and without the cascade.
 
-    cold: bytes of KV that a timed run goes through. streams: values of n in parallel generation by `model`. context: tokens behind which variants and pages are
-    measured, a multiple of 16. shorten: what lengths of the balance are divided by.
+    cold: bytes of KV that a timed run goes through. streams: values of n in parallel generation by `model`.
+    context: tokens behind which variants and pages are measured, a multiple of 32. shorten: what lengths of the
+    balance are divided by.
     """
 
     rounds: int
