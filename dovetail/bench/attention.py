@@ -70,7 +70,7 @@ class Request:
 class KVPool:
     """Random K and V: as many layers of `tokens` tokens as fill `size` bytes."""
 
-    def __init__(self, heads: Heads, kind: str, tokens: int, size: int, pages: Pages = IN_PLACE) -> None:
+    def __init__(self, heads: Heads, kind: str, tokens: int, size: int, *, pages: Pages = IN_PLACE) -> None:
         self.heads, self.kind, self.pages = heads, kind, pages
         dtype = KV_DTYPES[kind]
         self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, dtype)

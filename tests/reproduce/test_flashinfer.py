@@ -137,7 +137,7 @@ LAYOUTS = [Pages(), Pages(64), Pages(1, False), Pages(8, False)]
 def test_the_step_in_torch_is_the_same_step(pages: Pages) -> None:
     """Unfused itself refuses kernels with another result."""
     torch.manual_seed(0)
-    pool = KVPool(SMALL, "float32", 192, 1, pages)
+    pool = KVPool(SMALL, "float32", 192, 1, pages=pages)
     count = 64 // pages.size
     requests = [Request(63, 64, range(i * count, (i + 1) * count)) for i in range(3)]
     variant = SlidingWindow(20)

@@ -26,7 +26,7 @@ _FIGURE_8 = "section 4.2, figure 8 (decode, batch of 16, A100 and H100): "
 _AHEAD = _FIGURE_8 + "more of the bandwidth than FlashAttention, because of the scheduler (a plot without numbers)"
 _WHY = (
     "The paper's GPUs have over a hundred units to leave idle. With {threads} threads a piece holds up others "
-    "only where it is more than a thread's share, and one core alone reads about two thirds of what two do."
+    "only where it is more than a thread's share, and one core alone reads more than half of what two do."
 )
 
 

@@ -128,5 +128,5 @@ def _attention(heads: Heads, layout: Pages, effort: Effort, kernels: Kernels, ro
     """The last rows of one request, whose pages lie in random order."""
     context, layers = effort.context, 1 << 30 if rows == 1 else LAYERS
     order = np.random.default_rng(0).permutation(context // layout.size).tolist()
-    pool = KVPool(heads, "bf16", context, effort.cold // (1 if rows == 1 else LAYERS), layout)
+    pool = KVPool(heads, "bf16", context, effort.cold // (1 if rows == 1 else LAYERS), pages=layout)
     return Attention(pool, [Request(context - rows, context, order)], context, kernels, layers=layers)
