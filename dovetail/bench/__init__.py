@@ -1,1 +1,1 @@
-"""What `dovetail bench` measures."""
+"""Measuring: what is compared, in turns, on made-up data, through the engine or over HTTP."""

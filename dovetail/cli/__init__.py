@@ -19,18 +19,8 @@ from typer.core import TyperCommand, TyperGroup
 from dovetail.core.errors import DovetailError
 
 COMMANDS = (
-    "pull",
-    "list",
-    "rm",
-    "run",
-    "chat",
-    "serve",
-    "batch",
-    "eval",
-    "bench",
-    "reproduce",
-    "export",
-    "doctor",
+    *("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "doctor"),
+    *("eval", "bench", "reproduce"),
 )
 
 EXIT_OK = 0
