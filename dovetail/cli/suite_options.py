@@ -45,4 +45,9 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "windows": (int, "How many windows of the corpus, from its start."),
     "dense": (int, "Tokens at the start of a window that read everything, whatever techniques are in use."),
     "tokens": (int, "Tokens of each answer."),
+    "lengths": (str, "Tokens of context and question, as in 1024,2048 or 1024..8192 (doubling)."),
+    "depths": (str, "Where the needle is in the context, in percent, as in 0,50,100."),
+    "trials": (int, "Trials for each length and depth."),
+    "variant": (str, "Needles: single, multikey, multivalue or multiquery."),
+    "needles": (int, "How many needles a context has. Default: 1, or 4 in the multi variants."),
 }

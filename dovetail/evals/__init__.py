@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SUITES = {
     "perplexity": ("perplexity", "Perplexity"),
     "divergence": ("divergence", "Divergence"),
+    "needle": ("needle", "Needle"),
 }
 
 
