@@ -59,6 +59,7 @@ def command(
       dovetail eval smollm2-135m --suite perplexity
       dovetail eval smollm2-135m --suite divergence --sweep kv-cache-dtype=bf16,int8,int4 --plot kl.png
       dovetail eval smollm2-135m --suite perplexity --use sink-window:window=256 --max perplexity=20
+      dovetail eval smollm2-135m --suite needle --lengths 1024..4096 --plot heat.png
     """
     from dovetail.evals import run as runs
     from dovetail.evals.journal import Journal

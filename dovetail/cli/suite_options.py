@@ -49,4 +49,9 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "limit": (int, "How many rows of the file count, from its start."),
     "scorer": (str, "When an answer is right: exact, contains, number, choice, or regex:PATTERN."),
     "shots": (int, "Rows at the start of the file that are worked examples before each question."),
+    "lengths": (str, "Tokens of context and question, as in 1024,2048 or 1024..8192 (doubling)."),
+    "depths": (str, "Where the needle is in the context, in percent, as in 0,50,100."),
+    "trials": (int, "Trials for each length and depth."),
+    "variant": (str, "Needles: single, multikey, multivalue or multiquery."),
+    "needles": (int, "How many needles a context has. Default: 1, or 4 in the multi variants."),
 }

@@ -17,6 +17,7 @@ SUITES = {
     "jsonl": ("tasks", "Jsonl"),
     "gsm8k": ("tasks", "Gsm8k"),
     "multiple-choice": ("multiple_choice", "MultipleChoice"),
+    "needle": ("needle", "Needle"),
 }
 
 
