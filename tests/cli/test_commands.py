@@ -232,4 +232,4 @@ def test_doctor_without_the_native_library(home, monkeypatch):
 def test_the_listed_commands_exist():
     for name in cli.COMMANDS:
         module = import_module(f"dovetail.cli.{name}")
-        assert callable(module.app if hasattr(module, "app") else module.command)
+        assert hasattr(module, "app") or callable(module.command)
