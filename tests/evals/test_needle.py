@@ -300,6 +300,7 @@ def test_depths_share_what_comes_before_the_needle(tiny_model, play):
 
 
 RESULT = {
+    "state": "measured",
     "model": "m", "setting": "plain", "suite": "needle", "corpus": "pydoc", "repeated": False, "variant": "single",
     "needles": 1, "accuracy": 0.5, "recall": 0.5, "seconds": 2.0, "tokens_per_s": 100.0,
     "grid": [

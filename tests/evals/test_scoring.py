@@ -39,23 +39,23 @@ def by_transformers(peer, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("first", [1, 2, 40, 63])
 def test_scores_are_transformers(llm: LLM, peer, first: int):
     ids = np.random.default_rng(1).integers(0, 250, 64).tolist()
-    (found,) = score(llm, [ids], [first])
+    (found,) = score(llm, [ids], [first], [0])
     assert found == pytest.approx(by_transformers(peer, ids)[first - 1 :].tolist(), abs=1e-4)
 
 
 def test_a_text_may_fill_the_context(tiny_model: Path, peer):
     llm = LLM(tiny_model, max_model_len=64, **EXACT)
     ids = np.random.default_rng(2).integers(0, 250, 64).tolist()
-    (found,) = score(llm, [ids], [1])
+    (found,) = score(llm, [ids], [1], [0])
     assert found == pytest.approx(by_transformers(peer, ids).tolist(), abs=1e-4)
     with pytest.raises(RequestError, match="the context holds 64"):
-        score(llm, [[*ids, 1]], [1])
+        score(llm, [[*ids, 1]], [1], [0])
 
 
 def test_texts_that_leave_nothing_to_score_are_refused(llm: LLM):
     for ids, first in (([1], 1), ([1, 2], 2), ([1, 2], 0)):
         with pytest.raises(RequestError, match="cannot be scored"):
-            score(llm, [ids], [first])
+            score(llm, [ids], [first], [0])
 
 
 def test_perplexity_is_the_mean_of_the_windows_means(llm: LLM, peer, tmp_path: Path):
