@@ -39,7 +39,7 @@ class SuiteOptions:
 
 
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "corpus": (str, "Text to measure on: pydoc (default), wikitext2, shakespeare, or a UTF-8 file."),
+    "corpus": (str, "Text to measure on: pydoc (default), wikitext2, wikitext2-raw, shakespeare, or a file."),
     "data": (Path, "Folder that holds the corpora and tasks that go by name, or a task's file."),
     "window": (int, "Tokens of context: of a window that is scored, or of a prompt that is continued."),
     "windows": (int, "How many windows of the corpus, from its start."),

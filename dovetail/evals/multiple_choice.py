@@ -60,7 +60,7 @@ class MultipleChoice(Suite):
 
     name = "multiple-choice"
     quality = "acc"
-    columns = ("acc", "acc_norm", "tokens_per_s")
+    columns = ("acc", "acc_norm", "decode_tokens_per_s")
 
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit)

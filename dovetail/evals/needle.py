@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dovetail.core.errors import ConfigError
 from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.haystack import haystack
+from dovetail.evals.plots import draw_front
 from dovetail.evals.retrieval import KEYS, VARIANTS, recall
 from dovetail.evals.suite import Result, Suite
 from dovetail.evals.trial import Trial, trial
@@ -57,7 +58,7 @@ class Needle(Suite):
 
     name = "needle"
     quality = "accuracy"
-    columns = ("accuracy", "recall", "tokens_per_s")
+    columns = ("accuracy", "recall", "decode_tokens_per_s")
 
     def __post_init__(self) -> None:
         """ConfigError for what is wrong whatever the model."""
@@ -112,6 +113,9 @@ class Needle(Suite):
             "tokens_per_s": tokens / seconds,
         }
 
+    def context(self, result: Result) -> int:
+        return int(max(row["length"] for row in result["grid"]))
+
     def text(self, result: Result) -> str:
         r = result
         cells = {(row["length"], row["depth"]): f"{row['correct']}/{row['trials']}" for row in r["grid"]}
@@ -126,13 +130,12 @@ class Needle(Suite):
         )
 
     def draw(self, results: list[Result]) -> Any:
-        """A heat map of one result; quality against speed of several."""
-        if len(results) > 1:
-            return super().draw(results)
-        from dovetail.evals.heat_map import heat_map
+        """A heat map for each result; of several also quality against speed."""
+        from dovetail.evals.heat_map import heat_maps
 
-        r = results[0]
-        return heat_map(r["grid"], "recall", f"{r['model']}, {r['setting']}: {_task(r)}")
+        measured = [r for r in results if "grid" in r]
+        maps = [(f"{r['model']}, {r['setting']}: {_task(r)}", r["grid"]) for r in measured]
+        return heat_maps(maps, (lambda axes: draw_front(axes, self, results)) if len(results) > 1 else None)
 
     def _fitting(self, llm: LLM, trials: list[Trial]) -> list[int]:
         """The lengths in order. ConfigError for one that the context does not hold, or without room for text."""

@@ -49,7 +49,7 @@ class Similarity(Suite):
 
     name = "similarity"
     quality = "rougeL"
-    columns = ("exact", "identical", "rougeL", "edit", "tokens_per_s")
+    columns = ("exact", "identical", "rougeL", "edit", "decode_tokens_per_s")
     compares = True
 
     def __post_init__(self) -> None:

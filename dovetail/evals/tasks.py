@@ -43,7 +43,7 @@ class Jsonl(Suite):
 
     name = "jsonl"
     quality = "accuracy"
-    columns = ("accuracy", "stderr", "tokens_per_s")
+    columns = ("accuracy", "stderr", "decode_tokens_per_s")
 
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit, tokens=self.tokens)

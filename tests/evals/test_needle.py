@@ -303,6 +303,7 @@ RESULT = {
     "state": "measured",
     "model": "m", "setting": "plain", "suite": "needle", "corpus": "pydoc", "repeated": False, "variant": "single",
     "needles": 1, "accuracy": 0.5, "recall": 0.5, "seconds": 2.0, "tokens_per_s": 100.0,
+    "decode_tokens_per_s": 50.0, "decode_spread": [40.0, 60.0], "decode_context": 2048,
     "grid": [
         {"length": n, "depth": d, "trials": 2, "correct": c, "recall": c / 2}
         for n, d, c in [(1024, 0, 2), (1024, 100, 1), (2048, 0, 0), (2048, 100, 1)]
@@ -319,7 +320,7 @@ def test_the_table_has_a_cell_for_each_length_and_depth():
     ]
 
 
-def test_one_result_is_a_heat_map_and_several_are_points():
+def test_each_result_is_a_heat_map_and_several_are_points_too():
     axes = Needle().draw([RESULT]).axes[0]
     (image,) = axes.images
     assert image.get_array().tolist() == [[1.0, 0.0], [0.5, 0.5]]
@@ -328,8 +329,10 @@ def test_one_result_is_a_heat_map_and_several_are_points():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0%", "100%"]
     assert axes.get_xlabel() and axes.get_ylabel()
     assert sorted(t.get_text() for t in axes.texts) == ["0%", "100%", "50%", "50%"]
-    several = Needle().draw([RESULT, {**RESULT, "setting": "other", "accuracy": 1.0}]).axes[0]
-    assert not several.images and several.get_ylabel() == "accuracy"
+    several = Needle().draw([RESULT, {**RESULT, "setting": "other", "accuracy": 1.0}]).axes
+    assert [len(axes.images) for axes in several[:3]] == [1, 1, 0]
+    assert [axes.get_title().split(":")[0] for axes in several[:2]] == ["m, plain", "m, other"]
+    assert several[2].get_ylabel() == "accuracy"
 
 
 def test_the_command_measures_and_writes(tiny_model, tmp_path, play, monkeypatch):
