@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dovetail.bench.serving_report import FIGURES, PERCENTILES
+from dovetail.bench.samples import PERCENTILES
+from dovetail.bench.serving_report import FIGURES
 from dovetail.bench.slo import ATTAINED
 from dovetail.table import table
 
@@ -62,7 +63,7 @@ def _rates(points: Sequence[Point]) -> str:
 def _latencies(points: Sequence[Point]) -> str:
     names = "/".join(f"p{q}" for q in PERCENTILES)
     headers = ["target", "rate", *(figure.upper() for figure in FIGURES)]
-    rows = [[p["target"], _rate(p), *(_spread(p[f"{figure}_ms"]) for figure in FIGURES)] for p in points]
+    rows = [[p["target"], _rate(p), *(_percentiles(p[f"{figure}_ms"]) for figure in FIGURES)] for p in points]
     return f"Milliseconds, {names} (mean)\n{table(headers, rows)}"
 
 
@@ -118,7 +119,7 @@ def _number(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _spread(found: dict[str, float] | None) -> str:
+def _percentiles(found: dict[str, float] | None) -> str:
     if found is None:
         return "-"
     return "/".join(_short(found[f"p{q}"]) for q in PERCENTILES) + f" ({_short(found['mean'])})"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dovetail.bench.load import Run
 from dovetail.bench.record import Record
-from dovetail.bench.serving_report import percentile, saturated, spread, summarize
+from dovetail.bench.serving_report import latencies, saturated, summarize
 from dovetail.bench.serving_table import highest, report
 from dovetail.bench.slo import SLO
 from dovetail.core.errors import ConfigError
@@ -24,15 +24,10 @@ def record(arrival: float = 0.0, gaps: list[float] | None = None, **more) -> Rec
     return Record(arrival, 10, len(gaps), sent=arrival, chunks=chunks, ended=chunks[-1], finished=True, **more)
 
 
-@given(st.lists(TIMES, min_size=1, max_size=50), st.floats(0, 100))
-def test_percentiles_are_numpys(values, q) -> None:
-    assert percentile(sorted(values), q) == pytest.approx(np.percentile(values, q), rel=1e-9, abs=1e-9)
-
-
 @given(st.lists(st.none() | TIMES, max_size=20))
-def test_spread_leaves_out_what_is_not_known(values) -> None:
+def test_latencies_leave_out_what_is_not_known(values) -> None:
     known = [value * 1e3 for value in values if value is not None]
-    found = spread(values)
+    found = latencies(values)
     if not known:
         assert found is None
         return
