@@ -526,7 +526,8 @@ def test_a_model_that_cannot_be_served(tiny_model) -> None:
     assert "ended before it was ready" in message and "999999999" in message
 
 
-def test_an_interrupt_leaves_no_server(tiny_model) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_leaves_no_server(tiny_model, number) -> None:
     process = start(tiny_model, "--rate", "0.01", *SMALL)
     assert process.stderr is not None
     with contextlib.suppress(ProcessLookupError):
@@ -536,7 +537,7 @@ def test_an_interrupt_leaves_no_server(tiny_model) -> None:
     kids: list[int] = []
     while not kids:
         kids = children(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     for kid in kids:
