@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import resource
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,10 @@ from dovetail.core.errors import ConfigError
 KEEP_ALIVE = 2.0
 PROBE_SECONDS = 5.0
 MAX_MESSAGE = 300  # characters of a server's words
+_ACTIVITY = re.compile(r"^dovetail:(\w+)_activity_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 UNREACHABLE, LOST = "cannot connect", "connection lost"
+INTERRUPTED = "interrupted"
 CONNECTION = frozenset({UNREACHABLE, LOST})  # errors after which the server may be gone
 
 Clock = Callable[[], float]
@@ -32,13 +35,14 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Served:
-    """A model as a server offers it: the name it is asked by, its context in tokens and the server's version, None
-    where it does not say.
+    """A model as a server offers it: the name it is asked by, its context in tokens, the server's version and, of
+    Dovetail's, the configuration of the engine; None where it does not say.
     """
 
     model: str
     context: int | None = None
     version: str | None = None
+    config: dict[str, Any] | None = None
 
 
 class Client:
@@ -65,17 +69,36 @@ class Client:
             raise ConfigError(f"{self.url}/v1/models lists no model; name one with --model")
         entry: dict[str, Any] = next((m for m in listed if model in (None, m["id"])), {})
         context = entry.get("max_model_len")
-        version: Any = None
+        about: dict[str, Any] = {}
         with contextlib.suppress(ConfigError):
-            version = (await self._get("/version")).get("version")
+            about = await self._get("/version")
+        version, config = about.get("version"), about.get("config")
         return Served(
             model or entry["id"],
             context if type(context) is int and context > 0 else None,
             version if isinstance(version, str) else None,
+            config if isinstance(config, dict) else None,
         )
+
+    async def activity(self, names: Iterable[str]) -> dict[str, int]:
+        """How often each technique of a Dovetail server acted so far. ConfigError where it does not say."""
+        text = (await self._read("/metrics")).decode(errors="replace")
+        counts = {match[1]: int(float(match[2])) for match in _ACTIVITY.finditer(text)}
+        try:
+            return {name: counts[name.replace("-", "_")] for name in names}
+        except KeyError as missing:
+            raise ConfigError(f"{self.url}/metrics says nothing of the technique {missing}") from None
 
     async def _get(self, path: str) -> dict[str, Any]:
         """The JSON object at `path`. ConfigError says what came instead."""
+        body = await self._read(path)
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(body), dict):
+                return value
+        raise ConfigError(f"{self.url}{path}: the answer is no JSON object; is it an OpenAI-compatible server?")
+
+    async def _read(self, path: str) -> bytes:
+        """What is at `path`. ConfigError says what came instead."""
         try:
             timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
             async with self._session.get(self.url + path, headers=self._headers, timeout=timeout) as response:
@@ -86,10 +109,7 @@ class Client:
         if response.status != 200:
             hint = "; give its key with --api-key" if response.status in (401, 403) else ""
             raise ConfigError(f"{self.url}{path}: HTTP {response.status}: {_message(body)}{hint}")
-        with contextlib.suppress(ValueError):
-            if isinstance(value := json.loads(body), dict):
-                return value
-        raise ConfigError(f"{self.url}{path}: the answer is no JSON object; is it an OpenAI-compatible server?")
+        return body
 
     async def alive(self) -> bool:
         """Whether connections are taken there; a server that is slow to answer counts."""
@@ -134,7 +154,7 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:
             _fail(record, LOST, str(error) or type(error).__name__)
         except asyncio.CancelledError:
-            _fail(record, "interrupted", "")
+            _fail(record, INTERRUPTED, "")
             raise
 
 

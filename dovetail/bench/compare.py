@@ -7,22 +7,31 @@ A result is what `bench model`, `bench serve`, `bench offline`, `eval` and bench
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from dovetail.bench.samples import Path, at
 from dovetail.core.errors import ConfigError, ModelError
 from dovetail.json_file import parse_json_object, read_bytes
 
 MAX_BYTES = 64 << 20
 ORIGIN = ("machine", "versions", "commit", "config")
-# No figures: where the result comes from, what was asked for, and the readings that figures were made from.
-_NOT_FIGURES = frozenset((*ORIGIN, "date", "rounds", "spread", "samples", "facts", "settings", "sampling"))
+# What was asked for, in numbers; what is in words (and yes or no) always is.
+ASKED = {
+    *("rounds", "workload", "slo", "sampling", "threads", "seed", "trials", "limit"),
+    *("window", "windows", "dense", "needles", "shots"),
+}
+# No figures either: where the result comes from, single answers, and the readings that figures were made from.
+_NOT_FIGURES = ASKED | {
+    *(*ORIGIN, "date", "targets", "spread", "samples", "facts", "settings", "items", "refusals"),
+}
+_SALT = "salt"  # of a workload: new each time, so that a server that runs already gets new prompts
+_OF_TARGETS = ("target", "model", "context", "version", "options", "config")
 _NAMES = ("setting", "name", "target", "rate", "length", "depth")  # what tells the objects of a list apart
-Place = tuple[str, ...]
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: pathlib.Path) -> dict[str, Any]:
     """The result in a file, or in the last line of what a command printed. ConfigError if there is none."""
     try:
         data = read_bytes(path, MAX_BYTES)
@@ -64,32 +73,34 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def figures(value: Any, place: Place = ()) -> Iterator[tuple[Place, float]]:
+def figures(value: Any, place: Path = ()) -> Iterator[tuple[Path, float]]:
     """Every finite number in objects, and in lists of objects, by its place; lists of numbers are readings."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key not in _NOT_FIGURES:
                 yield from figures(inner, (*place, key))
     elif isinstance(value, list) and all(isinstance(inner, Mapping) for inner in value):
-        for name, inner in zip(_names(value), value, strict=True):
+        for name, inner in _named(value).items():
             yield from figures(inner, (*place, name))
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         yield place, value
 
 
-def spread(result: Mapping[str, Any], place: Place) -> tuple[float, float] | None:
+def spread(result: Mapping[str, Any], place: Path) -> tuple[float, float] | None:
     """The range of a figure's rounds, from the `spread` of any object around it, or None."""
     for depth in range(len(place)):
-        around = _at(result, place[:depth])
-        if found := _range(_at(around, ("spread", *place[depth:]))):
+        around: Any = result
+        for name in place[:depth]:
+            around = (around if isinstance(around, Mapping) else _named(around)).get(name)
+        if found := _range(at(around, ("spread", *place[depth:]))):
             return found
     if "peer" in result and len(place) == 2:  # bench/peers.py: the figure first, then whose it is
         whose, figure = {"ratios": "ratio"}.get(place[0], place[0]), place[1]
-        return _range(_at(result, ("spread", figure, whose)))
+        return _range(at(result, ("spread", figure, whose)))
     return None
 
 
-def _pair(place: Place, results: tuple[Mapping[str, Any], ...], values: tuple[float, float]) -> dict[str, Any]:
+def _pair(place: Path, results: tuple[Mapping[str, Any], ...], values: tuple[float, float]) -> dict[str, Any]:
     a, b = values
     spread_a, spread_b = (spread(result, place) for result in results)
     beyond = None
@@ -117,14 +128,33 @@ def _names(objects: list[Mapping[str, Any]]) -> list[str]:
 
 def _origin(result: Mapping[str, Any], name: str) -> Any:
     if name == "config" and "peer" in result:
-        return _at(result, ("facts", "ours", "config"))
+        return at(result, ("facts", "ours", "config"))
     return result.get(name)
 
 
 def _asked(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says of the measurement in words, and how often it was made."""
-    words = {name: value for name, value in result.items() if isinstance(value, (str, bool)) or name == "rounds"}
-    return {name: value for name, value in words.items() if name not in (*ORIGIN, "date")}
+    """What a result says of the measurement: its words, how often it was made, and what it was made of."""
+    found: dict[str, Any] = {}
+    for name, value in result.items():
+        if name in (*ORIGIN, "date"):
+            continue
+        if name in ASKED or isinstance(value, (str, bool)):
+            found[name] = value
+        elif name == "results":  # of an evaluation: several settings, each with a configuration of its own
+            found[name] = {key: _asked(one) | _config(one) for key, one in _named(value).items()}
+        elif name == "against" and isinstance(value, Mapping):
+            found[name] = _asked(value) | _config(value)
+        elif name == "targets":
+            found[name] = {
+                key: {word: one.get(word) for word in _OF_TARGETS} for key, one in _named(value).items()
+            }
+    if isinstance(workload := found.get("workload"), Mapping):
+        found["workload"] = {name: value for name, value in workload.items() if name != _SALT}
+    return found
+
+
+def _config(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"config": result["config"]} if "config" in result else {}
 
 
 def _same_machine(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -134,21 +164,22 @@ def _same_machine(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, list[Any]]:
     """Everything in which two values differ, by its place; None for what one of them does not have."""
-    if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+    if not any(isinstance(value, Mapping) and value for value in (a, b)):
         return {} if a == b else {name: [a, b]}
+    ours, theirs = (value if isinstance(value, Mapping) else {"": value} for value in (a or {}, b or {}))
     found: dict[str, list[Any]] = {}
-    for key in {**a, **b}:
-        found |= _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    for key in {**ours, **theirs}:
+        inner = ".".join(filter(None, (name, key)))
+        found |= _differences(ours.get(key), theirs.get(key), inner)
     return found
 
 
-def _at(value: Any, place: Place) -> Any:
-    """What is at a place, or None; objects of lists are not looked into."""
-    for name in place:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+def _named(value: Any) -> dict[str, Any]:
+    """A list's objects by their names; nothing of anything else."""
+    objects = value if isinstance(value, list) and all(isinstance(inner, Mapping) for inner in value) else []
+    return dict(zip(_names(objects), objects, strict=True))
 
 
-def _some(found: Mapping[Place, float]) -> str:
+def _some(found: Mapping[Path, float]) -> str:
     names = [".".join(place) for place in found]
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "") if names else "none"

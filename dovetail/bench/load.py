@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dovetail.bench.client import CONNECTION, Client, clock_from_now
+from dovetail.bench.client import CONNECTION, INTERRUPTED, Client, clock_from_now
 from dovetail.bench.record import Record
 from dovetail.bench.workload import LoadRequest
 
@@ -66,6 +66,11 @@ class Run:
 
     records: list[Record] = field(default_factory=list)
     peak_concurrency: int = 0
+
+    def ended(self) -> Run:
+        """Without the requests that were not sent, or given up: of an interrupted run, what says something."""
+        records = [r for r in self.records if r.sent is not None and r.error != INTERRUPTED]
+        return Run(records, self.peak_concurrency)
 
 
 class Load:

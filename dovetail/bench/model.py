@@ -9,13 +9,14 @@ from typing import Any
 
 from dovetail.bench import roofline
 from dovetail.bench.points import DECODE, PREFILL, Point, Prompts, Timing, measure, obstacle, points
-from dovetail.bench.samples import percentile
-from dovetail.bench.side import Side, in_turns, result
+from dovetail.bench.raw_read import read_bandwidth
+from dovetail.bench.samples import PERCENTILES, percentile
+from dovetail.bench.side import Side, result
 from dovetail.bench.startup import start
+from dovetail.bench.turns import in_turns
 from dovetail.progress import Advance, counter
 from dovetail.setting import Setting
 
-PERCENTILES = (50, 90, 99)
 LATENCY_CONTEXT = 16
 _TABLES = (
     *("prefill_tokens_per_s", "decode_tokens_per_s", "streams_tokens_per_s", "latency_ms"),
@@ -40,6 +41,7 @@ class Timed(Side):
     def __init__(self, setting: Setting, asked: Asked) -> None:
         super().__init__(setting, asked.model)
         self.skipped: list[dict[str, str]] = []
+        self._waits: list[float] = []  # of the tokens of every round at LATENCY_CONTEXT
         self.facts = {"skipped": self.skipped, **{name: {} for name in _TABLES}, "read_bandwidth": None}
         self.points = points(asked.quick)
         for at in self.points:
@@ -77,21 +79,32 @@ class Timed(Side):
         if timing is not None:
             self._read_off(at, timing)
 
+    def figures(self) -> dict[str, Any]:
+        """Medians of the rounds; latencies of the tokens of all rounds, as one round has too few for a p99."""
+        pooled = {"latency_ms": _latency(self._waits)} if self._waits else {}
+        return super().figures() | pooled
+
     def _read_off(self, at: Point, timing: Timing) -> None:
         self.read(at.path, at.prompt / timing.first if at.figure == PREFILL else timing.rate)
         if at.figure != DECODE:
             return
         if at.size == LATENCY_CONTEXT:
-            for p in PERCENTILES:
-                self.read(("latency_ms", f"p{p}"), percentile(timing.waits, p) * 1e3)
+            self._waits += timing.waits
+            for name, value in _latency(timing.waits).items():
+                self.read(("latency_ms", name), value)
         if self.llm.config.device != "cpu":
             return
-        bandwidth = roofline.read_bandwidth(self.llm.config.threads)
+        bandwidth = read_bandwidth(self.llm.config.threads)
         self.read(("read_bandwidth",), bandwidth)
         if self.counted:
             size = roofline.step_bytes(self.llm, at.prompt + at.tokens / 2)  # the context grows by the answer
             self.read(("bytes_per_token", str(at.size)), size / timing.tokens_per_step)
             self.read(("roofline_fraction", str(at.size)), size / (bandwidth * 1e9) / timing.step)
+
+
+def _latency(waits: Sequence[float]) -> dict[str, float]:
+    """Percentiles of seconds (at least one), in milliseconds."""
+    return {f"p{q}": percentile(waits, q) * 1e3 for q in PERCENTILES}
 
 
 def run(asked: Asked) -> dict[str, Any]:
@@ -123,8 +136,8 @@ def run(asked: Asked) -> dict[str, Any]:
 def _starts(asked: Asked, advance: Advance) -> list[dict[str, list[float]]]:
     """Readings of start-up and memory, for each setting."""
     found: list[dict[str, list[float]]] = [{} for _ in asked.settings]
-    for _ in range(asked.starts):
-        for setting, readings in zip(asked.settings, found, strict=True):
+    for number in range(asked.starts):
+        for setting, readings in in_turns(list(zip(asked.settings, found, strict=True)), number):
             for name, value in start(asked.model, setting).items():
                 readings.setdefault(name, []).append(value)
             advance(1)

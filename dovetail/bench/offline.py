@@ -12,7 +12,8 @@ from typing import Any
 from dovetail.bench import prompt_file
 from dovetail.bench.points import exercise
 from dovetail.bench.prompt_file import Line
-from dovetail.bench.side import Side, in_turns, result
+from dovetail.bench.side import Side, result
+from dovetail.bench.turns import in_turns
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.sampling import SamplingParams
 from dovetail.llm import LLM

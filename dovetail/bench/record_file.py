@@ -13,21 +13,21 @@ from dovetail.core.errors import ConfigError
 
 
 @contextlib.contextmanager
-def record_file(path: Path | None) -> Iterator[Callable[[str, Any, Run], None]]:
-    """A function that appends the records of a target's load at a rate; without a path it does nothing.
+def record_file(path: Path | None) -> Iterator[Callable[[str, Any, int, Run], None]]:
+    """A function that appends the records of a target's load at a rate in a round; without a path it does nothing.
 
     ConfigError if the file cannot be opened or written.
     """
     if path is None:
-        yield lambda target, rate, run: None
+        yield lambda target, rate, number, run: None
         return
     with _explained(path):
         file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
 
-    def keep(target: str, rate: Any, run: Run) -> None:
+    def keep(target: str, rate: Any, number: int, run: Run) -> None:
         with _explained(path):
             for index, record in enumerate(run.records):
-                line = {"target": target, "rate": rate, "request": index, **record.to_dict()}
+                line = {"target": target, "rate": rate, "round": number, "request": index, **record.to_dict()}
                 file.write(json.dumps(line) + "\n")
             file.flush()
 

@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dovetail import machine
 from dovetail.layers.linear import DenseLinear
 from dovetail.layers.packed import PackedLinear
-from dovetail.ops import cpu
 from dovetail.runtime.native import NativeExecutor
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
 
-READ_MB = 256
 # Whoever fills one of these decides which weights, or how much of the KV, a step reads.
 READERS = frozenset(("selector", "codec", "residency", "rows", "format", "experts", "executor"))
-
-
-def read_bandwidth(threads: int) -> float:
-    """GB/s that this machine reads from memory just now."""
-    if (native := cpu.native()) is not None:
-        return float(native.read_bandwidth(READ_MB, threads))
-    return machine.read_bandwidth(threads, READ_MB << 20, seconds=0.1) / 1e9
 
 
 def uncounted(llm: LLM) -> str | None:

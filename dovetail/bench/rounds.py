@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from dovetail.ops import cpu
-
-READ_MB = 256  # of a raw read
+from dovetail.bench.raw_read import read_bandwidth
+from dovetail.bench.turns import in_turns
 
 
 def interleave(
@@ -19,8 +18,8 @@ def interleave(
     for run in runs:
         run()  # allocates, and maps memory
     for i in range(rounds):
-        reads.append(cpu.native().read_bandwidth(READ_MB, threads))
-        order = range(len(runs)) if i % 2 == 0 else range(len(runs) - 1, -1, -1)
+        reads.append(read_bandwidth(threads))
+        order = in_turns(range(len(runs)), i)
         runs[order[0]]()  # the first run after the raw read, whose memory has just been unmapped, is slower
         for at in order:
             start = time.perf_counter()

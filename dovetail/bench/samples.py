@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dovetail.bench.ratio import by_round
+
+PERCENTILES = (50, 90, 99)  # that results have of latencies
 Path = tuple[str, ...]
 Samples = dict[Path, list[float]]
 """Readings by the place that a figure has in a result: ("decode_tokens_per_s", "16")."""
@@ -25,15 +28,22 @@ def spreads(samples: Samples) -> dict[str, Any]:
 def ratios(ours: Samples, theirs: Samples) -> Samples:
     """ours / theirs, round by round, of the figures that both have in every round and theirs is never 0 in."""
     both = [path for path in ours if len(ours[path]) == len(theirs.get(path, ())) and all(theirs[path])]
-    return {path: [a / b for a, b in zip(ours[path], theirs[path], strict=True)] for path in both}
+    return {path: by_round(ours[path], theirs[path]) for path in both}
+
+
+def at(value: Any, path: Path) -> Any:
+    """What is at a place of a result, or None."""
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def percentile(values: Sequence[float], q: float) -> float:
     """The `q`th percentile of `values` (at least one), in between two of them on the line through both."""
-    ordered, at = sorted(values), (len(values) - 1) * q / 100
-    low = int(at)
+    ordered, place = sorted(values), (len(values) - 1) * q / 100
+    low = int(place)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _median(readings: Sequence[float]) -> float:

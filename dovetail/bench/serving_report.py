@@ -9,25 +9,17 @@ from typing import Any
 
 from dovetail.bench.load import Run
 from dovetail.bench.record import Record
+from dovetail.bench.samples import PERCENTILES, percentile
 from dovetail.bench.slo import SLO
 
-PERCENTILES = (50, 90, 99)
 FIGURES = ("ttft", "tpot", "itl", "e2e")
 SATURATED = 0.9  # a server that completes less than this share of what is offered does not keep up
 LATE_MS = 50.0  # 99th percentile of lateness above which a load was not the one that was asked for
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """The `q`th percentile of sorted `values` (at least one), interpolated linearly between neighbours."""
-    at = (len(values) - 1) * q / 100
-    low = int(at)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (values[high] - values[low]) * (at - low)
-
-
-def spread(seconds: Iterable[float | None]) -> dict[str, float] | None:
+def latencies(seconds: Iterable[float | None]) -> dict[str, float] | None:
     """Mean and percentiles in milliseconds of those that are not None; None if there are none."""
-    values = sorted(value * 1e3 for value in seconds if value is not None)
+    values = [value * 1e3 for value in seconds if value is not None]
     if not values:
         return None
     return {"mean": sum(values) / len(values)} | {f"p{q}": percentile(values, q) for q in PERCENTILES}
@@ -43,7 +35,7 @@ def summarize(run: Run, slo: SLO | None, unloaded: float = math.inf) -> dict[str
     whole = [record for record in run.records if record.ok]
     duration = max((record.ended or 0.0 for record in whole), default=0.0)
     span = run.records[-1].arrival
-    lateness = sorted(late * 1e3 for r in run.records if (late := r.lateness) is not None)
+    lateness = [late * 1e3 for r in run.records if (late := r.lateness) is not None]
     point: dict[str, Any] = {
         "requests": len(run.records),
         "completed": len(whole),
@@ -54,11 +46,11 @@ def summarize(run: Run, slo: SLO | None, unloaded: float = math.inf) -> dict[str
         "saturated": saturated(run.records, unloaded),
         "peak_concurrency": run.peak_concurrency,
         **_tokens(whole, duration),
-        "ttft_ms": spread(record.ttft for record in whole),
-        "tpot_ms": spread(record.tpot for record in whole),
-        "itl_ms": spread(gap for record in whole for gap in record.itl),
-        "e2e_ms": spread(record.e2e for record in whole),
-        "lateness_ms": {"p99": percentile(lateness, 99), "max": lateness[-1]} if lateness else None,
+        "ttft_ms": latencies(record.ttft for record in whole),
+        "tpot_ms": latencies(record.tpot for record in whole),
+        "itl_ms": latencies(gap for record in whole for gap in record.itl),
+        "e2e_ms": latencies(record.e2e for record in whole),
+        "lateness_ms": {"p99": percentile(lateness, 99), "max": max(lateness)} if lateness else None,
     }
     if slo is not None:
         good = sum(map(slo.met, run.records))

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dovetail.bench.serving_report import FIGURES, PERCENTILES
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.samples import PERCENTILES, at
+from dovetail.bench.serving_report import FIGURES
+from dovetail.bench.serving_rounds import LATENCIES, RATES
 from dovetail.bench.slo import ATTAINED
 from dovetail.table import table
 
 Point = dict[str, Any]
 
-# Ratios between two targets: a rate as it is, a latency the other way round, so that above 1 is always better.
-_RATES = ("achieved_rate", "output_tokens_per_s", "goodput")
-_LATENCIES = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("e2e_ms", "p50"))
 
-
-def report(points: Sequence[Point]) -> str:
+def report(points: Sequence[Point], ratios: Sequence[dict[str, Any]] = ()) -> str:
     """Tables of rates and latencies, the ratios of two targets, errors, and the highest rates."""
     targets = list(dict.fromkeys(point["target"] for point in points))
     points = sorted(points, key=_order)
     parts = [_rates(points), _latencies(points)]
-    if len(targets) == 2:
-        parts.append(_ratios(points, targets))
+    if ratios:
+        title = f"{targets[0]} against {targets[1]}: above 1, {targets[0]} does better"
+        parts.append(f"{title}\n{_ratios(ratios)}")
     parts += [_errors(points), _highest_lines(points, targets)]
     return "\n\n".join(filter(None, parts))
 
@@ -62,26 +62,24 @@ def _rates(points: Sequence[Point]) -> str:
 def _latencies(points: Sequence[Point]) -> str:
     names = "/".join(f"p{q}" for q in PERCENTILES)
     headers = ["target", "rate", *(figure.upper() for figure in FIGURES)]
-    rows = [[p["target"], _rate(p), *(_spread(p[f"{figure}_ms"]) for figure in FIGURES)] for p in points]
+    rows = [[p["target"], _rate(p), *(_percentiles(p[f"{figure}_ms"]) for figure in FIGURES)] for p in points]
     return f"Milliseconds, {names} (mean)\n{table(headers, rows)}"
 
 
-def _ratios(points: Sequence[Point], targets: Sequence[str]) -> str:
-    ours, theirs = ({p["rate"]: p for p in points if p["target"] == target} for target in targets)
-    title = f"{targets[0]} against {targets[1]}: above 1, {targets[0]} does better"
-    slo = any("goodput" in point for point in points)
-    rates = [name for name in _RATES if slo or name != "goodput"]
-    headers = ["rate", *(n.replace("_", " ") for n in rates), *(f"{n[:-3].upper()} {q}" for n, q in _LATENCIES)]
-    rows = []
-    for rate in (rate for rate in ours if rate in theirs):
-        a, b = ours[rate], theirs[rate]
-        latencies = [_ratio((b[n] or {}).get(q), (a[n] or {}).get(q)) for n, q in _LATENCIES]
-        rows.append([_number(rate), *(_ratio(a[name], b[name]) for name in rates), *latencies])
-    return f"{title}\n{table(headers, rows)}" if rows else ""
+def _ratios(ratios: Sequence[dict[str, Any]]) -> str:
+    paths = [path for path in (*RATES, *LATENCIES) if any(at(row, path) for row in ratios)]
+    words = [(name[:-3].upper(), *more) if name.endswith("_ms") else (name,) for name, *more in paths]
+    headers = ["rate", *(" ".join(word).replace("_", " ") for word in words)]
+    ordered = sorted(ratios, key=_order)
+    return table(headers, [[_rate(row), *(_ratio(at(row, path)) for path in paths)] for row in ordered])
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b else None
+def _ratio(found: dict[str, float] | None) -> str | float | None:
+    """The median; of several rounds also the lowest and the highest."""
+    if found is None:
+        return None
+    ratio = Ratio(**found)
+    return ratio.median if ratio.low == ratio.high else str(ratio)
 
 
 def _errors(points: Sequence[Point]) -> str:
@@ -118,7 +116,7 @@ def _number(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _spread(found: dict[str, float] | None) -> str:
+def _percentiles(found: dict[str, float] | None) -> str:
     if found is None:
         return "-"
     return "/".join(_short(found[f"p{q}"]) for q in PERCENTILES) + f" ({_short(found['mean'])})"

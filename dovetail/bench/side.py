@@ -5,15 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dovetail.bench.samples import Samples, medians, ratios, spreads
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
     from dovetail.setting import Setting
-
-S = TypeVar("S", bound="Side")
 
 
 class Side:
@@ -45,15 +43,14 @@ class Side:
         yield
         self._acted.update({name: count - before[name] for name, count in self.llm.activity().items()})
 
+    def figures(self) -> dict[str, Any]:
+        """Every figure, at its place: the median of its readings."""
+        return medians(self.samples)
+
     @property
     def activity(self) -> dict[str, int]:
         """How often each technique in use acted while it was watched."""
         return {t.name: self._acted[t.name] for t in self.llm.techniques}
-
-
-def in_turns(sides: Sequence[S], number: int) -> Sequence[S]:
-    """The sides in the order of a round: each is first in every other one."""
-    return sides if number % 2 == 0 else sides[::-1]
 
 
 def result(model: str, sides: Sequence[Side]) -> dict[str, Any]:
@@ -78,5 +75,5 @@ def idle(found: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(side: Side) -> dict[str, Any]:
-    figures = {"use": list(side.llm.config.use), **side.facts, **medians(side.samples)}
+    figures = {"use": list(side.llm.config.use), **side.facts, **side.figures()}
     return {**figures, "spread": spreads(side.samples), "activity": side.activity}

@@ -30,6 +30,17 @@ class Target:
     options: tuple[str, ...] = ()
     process: ServerProcess | None = None
 
+    @property
+    def techniques(self) -> list[str]:
+        """Names of the techniques that a server started here uses."""
+        config = self.served.config if self.process is not None else None
+        return [spec.partition(":")[0] for spec in (config or {}).get("use", ())]
+
+    async def activity(self) -> dict[str, int]:
+        """How often each technique of a server started here acted. ConfigError where it does not say any more."""
+        names = self.techniques
+        return await self.client.activity(names) if names else {}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "target": self.label,
@@ -37,6 +48,7 @@ class Target:
             "model": self.served.model,
             "context": self.served.context,
             "version": self.served.version,
+            "config": self.served.config,
             "started_here": self.process is not None,
             "options": list(self.options),
         }

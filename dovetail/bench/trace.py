@@ -90,7 +90,7 @@ class Trace:
         for place, line in _lines(self.path):
             try:
                 yield _mooncake_row(_json(line))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 self._skip(place, error)
 
     def _sharegpt(self) -> Iterator[TraceRequest]:

@@ -15,6 +15,8 @@ from dovetail.bench.trace import BLOCK, Trace, TraceRequest
 from dovetail.bench.vocabulary import Prompt, Vocabulary
 from dovetail.core.errors import ConfigError
 
+LEAST = 100  # requests of a load where nobody says how many
+SECONDS = 30.0  # of arrivals, likewise: long beside the answers that are open when the last request was sent
 _LENGTHS = re.compile(r"(\d{1,8})(?::(\d{1,8}))?", re.ASCII)
 
 
@@ -50,18 +52,30 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a load may hold: requests, seconds of arrivals, tokens of a prompt, tokens of prompt and answer."""
+    """What a load may hold: requests, seconds of arrivals, tokens of a prompt, tokens of prompt and answer; and
+    how many rows of a trace are read for all loads together.
+    """
 
     requests: int | None = None
     duration: float | None = None
     input_tokens: int | None = None
     context: int | None = None
+    rows: int | None = None
+
+    def of(self, rate: float) -> int | None:
+        """Requests at a rate; where neither they nor a time were given, enough to tell saturation from the end."""
+        return default_requests(rate) if self.requests is None and self.duration is None else self.requests
 
     def admits(self, row: TraceRequest) -> bool:
         """Whether a server with this context can answer it."""
         return row.input_tokens <= (self.input_tokens or math.inf) and (
             row.input_tokens + row.output_tokens <= (self.context or math.inf)
         )
+
+
+def default_requests(rate: float) -> int:
+    """As many as arrive in SECONDS, but not fewer than LEAST; LEAST where all arrive at once."""
+    return LEAST if math.isinf(rate) else max(LEAST, math.ceil(SECONDS * rate))
 
 
 class Rows:
@@ -75,7 +89,7 @@ class Rows:
         self.block = max(1, round(BLOCK * scale))
         self.skipped = 0
         self._scale = scale
-        self.found = sorted(islice(self._read(limits), limits.requests), key=lambda row: row.arrival)
+        self.found = sorted(islice(self._read(limits), limits.rows), key=lambda row: row.arrival)
 
     def _read(self, limits: Limits) -> Iterator[TraceRequest]:
         for row in self.trace:
@@ -115,7 +129,8 @@ class Workload:
 
     Every load of a workload has the same lengths and new prompts: `point` numbers them, and the tokens depend on
     it, so that what one point left in a prefix cache does not help the next. They depend on `salt` too, which
-    does the same for a server that outlives this run.
+    does the same for a server that outlives this run. Texts of a trace cannot be made new: there each load takes
+    the rows after those that are `taken`, from the start again after the last.
     """
 
     rows: Sequence[TraceRequest] | Synthetic
@@ -127,30 +142,47 @@ class Workload:
 
     @property
     def shares(self) -> bool:
-        """Whether its prompts may begin alike."""
-        return not isinstance(self.rows, Synthetic) and any(row.blocks or row.prompt for row in self.rows)
+        """Whether its prompts begin alike by design."""
+        return not isinstance(self.rows, Synthetic) and any(row.blocks for row in self.rows)
 
-    def at(self, arrivals: Arrivals, rate: float, point: int) -> list[LoadRequest]:
+    def repeats(self, taken: int) -> bool:
+        """Whether loads that have taken so many rows had a text twice."""
+        return not isinstance(self.rows, Synthetic) and self._texts and taken > len(self.rows)
+
+    def at(self, arrivals: Arrivals, rate: float, point: int, taken: int = 0) -> list[LoadRequest]:
         """Requests at times drawn from `arrivals`, `rate` per second."""
-        return self._load(arrivals.times(rate, Random(f"{self.seed}:arrivals")), point)
+        times = arrivals.times(rate, Random(f"{self.seed}:arrivals"))
+        return self._load(islice(times, self.limits.of(rate)), point, taken)
 
     def replay(self, speed: float, point: int) -> list[LoadRequest]:
         """Requests at the trace's own times, `speed` times as fast."""
         assert not isinstance(self.rows, Synthetic)
         first = self.rows[0].arrival
-        return self._load(((row.arrival - first) / speed for row in self.rows), point)
+        times = ((row.arrival - first) / speed for row in self.rows)
+        return self._load(islice(times, self.limits.requests), point, 0)
 
     def warm_up(self, count: int) -> list[LoadRequest]:
-        """`count` requests like the first ones, with prompts that no other load has."""
+        """`count` requests like the first ones, with prompts that no other load has, unless they are texts."""
         prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}{self.salt}:warm-up")
         rows = islice(self.rows, count)
         return [_request(prompts, i, 0.0, row) for i, row in enumerate(rows)]
 
-    def _load(self, times: Iterable[float], point: int) -> list[LoadRequest]:
+    @property
+    def _texts(self) -> bool:
+        return not isinstance(self.rows, Synthetic) and any(row.prompt is not None for row in self.rows)
+
+    def _after(self, taken: int) -> Iterable[TraceRequest]:
+        """The rows that a load goes through."""
+        if isinstance(self.rows, Synthetic) or not self._texts:
+            return self.rows
+        first = taken % len(self.rows)
+        return [*self.rows[first:], *self.rows[:first]]
+
+    def _load(self, times: Iterable[float], point: int, taken: int) -> list[LoadRequest]:
         prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}{self.salt}:{point}")
         found: list[LoadRequest] = []
-        for at, row in zip(times, self.rows, strict=False):
-            if len(found) == self.limits.requests or at > (self.limits.duration or math.inf):
+        for at, row in zip(times, self._after(taken), strict=False):
+            if at > (self.limits.duration or math.inf):
                 break
             found.append(_request(prompts, len(found), at, row))
         return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dovetail.bench.samples import at
 from dovetail.cli.engine_options import EngineOptions
 from dovetail.progress import note
 from dovetail.table import table
@@ -65,7 +66,7 @@ def _beside(found: Mapping[str, Any], against: Mapping[str, Any], shown: Shown) 
     ours = "+".join(found["use"]) or "plain"
     rows: list[tuple[Any, ...]] = [("figure", "unit", ours, against["setting"], "ratio", "lowest", "highest")]
     for path, label, unit, scale in _figures(found, shown):
-        pair = (None if value is None else value * scale for value in (_at(found, path), _at(against, path)))
+        pair = (None if value is None else value * scale for value in (at(found, path), at(against, path)))
         rows.append((label, unit, *pair, *_triple(found, ("ratio", *path), 1.0)))
     return rows
 
@@ -100,12 +101,5 @@ def _figures(found: Mapping[str, Any], shown: Shown) -> Iterator[tuple[tuple[str
 
 def _triple(found: Mapping[str, Any], path: tuple[str, ...], scale: float) -> tuple[float | None, ...]:
     """Median, lowest and highest; None for what there is not."""
-    values = (_at(found, path), *(_at(found, ("spread", *path)) or (None, None)))
+    values = (at(found, path), *(at(found, ("spread", *path)) or (None, None)))
     return tuple(None if value is None else value * scale for value in values)
-
-
-def _at(found: Any, path: tuple[str, ...]) -> Any:
-    """What is at a place of a result, or None."""
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found

@@ -111,9 +111,11 @@ async def _measure(setup: LoadSetup, vocabulary: Vocabulary, keep: Callable[...,
 
 @contextlib.contextmanager
 def _on_signals(handler: Callable[[], None]) -> Iterator[None]:
-    """Call `handler` on Ctrl-C and SIGTERM; off the main thread signals are left as they are."""
+    """Call `handler` on Ctrl-C, SIGTERM and SIGHUP; off the main thread signals are left as they are."""
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signals.append(signal.SIGHUP)
     with contextlib.suppress(RuntimeError, ValueError):
         for number in signals:
             loop.add_signal_handler(number, handler)
@@ -131,6 +133,15 @@ def _tell_ends(targets: Sequence[Target]) -> None:
             note(f"{target.label}: its server ended with exit code {code}: {target.process.last_words()}")
 
 
+def _idle(bench: ServingBench) -> bool:
+    """Whether a technique in use never acted; says which."""
+    acted = [(label, *item) for label, counts in bench.activity.items() for item in (counts or {}).items()]
+    found = [(label, name) for label, name, count in acted if not count]
+    for label, name in found:
+        note(f"{label}: {name} was in use but never acted; the figures are the plain engine's")
+    return bool(found)
+
+
 def _hand_over(measured: _Measured, json_file: str | None, plot_file: Path | None) -> None:
     """Print, draw and write what was measured, and exit with what it means."""
     from dovetail.bench.serving_plot import draw
@@ -138,7 +149,7 @@ def _hand_over(measured: _Measured, json_file: str | None, plot_file: Path | Non
 
     bench = measured.bench
     if bench.points:
-        print(report(bench.points))
+        print(report(bench.points, bench.ratios))
     if plot_file is not None and bench.points:
         draw(bench.points, plot_file)
     if json_file is not None:
@@ -147,10 +158,12 @@ def _hand_over(measured: _Measured, json_file: str | None, plot_file: Path | Non
         slo = bench.plan.slo
         result = {
             "suite": "serve",
-            "targets": [target.to_dict() for target in bench.targets],
+            "targets": [t.to_dict() | {"activity": bench.activity.get(t.label)} for t in bench.targets],
             "workload": measured.workload,
             "slo": None if slo is None else slo.to_dict(),
+            "rounds": bench.plan.rounds,
             "points": bench.points,
+            "ratios": bench.ratios,
             "highest_rates": highest(bench.points),
             "ended_early": bench.stop.reason,
         }
@@ -160,5 +173,6 @@ def _hand_over(measured: _Measured, json_file: str | None, plot_file: Path | Non
         raise typer.Exit(EXIT_INTERRUPTED)
     if bench.stop.gone:
         note("a server is gone; this is what was measured before")
-    if bench.stop.gone or not all(point["completed"] for point in bench.points):
+    idle = _idle(bench)
+    if idle or bench.stop.gone or not all(point["completed"] for point in bench.points):
         raise typer.Exit(EXIT_FAILED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,6 @@ from dovetail.units import parse_duration
 if TYPE_CHECKING:
     from dovetail.bench.serving import Plan
 
-DEFAULT_REQUESTS = 100
 DEFAULT_RATE = "1"
 DEFAULT_TIMEOUT = "600s"
 _INPUT, _OUTPUT = "128", "64"
@@ -47,7 +46,7 @@ def _ask(flag: str, text: str, **more: Any) -> Any:
 
 
 _RATE = "Requests per second: 2, 1,2,4, 1..32 (doubling), max (all at once), or auto (to saturation). Default: 1."
-_REQUESTS = "Requests at each rate. Default: 100, or all of a trace that is replayed."
+_REQUESTS = "Requests at each rate. Default: those of 30 seconds, at least 100, or all of a replayed trace."
 _DURATION = "Send only what is due within this time."
 _SPEED = "Replay a trace this many times as fast as it was. Default: 1."
 _SLO = "Limits of a good request, as in ttft=500ms,tpot=50ms,e2e=10s."
@@ -69,6 +68,7 @@ class LoadOptions(OptionGroup):
     ] = None
     warmup: Annotated[int, _load("--warmup", "Requests sent first, one by one, and not counted.", min=0)] = 1
     slo: Annotated[str | None, _load("--slo", _SLO, metavar="LIMITS")] = None
+    rounds: Annotated[int, _load("--rounds", "Loads at each rate; shown are their medians.", min=1)] = 1
 
     def plan(self, kind: Kind | None) -> Plan:
         """The loads to run on a trace of this kind, or on synthetic requests. Raises ConfigError."""
@@ -88,15 +88,20 @@ class LoadOptions(OptionGroup):
         arrivals = Arrivals(self.arrivals or Pattern.POISSON, 2.0 if self.cv is None else self.cv)
         speed = (1.0 if self.speed is None else self.speed) if replay else None
         slo = None if self.slo is None else SLO.parse(self.slo)
-        return Plan(arrivals, rates, speed, self.warmup, self.max_concurrency, slo)
+        return Plan(arrivals, rates, speed, self.warmup, self.max_concurrency, slo, self.rounds)
 
     def limits(self, kind: Kind | None, input_tokens: int | None, context: int | None) -> Limits:
         """What a load of this kind may hold, for servers with this context."""
         duration = None if self.duration is None else seconds("--duration", self.duration)
-        requests = self.requests
-        if requests is None and duration is None and not self._replays(kind):
-            requests = DEFAULT_REQUESTS
-        return Limits(requests, duration, input_tokens, context)
+        limits = Limits(self.requests, duration, input_tokens, context)
+        return replace(limits, rows=self.requests if self._replays(kind) else self._rows(limits))
+
+    def _rows(self, limits: Limits) -> int | None:
+        """Rows of a trace that all loads take together; None where that is not known before they are run."""
+        if self.rate == AUTO:
+            return None
+        each = [limits.of(rate) for rate in parse_rates(self.rate or DEFAULT_RATE)]
+        return None if None in each else self.warmup + self.rounds * sum(filter(None, each))
 
     def _replays(self, kind: Kind | None) -> bool:
         return kind is not None and kind.timed and self.rate is None

@@ -209,7 +209,8 @@ def test_two_targets_get_the_same_load_in_turns(tmp_path) -> None:
     with FakeServer(named("a")) as a, FakeServer(named("b")) as b:
         options = ("--rate", "100..200", "--requests", "5", "--input-tokens", "9", "--output-tokens", "3")
         found, result = serve(a.url, *options, "--against", b.url, "--plot", plot, "--warmup", "1")
-    assert "".join(turns) == "ab" + "aaaaabbbbb" * 2
+    assert "".join(turns) == "ab" + "aaaaabbbbb" + "bbbbbaaaaa"
+    assert [row["rate"] for row in found["ratios"]] == [100.0, 200.0]
     assert a.bodies == b.bodies
     prompts = [body["prompt"] for body in a.bodies]
     assert len(set(prompts)) == 11
@@ -218,6 +219,44 @@ def test_two_targets_get_the_same_load_in_turns(tmp_path) -> None:
     ]
     assert f"{a.url} against {b.url}" in result.stdout
     assert plot.read_text().count("offered requests per second") == 1
+
+
+def test_rounds_alternate_and_ratios_have_a_spread(tmp_path) -> None:
+    turns: list[str] = []
+
+    def named(name: str):
+        async def answer(server, number, request, body):
+            turns.append(name)
+            return await ordinary(server, number, request, body)
+
+        return answer
+
+    records = tmp_path / "records.jsonl"
+    with FakeServer(named("a")) as a, FakeServer(named("b")) as b:
+        options = ("--rate", "200", "--requests", "3", "--input-tokens", "9", "--output-tokens", "3")
+        options += ("--rounds", "3", "--warmup", "0", "--records", records)
+        found, _ = serve(a.url, *options, "--against", b.url)
+    assert "".join(turns) == "aaabbb" + "bbbaaa" + "aaabbb"
+    assert a.bodies == b.bodies and len({body["prompt"] for body in a.bodies}) == 9
+    assert found["rounds"] == 3 and [p["target"] for p in found["points"]] == [a.url, b.url]
+    for point in found["points"]:
+        low, high = point["spread"]["ttft_ms"]["p50"]
+        assert low <= point["ttft_ms"]["p50"] <= high and point["completed"] == 3
+    (row,) = found["ratios"]
+    for ratio in (row["achieved_rate"], row["ttft_ms"]["p50"], row["e2e_ms"]["p50"]):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert sorted((line["round"], line["request"]) for line in lines if line["target"] == a.url) == [
+        (number, request) for number in range(3) for request in range(3)
+    ]
+
+
+def test_a_rate_without_an_arrival_is_left_out(fake) -> None:
+    short = ("--duration", "100ms", "--input-tokens", "3", "--output-tokens", "3", "--warmup", "0")
+    found, result = serve(fake.url, "--rate", "0.01,200", *short)
+    assert [p["rate"] for p in found["points"]] == [200.0]
+    assert "rate 0.01 is left out: no request arrives within --duration" in result.stderr
+    assert "no request arrives within --duration at any rate" in refused(fake.url, "--rate", "0.01", *short)
 
 
 def test_a_rate_that_nobody_named(fake) -> None:
@@ -278,6 +317,23 @@ def test_sharegpt_prompts_are_sent_as_they_are(fake, tmp_path) -> None:
     found, _ = serve(fake.url, "--trace", trace, "--rate", "100", "--warmup", "0")
     assert [(b["prompt"], b["max_tokens"]) for b in fake.bodies] == [("What is it?", 10)] * 3
     assert found["workload"]["trace"]["lengths"] == "estimated"
+
+
+def test_each_load_has_prompts_of_sharegpt_that_no_load_before_had(fake, tmp_path) -> None:
+    trace = tmp_path / "s.json"
+    answer = {"from": "gpt", "value": "x" * 40}
+    said = [f"What is {i}?" for i in range(7)]
+    trace.write_text(json.dumps([{"conversations": [{"from": "human", "value": text}, answer]} for text in said]))
+    options = ("--trace", trace, "--requests", "3", "--warmup", "1")
+    _, result = serve(fake.url, *options, "--rate", "100,200")
+    assert [b["prompt"] for b in fake.bodies[:1]] == said[:1]
+    assert sorted(b["prompt"] for b in fake.bodies[1:4]) == said[1:4]
+    assert sorted(b["prompt"] for b in fake.bodies[4:]) == said[4:]
+    assert "they repeat from here on" not in result.stderr
+    fake.bodies.clear()
+    _, result = serve(fake.url, *options, "--rate", "100,200,300")
+    assert sorted(b["prompt"] for b in fake.bodies[7:]) == said[:3]
+    assert result.stderr.count("they repeat from here on") == 1
 
 
 def test_a_failed_warm_up_says_what_the_server_said() -> None:
@@ -396,8 +452,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_reports_what_was_measured(number) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_reports_what_was_measured(number, tmp_path) -> None:
+    records = tmp_path / "records.jsonl"
+
     async def answer(server, number, request, body):
         if number >= 8:
             await server.gate.wait()
@@ -405,6 +463,7 @@ def test_an_interrupt_reports_what_was_measured(number) -> None:
 
     with FakeServer(answer) as server:
         options = ("--rate", "200", "--requests", "9999", "--input-tokens", "3", "--output-tokens", "3")
+        options += ("--slo", "ttft=60s", "--records", records)
         process = start(server.url, *options, "--warmup", "0", "--json", "-")
         server.wait_for(12)
         process.send_signal(number)
@@ -414,9 +473,11 @@ def test_an_interrupt_reports_what_was_measured(number) -> None:
     found = json.loads(out.splitlines()[-1])
     (point,) = found["points"]
     assert found["ended_early"] == "interrupted" and 1 <= point["completed"] <= 8
-    errors = {kind: error["count"] for kind, error in point["errors"].items()}
-    assert errors["interrupted"] >= 4 and point["completed"] + sum(errors.values()) == 9999
-    assert errors.keys() == {"interrupted", "not sent"}
+    # What was open or not due yet says nothing of the server.
+    assert (point["requests"], point["errors"], point["slo_attainment"]) == (point["completed"], {}, 1.0)
+    errors = [json.loads(line)["error"] for line in records.read_text().splitlines()]
+    assert len(errors) == 9999 and errors.count("interrupted") >= 4
+    assert set(errors) == {None, "interrupted", "not sent"}
     assert "Traceback" not in err
 
 
@@ -449,12 +510,24 @@ def test_the_real_server(tiny_model, tmp_path) -> None:
         urllib.request.urlopen(target["url"] + "/health", timeout=5)
 
 
+def test_techniques_and_the_configuration_are_in_the_result(tiny_model) -> None:
+    options = ("--rate", "max", "--requests", "2", "--output-tokens", "24", "--input-tokens", "16", *SMALL)
+    use = ("--use", "ngram:tokens=4,min_n=1", "--use", "sink-window:window=4000")
+    found, result = serve(str(tiny_model), *options, *use, code=1)
+    (target,) = found["targets"]
+    assert target["activity"]["ngram"] > 0 and target["activity"]["sink-window"] == 0
+    assert [spec.partition(":")[0] for spec in target["config"]["use"]] == ["ngram", "sink-window"]
+    assert target["config"]["threads"] == 1
+    assert "sink-window was in use but never acted" in result.stderr and "ngram was" not in result.stderr
+
+
 def test_a_model_that_cannot_be_served(tiny_model) -> None:
     message = refused(tiny_model, "--max-model-len", "999999999")
     assert "ended before it was ready" in message and "999999999" in message
 
 
-def test_an_interrupt_leaves_no_server(tiny_model) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_leaves_no_server(tiny_model, number) -> None:
     process = start(tiny_model, "--rate", "0.01", *SMALL)
     assert process.stderr is not None
     with contextlib.suppress(ProcessLookupError):
@@ -464,7 +537,7 @@ def test_an_interrupt_leaves_no_server(tiny_model) -> None:
     kids: list[int] = []
     while not kids:
         kids = children(process.pid)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     for kid in kids:

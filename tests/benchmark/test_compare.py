@@ -86,6 +86,9 @@ def test_spread_of_the_nearest_object_and_of_the_peers_layout():
     assert spread(ours, ("ratio", "rate", "16")) == (1, 1.5)
     assert spread(ours, ("against", "rate", "16")) == (6, 8)
     assert spread(ours, ("seconds",)) is None
+    points = {"points": [{"rate": 1.0, "x": 3, "spread": {"x": [2, 4]}}, {"rate": 2.0, "x": 5}]}
+    assert spread(points, ("points", "1.0", "x")) == (2, 4)
+    assert spread(points, ("points", "2.0", "x")) is None
     peers = {
         "peer": "x",
         "ratios": {"d": 1.5},
@@ -163,6 +166,37 @@ def test_differences_are_said_first_and_marked(tmp_path):
 def test_a_machine_that_says_less_may_be_the_same(tmp_path):
     _, found = run(tmp_path, result(machine={"cpu": "A", "cores": 2}), result())
     assert found["same_machine"]
+
+
+@pytest.mark.parametrize(
+    ("mine", "yours", "differs"),
+    [
+        ({"slo": None}, {"slo": {"ttft_ms": 500.0}}, {"slo.ttft_ms": [None, 500.0]}),
+        (
+            {"workload": {"seed": 0, "salt": ":a", "input_tokens": {"low": 1, "high": 2}}},
+            {"workload": {"seed": 1, "salt": ":b", "input_tokens": {"low": 1, "high": 3}}},
+            {"workload.seed": [0, 1], "workload.input_tokens.high": [2, 3]},
+        ),
+        ({"sampling": {}}, {"sampling": {"temperature": 0.5}}, {"sampling.temperature": [None, 0.5]}),
+        ({"window": 512, "windows": 4, "dense": 9}, {"window": 256, "windows": 4, "dense": 8},
+         {"window": [512, 256], "dense": [9, 8]}),
+        ({"results": [{"setting": "a", "shots": 1}]}, {"results": [{"setting": "a", "shots": 2}]},
+         {"results.a.shots": [1, 2]}),
+        ({"targets": [{"target": "m", "url": "x", "options": [], "config": {"use": []}}]},
+         {"targets": [{"target": "m", "url": "y", "options": [], "config": {"use": ["ngram"]}}]},
+         {"targets.0.config.use": [[], ["ngram"]]}),
+    ],
+)  # fmt: skip
+def test_what_was_asked_is_no_figure(tmp_path, mine, yours, differs):
+    shown, found = run(tmp_path, result(**mine), result(**yours))
+    assert found["differs"] == {"asked": differs}
+    assert set(found["figures"]) == {"decode.16", "decode.1024"}
+    assert "The same machine" not in shown.stdout and f"asked.{next(iter(differs))}" in shown.stdout
+
+
+def test_single_answers_are_no_figures():
+    suite = {"accuracy": 0.5, "items": [{"line": 1, "correct": 1}], "refusals": [{"line": 3, "why": "no answer"}]}
+    assert dict(figures({"results": [{"setting": "a", **suite}]})) == {("results", "a", "accuracy"): 0.5}
 
 
 def test_the_last_line_of_what_was_printed_will_do(tmp_path):

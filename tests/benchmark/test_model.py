@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.bench import startup
+from dovetail.bench import model, startup
 from dovetail.core.errors import DovetailError
 from dovetail.options import Options
 from dovetail.setting import Setting
@@ -56,7 +56,7 @@ def test_the_result_has_the_keys_of_the_contract(plain):
 
 def test_figures_lie_within_their_spread_and_fit_each_other(plain):
     found, _ = plain
-    for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "latency_ms", "roofline_fraction"):
+    for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "roofline_fraction"):
         for size, value in found[key].items():
             low, high = found["spread"][key][size]
             assert 0 < low <= value <= high
@@ -66,6 +66,15 @@ def test_figures_lie_within_their_spread_and_fit_each_other(plain):
     latency = found["latency_ms"]
     assert latency["p50"] <= latency["p90"] <= latency["p99"]
     assert found["bytes_per_token"]["16"] == found["weight_bytes"] + (16 + 16 / 2) * kv_bytes(found)
+
+
+def test_latencies_are_of_the_tokens_of_all_rounds():
+    side = object.__new__(model.Timed)
+    side.samples, side._waits = {("latency_ms", "p99"): [2.0, 4.0], ("x",): [1.0]}, []
+    assert side.figures() == {"latency_ms": {"p99": 3.0}, "x": 1.0}
+    side._waits = [0.001] * 98 + [0.1] * 2
+    latency = side.figures()["latency_ms"]
+    assert (latency["p50"], latency["p90"], latency["p99"]) == pytest.approx((1, 1, 100))
 
 
 def test_what_does_not_fit_is_named_with_its_reason(plain):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from dovetail import LLM
-from dovetail.bench import roofline
+from dovetail.bench import raw_read, roofline
 from dovetail.ops.cpu import isas
 
 native = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
@@ -53,11 +53,11 @@ def test_who_decides_what_is_read_is_named(tiny_model: Path) -> None:
 
 
 def test_bandwidth_is_in_gigabytes_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "READ_MB", 8)
+    monkeypatch.setattr(raw_read, "READ_MB", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first = roofline.read_bandwidth(1)
-    monkeypatch.setattr(roofline.cpu, "native", lambda: None)
-    monkeypatch.setattr(roofline.machine, "read_bandwidth", lambda threads, size, seconds: 2e9 * threads)
-    assert roofline.read_bandwidth(3) == 6.0
+        first = raw_read.read_bandwidth(1)
+    monkeypatch.setattr(raw_read.cpu, "native", lambda: None)
+    monkeypatch.setattr(raw_read.machine, "read_bandwidth", lambda threads, size, seconds: 2e9 * threads)
+    assert raw_read.read_bandwidth(3) == 6.0
     assert 0.1 < first < 10_000

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from dovetail.bench.load import Run
 from dovetail.bench.record import Record
-from dovetail.bench.serving_report import percentile, saturated, spread, summarize
+from dovetail.bench.serving_report import latencies, saturated, summarize
+from dovetail.bench.serving_rounds import merged, ratios
 from dovetail.bench.serving_table import highest, report
 from dovetail.bench.slo import SLO
+from dovetail.bench.turns import in_turns
 from dovetail.core.errors import ConfigError
 
-TIMES = st.floats(0, 1e4, allow_nan=False)
+TIMES = st.floats(0, 1e4, allow_nan=False).map(lambda seconds: round(seconds, 6))
 
 
 def record(arrival: float = 0.0, gaps: list[float] | None = None, **more) -> Record:
@@ -24,15 +26,10 @@ def record(arrival: float = 0.0, gaps: list[float] | None = None, **more) -> Rec
     return Record(arrival, 10, len(gaps), sent=arrival, chunks=chunks, ended=chunks[-1], finished=True, **more)
 
 
-@given(st.lists(TIMES, min_size=1, max_size=50), st.floats(0, 100))
-def test_percentiles_are_numpys(values, q) -> None:
-    assert percentile(sorted(values), q) == pytest.approx(np.percentile(values, q), rel=1e-9, abs=1e-9)
-
-
 @given(st.lists(st.none() | TIMES, max_size=20))
-def test_spread_leaves_out_what_is_not_known(values) -> None:
+def test_latencies_leave_out_what_is_not_known(values) -> None:
     known = [value * 1e3 for value in values if value is not None]
-    found = spread(values)
+    found = latencies(values)
     if not known:
         assert found is None
         return
@@ -174,9 +171,32 @@ def test_report_of_two_targets() -> None:
         {"target": "ours", "unsaturated": 2.0, "slo_met": 2.0},
         {"target": "theirs", "unsaturated": 2.0, "slo_met": None},
     ]
-    text = report(points)
-    ratios = text.partition("does better\n")[2].splitlines()
-    assert [line.split()[0] for line in ratios[1:4]] == ["1", "2", "max"]
-    assert ratios[1].split()[-4:] == ["2", "2", "2", "2"]
+    text = report(points, ratios(points, ("ours", "theirs")))
+    lines = text.partition("does better\n")[2].splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "max"]
+    assert lines[1].split()[-4:] == ["2", "2", "2", "2"]
     assert "theirs: highest rate at which 90% of the requests meet the SLO: none" in text
     assert math.isclose(points[0]["ttft_ms"]["p50"], 100)
+
+
+def test_rounds_are_merged_to_medians_and_compared_one_by_one() -> None:
+    loads = []
+    for number, (ours, theirs) in enumerate(((0.1, 0.2), (0.1, 0.5), (0.2, 0.8))):
+        for target, seconds in in_turns((("ours", ours), ("theirs", theirs)), number):
+            found = [record(float(i), [seconds, seconds]) for i in range(1, 21)]
+            if number == 2:
+                for one in found[: 5 if target == "ours" else 1]:
+                    one.error = "timeout"
+            loads.append({"target": target, "rate": 1.0} | summarize(Run(found, 1), None))
+    loads.append(loads[0])  # the other's round was interrupted
+    (row,) = ratios(loads, ("ours", "theirs"))
+    assert row["ttft_ms"]["p50"] == pytest.approx({"median": 4, "low": 2, "high": 5})
+    assert row["achieved_rate"]["low"] < 1 and "goodput" not in row
+    ours, theirs = merged(loads[:-1])
+    assert [p["target"] for p in (ours, theirs)] == ["ours", "theirs"]
+    assert ours["ttft_ms"]["p50"] == pytest.approx(100)
+    assert ours["spread"]["ttft_ms"]["p50"] == pytest.approx([100, 200])
+    assert (ours["saturated"], loads[5]["saturated"], loads[4]["saturated"]) == (False, False, True)
+    assert (ours["errors"]["timeout"]["count"], theirs["errors"]["timeout"]["count"]) == (5, 1)
+    assert (ours["completed"], ours["spread"]["completed"]) == (20, [15, 20])
+    assert "(2.00-5.00)" in report([ours, theirs], [row])

@@ -86,6 +86,8 @@ def test_mooncake(tmp_path) -> None:
         mooncake(0, 1, 1, None),
         mooncake(float("nan"), 1, 1, [0]),
         mooncake(float("inf"), 1, 1, [0]),
+        mooncake(10**400, 1, 1, [0]),
+        mooncake(0, 10**400, 1, [0]),
         "[1]",
         "[" * 100_000,
         b"\xff\xfe",

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_skipped_and_counted() -> None:
     assert [r.input_tokens for r in rows(values, context=100).found] == [90, 5, 50, 60]
     assert rows(values, context=100).skipped == 2
     assert [r.input_tokens for r in rows(values, input_tokens=50).found] == [5, 50]
-    found = rows(values, requests=2, context=100)
+    found = rows(values, rows=2, context=100)
     assert ([r.input_tokens for r in found.found], found.skipped) == ([90, 5], 1)
 
 
@@ -141,6 +141,23 @@ def test_a_traces_own_text_is_sent_as_it_is() -> None:
     for words, prompt in ((IDS, list(b"text")), (vocabulary.words(), "text")):
         (request,) = Workload([row], words, Limits(), 0).at(Arrivals(), 1.0, 0)
         assert request.prompt == prompt
+
+
+def test_loads_take_texts_in_turn_and_say_when_they_repeat() -> None:
+    texts = [TraceRequest(4, 2, prompt=f"t{i}") for i in range(5)]
+    workload = Workload(texts, vocabulary.words(), Limits(requests=2), 0)
+    assert [r.prompt for r in workload.warm_up(1)] == ["t0"]
+    taken = [[r.prompt for r in workload.at(Arrivals(), math.inf, 1, first)] for first in (1, 3, 5, 9)]
+    assert taken == [["t1", "t2"], ["t3", "t4"], ["t0", "t1"], ["t4", "t0"]]
+    assert [workload.repeats(taken) for taken in (3, 5, 6)] == [False, False, True]
+    assert not workload.shares and not synthetic().repeats(10**6)
+
+
+def test_without_a_number_of_requests_a_load_lasts_long_enough() -> None:
+    for rate, count in ((1.0, 100), (100 / 30, 100), (64.0, 1920), (math.inf, 100)):
+        assert len(synthetic().at(Arrivals(), rate, 1)) == count
+    assert len(synthetic(duration=2.0).at(Arrivals(Pattern.CONSTANT), 1000.0, 1)) > 1900
+    assert len(synthetic(requests=3).at(Arrivals(), 64.0, 1)) == 3
 
 
 def test_text_of_tokens_has_as_many_tokens() -> None:
