@@ -43,26 +43,35 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from dovetail import machine
+from dovetail.bench.attention import (
+    GROUPED,
+    KV_DTYPES,
+    MULTI_HEAD,
+    PAGE,
+    Attention,
+    Heads,
+    Kernels,
+    KVPool,
+    Request,
+    check_finite,
+)
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.rounds import interleave
 from dovetail.ops import cpu
 from dovetail.ops.dequant import BLOCKS
-from dovetail.runtime.store import TiledStore, padded
 
-READ_MB = 256
-PAGE = 16  # tokens
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F32")
 ACTIVATIONS = {"BF16": ("bf16",), "F32": ("exact",), "Q8_0": ("int8", "exact"), "Q4_K": ("int8", "exact")}
 GEMV_SHAPES, GEMM_SHAPES = ((1536, 576), (49152, 576), (4096, 4096)), ((1536, 576), (4096, 4096))
 GEMV_ROWS, GEMM_ROWS = (1, 2, 4, 8), (32, 512)
-KV_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 PEAKS = {"int8": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
 LONG, SHORT = 65536, (31, 100)
 SHARED, OWN, SHARERS = 2048, 64, 32
@@ -78,20 +87,6 @@ SAMPLE = {  # temperature, top_k, top_p, min_p
     "even top_p": (0.8, 0, 0.95, 0.0),
     "min_p": (0.8, 0, 1.0, 0.05),
 }
-
-
-@dataclass(frozen=True)
-class Heads:
-    query: int
-    kv: int
-    dim: int
-
-    def __str__(self) -> str:
-        return f"{self.query}/{self.kv} d{self.dim}"
-
-
-HEADS = (Heads(9, 3, 64), Heads(32, 8, 128))  # of SmolLM2-135M and Llama-3-8B
-MULTI_HEAD = Heads(32, 32, 128)  # of Llama-2-7B
 
 
 @dataclass(frozen=True)
@@ -111,9 +106,8 @@ class Case:
 
 @dataclass
 class Bench:
-    threads: int
+    kernels: Kernels
     rounds: int
-    isa: str
     only: Sequence[str]
     cold: int  # bytes
     peaks: dict[str, float]
@@ -125,29 +119,13 @@ class Bench:
 
     def measure(self, cases: Sequence[Case]) -> list[list[float]]:
         """Time the cases in turns, print and keep a line of each; seconds of one kernel: [cases][rounds]."""
-        samples, reads = interleave(cases, self.rounds, self.threads)
+        runs, reads = interleave([case.run for case in cases], self.rounds, self.kernels.threads)
+        samples = [[s / case.count for s in seconds] for case, seconds in zip(cases, runs, strict=True)]
         self.reads += reads
         for case, seconds in zip(cases, samples, strict=True):
             self.results.append(summary(case, seconds, reads, self.peaks.get(case.kind)))
             show(self.results[-1])
         return samples
-
-
-def interleave(cases: Sequence[Case], rounds: int, threads: int) -> tuple[list[list[float]], list[float]]:
-    """Seconds of one kernel of each case, [cases][rounds], and GB/s of the raw read of each round."""
-    samples: list[list[float]] = [[] for _ in cases]
-    reads = []
-    for case in cases:
-        case.run()  # allocates, and maps memory
-    for i in range(rounds):
-        reads.append(cpu.native().read_bandwidth(READ_MB, threads))
-        order = range(len(cases)) if i % 2 == 0 else range(len(cases) - 1, -1, -1)
-        cases[order[0]].run()  # the first run after the raw read, whose memory has just been unmapped, is slower
-        for at in order:
-            start = time.perf_counter()
-            cases[at].run()
-            samples[at].append((time.perf_counter() - start) / cases[at].count)
-    return samples, reads
 
 
 def summary(case: Case, seconds: list[float], reads: list[float], peak: float | None) -> dict[str, Any]:
@@ -185,13 +163,6 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def check_finite(program: Any, slot: int, rows: int, what: str) -> None:
-    """A kernel that computed nothing, or nonsense, must not be timed."""
-    out = program.view(slot, rows)
-    if not (np.isfinite(out).all() and out.any(axis=1).all()):
-        raise SystemExit(f"{what}: the result is not finite, or zero; its time would mean nothing")
-
-
 # -- linear ------------------------------------------------------------------------------------------
 
 
@@ -217,7 +188,9 @@ class Linears:
     def __init__(self, copies: Sequence[Any], activation: str, most: int, bench: Bench) -> None:
         self.copies = copies
         n, k = copies[0].n, copies[0].k
-        self.program = program = cpu.native().Program(bench.isa, bench.threads, (1, 1, 2), True, True)
+        self.program = program = cpu.native().Program(
+            bench.kernels.isa, bench.kernels.threads, (1, 1, 2), True, True
+        )
         self.source, self.target = program.slot(k), program.slot(n)
         for copy in copies:
             program.linear(
@@ -260,7 +233,7 @@ def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
     copies: list[Any] = []
     cold = bench.cold if any(m <= GEMV_ROWS[-1] for rows in wanted.values() for _, m in rows) else bench.cold // 8
     while sum(c.bytes for c in copies) <= cold:
-        copies.append(cpu.native().Packed(name, data.data_ptr(), data.stride(0), n, k, bench.threads))
+        copies.append(cpu.native().Packed(name, data.data_ptr(), data.stride(0), n, k, bench.kernels.threads))
     size = copies[0].bytes
     cases = []
     for activation, rows in wanted.items():
@@ -277,76 +250,8 @@ def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
 # -- attention ---------------------------------------------------------------------------------------
 
 
-class KVPool:
-    """Random K and V: as many layers of `tokens` tokens as fill `size` bytes."""
-
-    def __init__(self, heads: Heads, kind: str, tokens: int, size: int) -> None:
-        self.heads, self.kind = heads, kind
-        self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, KV_DTYPES[kind])
-        self.tokens = tokens * -(-size // (tokens * self.token_bytes))
-        shape = (1, self.tokens, heads.kv, heads.dim)
-        self.k, self.v = (s.data for s in TiledStore.pair(shape, KV_DTYPES[kind], PAGE))
-        for data in (self.k, self.v):
-            some = torch.randn(min(1024, len(data)), *data.shape[1:]).to(data.dtype)
-            for at in range(0, len(data), len(some)):
-                part = data[at : at + len(some)]
-                part.copy_(some[: len(part)])
-
-
-@dataclass(frozen=True)
-class Request:
-    start: int  # position of its first row
-    stop: int
-    pages: Sequence[int]
-
-
-class Attention:
-    """A step's attention over every layer of `tokens` tokens that the pool has room for, but at most `layers`."""
-
-    def __init__(
-        self, pool: KVPool, requests: Sequence[Request], tokens: int, bench: Bench, *, layers: int = 1 << 30,
-        cascade: bool = True, split: bool = True,
-    ) -> None:  # fmt: skip
-        heads = pool.heads
-        self.pool = pool
-        self.layers = min(layers, pool.tokens // tokens)
-        keys = sum((r.start + 1 + r.stop) * (r.stop - r.start) / 2 for r in requests)
-        self.operations = 4.0 * heads.query * heads.dim * keys
-        self.program = program = cpu.native().Program(
-            bench.isa, bench.threads, (heads.query, heads.kv, heads.dim), cascade, split
-        )
-        sizes = (tokens // PAGE, PAGE, heads.kv, heads.dim)
-        program.set_kv("tiled", pool.kind, (pool.k.data_ptr(), pool.v.data_ptr(), 0, 0), sizes)
-        q, out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
-        for layer in range(self.layers):
-            program.attend(q, out, layer, 0, 0, [])
-        program.clear()
-        for r in requests:
-            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1)
-        program.plan()
-        self.stats: dict[str, int] = program.attention_stats()
-        program.run(0, 0)
-        rows = program.num_rows()
-        self._queries(program.view(q, rows).reshape(-1), rows)
-        program.run(0, 1)
-        check_finite(program, out, rows, f"attention {heads} {pool.kind}")
-
-    def _queries(self, memory: np.ndarray, rows: int) -> None:
-        """Rows lie one after the other in the compute type, scaled."""
-        heads = self.pool.heads
-        random = torch.Generator().manual_seed(2)
-        q = torch.randn(rows * heads.query * padded(heads.dim), generator=random) * heads.dim**-0.5
-        if self.pool.kind == "bf16":
-            memory.view(np.int16)[: len(q)] = q.to(torch.bfloat16).view(torch.int16).numpy()
-        else:
-            memory[: len(q)] = q.numpy()
-
-    def run(self) -> None:
-        self.program.run(0, self.layers)
-
-
 def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None:
-    for heads in HEADS:
+    for heads in GROUPED:
         for kind in KV_DTYPES:
             kernel = f"decode.{kind}"
             wanted = [c for c in contexts if bench.wants(kernel, f"{heads} {c}")]
@@ -355,7 +260,7 @@ def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None
             pool = KVPool(heads, kind, max(wanted), bench.cold)
             cases = []
             for c in wanted:
-                steps = Attention(pool, [Request(c - 1, c, range(c // PAGE))], c, bench)
+                steps = Attention(pool, [Request(c - 1, c, range(c // PAGE))], c, bench.kernels)
                 size = c * pool.token_bytes
                 cases.append(
                     Case(kernel, f"{heads} {c}", 1, steps.run, steps.layers, size, steps.operations, kind)
@@ -364,12 +269,12 @@ def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None
 
 
 def prefills(bench: Bench, rows: int = 512, layers: int = 8) -> None:
-    for heads in HEADS:
+    for heads in GROUPED:
         wanted = [kind for kind in KV_DTYPES if bench.wants(f"prefill.{kind}", str(heads))]
         cases = []
         for kind in wanted:
             pool = KVPool(heads, kind, rows, bench.cold // 8)
-            steps = Attention(pool, [Request(0, rows, range(rows // PAGE))], rows, bench, layers=layers)
+            steps = Attention(pool, [Request(0, rows, range(rows // PAGE))], rows, bench.kernels, layers=layers)
             name = f"prefill.{kind}"
             cases.append(Case(name, str(heads), rows, steps.run, steps.layers, 0, steps.operations, kind))
         if cases:
@@ -378,7 +283,7 @@ def prefills(bench: Bench, rows: int = 512, layers: int = 8) -> None:
 
 def versus(
     bench: Bench, kernel: str, rows: int, ways: dict[str, Attention], sizes: Sequence[int]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Ratio]:
     """The same attention in several ways, in turns; how much faster the first is than each other one."""
     first, least = next(iter(ways.values())), min(sizes)
     cases = [
@@ -388,13 +293,12 @@ def versus(
     fast, *others = bench.measure(cases)
     found = {}
     for name, slow in zip(list(ways)[1:], others, strict=True):
-        ratios = [b / a for a, b in zip(fast, slow, strict=True)]
-        found[name] = {"speed_up": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        found[name] = Ratio.of(slow, fast)
     return found
 
 
-def times(found: dict[str, float]) -> str:
-    return f"{found['speed_up']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+def figures(found: dict[str, Ratio]) -> dict[str, dict[str, float]]:
+    return {name: {"speed_up": r.median, "low": r.low, "high": r.high} for name, r in found.items()}
 
 
 def balance(bench: Bench, heads: Heads) -> dict[str, Any]:
@@ -411,15 +315,15 @@ def balance(bench: Bench, heads: Heads) -> dict[str, Any]:
     pool = KVPool(heads, "bf16", total * PAGE, bench.cold)
     size = total * PAGE
     ways = {
-        "split": Attention(pool, requests, size, bench),
-        "per KV head": Attention(pool, requests, size, bench, split=False),
-        "per request": Attention(pool, requests[:1], size, replace(bench, threads=1)),
+        "split": Attention(pool, requests, size, bench.kernels),
+        "per KV head": Attention(pool, requests, size, bench.kernels, split=False),
+        "per request": Attention(pool, requests[:1], size, Kernels(bench.kernels.isa, 1)),
     }
     read = (LONG + count * tokens) * pool.token_bytes
     found = versus(bench, "balance.bf16", len(requests), ways, [read, read, LONG * pool.token_bytes])
     for name, ratio in found.items():
-        print(f"  split is {times(ratio)} times as fast as one thread {name}")
-    return {**found, "items": {name: a.stats["items"] for name, a in ways.items()}}
+        print(f"  split is {ratio} times as fast as one thread {name}")
+    return {**figures(found), "items": {name: a.stats["items"] for name, a in ways.items()}}
 
 
 def cascade(bench: Bench, heads: Heads) -> dict[str, Any]:
@@ -435,9 +339,9 @@ def cascade(bench: Bench, heads: Heads) -> dict[str, Any]:
     tokens = SHARED + SHARERS * OWN
     pool, copies = (KVPool(heads, "bf16", n, bench.cold) for n in (tokens, SHARERS * length))
     ways = {
-        "shared": Attention(pool, sharing, tokens, bench),
-        "apart": Attention(pool, sharing, tokens, bench, cascade=False),
-        "copies": Attention(copies, alone, SHARERS * length, bench),
+        "shared": Attention(pool, sharing, tokens, bench.kernels),
+        "apart": Attention(pool, sharing, tokens, bench.kernels, cascade=False),
+        "copies": Attention(copies, alone, SHARERS * length, bench.kernels),
     }
     read = [a.stats["tokens_read"] * pool.token_bytes for a in ways.values()]
     assert read[1] == ways["shared"].stats["tokens_without_sharing"] * pool.token_bytes
@@ -445,10 +349,10 @@ def cascade(bench: Bench, heads: Heads) -> dict[str, Any]:
     found = versus(bench, "cascade.bf16", SHARERS, ways, read)
     print(
         f"  shared reads {read[0] / 1e6:.2f} MB of KV a layer, the others {read[1] / 1e6:.2f} MB,"
-        f" {read[1] / read[0]:.1f} times as much; it is {times(found['apart'])} times as fast as apart,"
-        f" {times(found['copies'])} times as fast as copies"
+        f" {read[1] / read[0]:.1f} times as much; it is {found['apart']} times as fast as apart,"
+        f" {found['copies']} times as fast as copies"
     )
-    return {**found, "bytes": dict(zip(ways, read, strict=True))}
+    return {**figures(found), "bytes": dict(zip(ways, read, strict=True))}
 
 
 # -- sampling ----------------------------------------------------------------------------------------
@@ -471,7 +375,7 @@ def samples(bench: Bench, vocabulary: int = 49152, count: int = 100) -> None:
 def sampling(bench: Bench, logits: np.ndarray, options: tuple[float, int, float, float], count: int) -> Any:
     """A function that chooses from the rows, `count` times."""
     rows, vocabulary = logits.shape
-    program = cpu.native().Program(bench.isa, bench.threads, (1, 1, 2), True, True)
+    program = cpu.native().Program(bench.kernels.isa, bench.kernels.threads, (1, 1, 2), True, True)
     slot = program.slot(vocabulary, sampled=True)
     program.set_rows(rows)
     program.sample(list(range(rows)))
@@ -520,7 +424,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     isa = args.isa or cpu.isas()[0]
-    bench = Bench(args.threads, args.rounds, isa, args.only, args.megabytes << 20, dict(args.peak_gops))
+    bench = Bench(Kernels(isa, args.threads), args.rounds, args.only, args.megabytes << 20, dict(args.peak_gops))
     torch.manual_seed(0)
     print(f"{machine.cpu_model()}, {isa}, {args.threads} threads, medians of {args.rounds} rounds")
     print(header())
@@ -529,7 +433,7 @@ def main() -> None:
     decodes(bench)
     prefills(bench)
     samples(bench)
-    for name, run, shapes in (("balance", balance, HEADS[:1]), ("cascade", cascade, (*HEADS, MULTI_HEAD))):
+    for name, run, shapes in (("balance", balance, GROUPED[:1]), ("cascade", cascade, (*GROUPED, MULTI_HEAD))):
         out[name] = {str(h): run(bench, h) for h in shapes if bench.wants(f"{name}.bf16", str(h))}
     if not bench.results:
         sys.exit(f"no kernel matches {' '.join(args.only)}")

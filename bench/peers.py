@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dovetail import DovetailError, machine
+from dovetail.bench.points import Prompts
+from dovetail.bench.turns import in_turns
 
 BENCH = Path(__file__).resolve().parent
 FULL_BANDWIDTH = 75.0  # GB/s of an undisturbed machine of the kind these figures are compared on
@@ -156,18 +157,6 @@ def workers(args: argparse.Namespace, peer: Peer) -> Iterator[Pair]:
             worker.kill()
 
 
-class Prompts:
-    """Token ids nobody has seen before, the same ones in every run of this program."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.random = random.Random(0)
-        self.low, self.high = min(1000, vocab_size // 4), vocab_size * 9 // 10  # special tokens lie at the ends
-
-    def take(self, figure: Figure) -> list[list[int]]:
-        one = range(figure.prompt)
-        return [[self.random.randrange(self.low, self.high) for _ in one] for _ in range(figure.streams)]
-
-
 def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
     """Load, warm up, run the rounds; everything the report shows."""
     setup = {"model": model, "threads": args.threads, "hf": str(args.hf and args.hf.resolve())}
@@ -177,7 +166,7 @@ def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
     wanted = figures(args.quick)
     chosen: dict[str, dict[str, Any]] = {name: {} for name in PAIR}
     for figure in wanted:
-        attempts = [prompts.take(figure) for _ in range(1 if args.quick else TRIES)]
+        attempts = [prompts.take(figure.prompt, figure.streams) for _ in range(1 if args.quick else TRIES)]
         for name in PAIR:
             request = {"figure": figure.name, "attempts": attempts, "tokens": figure.tokens}
             chosen[name][figure.name] = getattr(pair, name).ask("warm", **request)["chosen"]
@@ -187,8 +176,12 @@ def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
     for i in range(args.rounds):
         bandwidths.append(pair.ours.ask("bandwidth", megabytes=BANDWIDTH_MB, threads=args.threads)["gb_per_s"])
         for figure in wanted:
-            request = {"figure": figure.name, "prompts": prompts.take(figure), "tokens": figure.tokens}
-            for name in PAIR if i % 2 == 0 else PAIR[::-1]:
+            request = {
+                "figure": figure.name,
+                "prompts": prompts.take(figure.prompt, figure.streams),
+                "tokens": figure.tokens,
+            }
+            for name in in_turns(PAIR, i):
                 timing = getattr(pair, name).ask("measure", **request)
                 samples[figure.name][name].append(figure.speed(timing))
             last = ", ".join(f"{name} {samples[figure.name][name][-1]:.1f}" for name in PAIR)

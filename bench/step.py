@@ -22,10 +22,9 @@ import time
 from typing import Any, NamedTuple
 
 from dovetail import LLM
-from dovetail.ops import cpu
+from dovetail.bench.raw_read import read_bandwidth
 from dovetail.runtime.native import NativeExecutor
 
-READ_MB = 256
 ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")
 
 
@@ -87,7 +86,7 @@ def measure(program: Any, repeats: int, size: int, threads: int) -> dict[str, fl
         for i, (name, seconds) in enumerate(steps):
             found["head" if i == len(steps) - 1 else name] += seconds * 1e3
         best = {name: min(ms, best.get(name, ms)) for name, ms in found.items()}
-        reads.append(cpu.native().read_bandwidth(READ_MB, threads) * 1e9)
+        reads.append(read_bandwidth(threads) * 1e9)
         program.run(0, program.mark())  # the first run after memory was unmapped is slower
         start = time.perf_counter()
         program.run(0, program.mark())

@@ -19,8 +19,8 @@ def provenance(llm: LLM | None = None) -> dict[str, Any]:
     """Keys machine, versions, commit, date, and with `llm` its resolved configuration as `config`."""
     found: dict[str, Any] = {
         "machine": _machine(),
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if llm is not None:
@@ -52,7 +52,8 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the program, Python and the packages that compute."""
     from dovetail import __version__
 
     found = {"dovetail": __version__, "python": platform.python_version()}
@@ -64,7 +65,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the source tree that runs, with a + if it was changed; None where it is no git checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

@@ -95,15 +95,15 @@ def _values(text: str, whole: str) -> list[tuple[str, list[str]]]:
         if equals:
             if any(key == k for k, _ in found):
                 raise ConfigError(f"'{whole}': {key} is given twice")
-            found.append((key, list(_expanded(value, whole))))
+            found.append((key, list(expanded(value, whole))))
         elif found and piece:
-            found[-1][1].extend(_expanded(piece, whole))
+            found[-1][1].extend(expanded(piece, whole))
         else:
             raise ConfigError(f"'{whole}': '{piece}' is not key=value; {_KNOWN}")
     return found
 
 
-def _expanded(value: str, whole: str) -> Iterable[str]:
+def expanded(value: str, whole: str) -> Iterable[str]:
     """`128..1024` -> 128 256 512 1024; other text as it is."""
     low, dots, high = value.partition("..")
     if not dots:

@@ -28,6 +28,9 @@ def test_documented_commands_and_options_exist(path: Path) -> None:
     group = typer.main.get_command(cli.build())
     for name, *words in commands(path.read_text()):
         command = group.get_command(Context(group), name)  # type: ignore[attr-defined]
+        if hasattr(command, "get_command"):  # a group
+            name, *words = words
+            command = command.get_command(Context(group), name)
         assert command is not None, name
         known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         unknown = [w for w in words if w.startswith("-") and w != "-" and w not in known]

@@ -32,14 +32,14 @@ class Row:
 def count(path: Path) -> int:
     """How many rows there are."""
     with open(path, "rb") as file:
-        return sum(1 for _ in _lines(file))
+        return sum(1 for _ in lines(file))
 
 
 def read(path: Path, settings: str) -> Iterator[Row]:
     """The rows in order. A line that is no valid request comes as a row with an error. Blank lines are skipped."""
     seen: set[str] = set()
     with open(path, "rb") as file:
-        for number, line in _lines(file):
+        for number, line in lines(file):
             key = hashlib.sha256(settings.encode() + b"\0" + line).hexdigest()[:24]
             value: dict[str, Any] = {}
             try:
@@ -53,7 +53,7 @@ def read(path: Path, settings: str) -> Iterator[Row]:
                 yield Row(key, name if isinstance(name, str) else None, error=message)
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, numbered from 1; of one that is too long only as much as shows that."""
     number = 0
     while line := file.readline(MAX_LINE + 1):

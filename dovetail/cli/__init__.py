@@ -18,7 +18,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
-COMMANDS = ("pull", "list", "rm", "run", "chat", "serve", "batch", "eval", "export", "doctor")
+COMMANDS = (
+    *("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "doctor"),
+    *("eval", "bench", "reproduce"),
+)
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2

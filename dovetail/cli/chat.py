@@ -14,6 +14,7 @@ import typer
 from dovetail.cli import EXIT_INTERRUPTED, terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.core.errors import ConfigError, RequestError
+from dovetail.process import since_start
 from dovetail.progress import note
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def command(
     sampling.params(conversation.llm)  # an impossible value is better known before the first question
     person = sys.stdin.isatty()
     if person:
-        note(f"{model}, ready after {terminal.since_start():.2f}s. /help lists the commands.")
+        note(f"{model}, ready after {since_start():.2f}s. /help lists the commands.")
     chat = Chat(conversation, person, stats)
     for said in messages(person):
         if not chat.take(said):

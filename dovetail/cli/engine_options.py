@@ -1,4 +1,4 @@
-"""Options that several commands share: how the engine is set up, and how tokens are chosen.
+"""Options that several commands share: how the engine is set up, how tokens are chosen; and groups of others.
 
 A command asks for them by annotation, and `spliced` turns them into command-line options:
 
@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, TypeVar, get_type_hints
 
 import typer
 
@@ -61,6 +61,19 @@ class EngineOptions:
             found.append(_keyword(f.name, Annotated[kinds[f.name], option], f.default))
         return found
 
+    def words(self) -> list[str]:
+        """The command line that asks for these options, defaults left out."""
+        found = [word for spec in self.use for word in ("--use", spec)]
+        for f in fields(Options):
+            value, flag = getattr(self.options, f.name), "--" + f.name.replace("_", "-")
+            if value == f.default:
+                continue
+            if isinstance(value, bool):
+                found.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                found += [flag, str(value)]
+        return found
+
     @classmethod
     def collect(cls, values: dict[str, Any]) -> EngineOptions:
         """Take this bundle's values out of a command's."""
@@ -103,6 +116,21 @@ class SamplingOptions:
         from dovetail.core.sampling import SamplingParams
 
         SamplingParams(**{"max_tokens": None, **self.given})
+
+
+class OptionGroup:
+    """Base of frozen dataclasses whose fields are options: each annotated with a typer.Option, with a default."""
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]:
+        """A command-line option for each field."""
+        hints = get_type_hints(cls, include_extras=True)
+        return [_keyword(f.name, hints[f.name], f.default) for f in fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def collect(cls, values: dict[str, Any]) -> Self:
+        """Take this group's values out of a command's."""
+        return cls(**{f.name: values.pop(f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
 
 class Bundle(Protocol):

@@ -11,6 +11,7 @@ from dovetail.cli.engine_options import EngineOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.cli.suite_options import SuiteOptions
 from dovetail.core.errors import ConfigError
+from dovetail.evals import SUITES
 from dovetail.plot import PlotOption
 from dovetail.progress import note
 
@@ -24,7 +25,7 @@ EXIT_MISSED = 1
 @spliced
 def command(
     model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
-    suite: Annotated[str, typer.Option(help="What to measure: see below.")],
+    suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(SUITES)}.")],
     suite_options: SuiteOptions,
     engine: EngineOptions,
     sweep: Annotated[
@@ -47,7 +48,7 @@ def command(
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure MODEL: perplexity, divergence from a reference, needles in long contexts, answers to tasks.
+    """Measure how good MODEL's answers are, and how fast.
 
     Everything runs through the engine that serves, so quality and speed are of the same run; a technique that was
     in use and never acted makes the measurement an error (exit 1). Without --against the reference of a comparison
@@ -58,6 +59,7 @@ def command(
       dovetail eval smollm2-135m --suite perplexity
       dovetail eval smollm2-135m --suite divergence --sweep kv-cache-dtype=bf16,int8,int4 --plot kl.png
       dovetail eval smollm2-135m --suite perplexity --use sink-window:window=256 --max perplexity=20
+      dovetail eval smollm2-135m --suite needle --lengths 1024..4096 --plot heat.png
     """
     from dovetail.evals import run as runs
     from dovetail.evals.journal import Journal
@@ -80,6 +82,7 @@ def command(
 
         save(asked.suite.draw(results), plot)
     write_json(json_file, _json(asked, results))
+    journal.remove()
     _judge(results, bounds)
 
 
@@ -101,7 +104,8 @@ def _asked(
             settings.setdefault(named.name, named)
     reference = parse_setting(against, plain) if against is not None else None
     if kind.compares and reference is None:
-        reference = parse_setting("plain" if engine.use or sweep else "exact", plain)
+        uses = any(s.use for s in settings.values())
+        reference = parse_setting("plain" if uses else "exact", plain)
     if not kind.compares and reference is not None:
         settings = {reference.name: reference, **{n: s for n, s in settings.items() if n != reference.name}}
         reference = None
@@ -128,12 +132,9 @@ def _say(asked: Run, result: Result) -> None:
         note(f"{result['setting']}: {result['state']}: {result['why']}")
     if result["state"] != "refused":
         text = asked.suite.text(result)
-        if single:
-            print(text)
-            for name, count in result["activity"].items():
-                print(f"{name}: acted {count} times")
-        else:
-            note(f"  {text}")
+        print(text if single else f"{result['setting']}\n{text}\n", flush=True)
+        for name, count in result["activity"].items() if single else ():
+            print(f"{name}: acted {count} times")
 
 
 def _table(suite: Suite, results: Sequence[Result]) -> str:
@@ -141,9 +142,9 @@ def _table(suite: Suite, results: Sequence[Result]) -> str:
     from dovetail.evals.plots import pareto
     from dovetail.table import table
 
-    measured = [r for r in results if r["state"] == "measured"]
+    measured = [r for r in results if r["state"] == "measured" and "decode_tokens_per_s" in r]
     sign = 1 if suite.higher else -1
-    front = pareto([(r["tokens_per_s"], sign * r[suite.quality]) for r in measured])
+    front = pareto([(r["decode_tokens_per_s"], sign * r[suite.quality]) for r in measured])
     best = {measured[i]["setting"] for i in front}
     rows = []
     for r in results:
@@ -165,10 +166,11 @@ def _json(asked: Run, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _judge(results: Sequence[Result], bounds: Sequence[tuple[str, float, int]]) -> None:
-    """Exit with 1 where a technique was idle or a bound is missed; ConfigError where every setting was refused."""
+    """Exit with 1 where a technique was idle or a bound is missed, as it is by a setting that was refused;
+    ConfigError where every setting was."""
     if all(r["state"] == "refused" for r in results):
         raise ConfigError(f"every setting was refused; the first: {results[0]['why']}")
-    missed = any(r["state"] == "idle" for r in results)
+    missed = any(r["state"] == "idle" or (bounds and r["state"] == "refused") for r in results)
     for r in results:
         for key, bound, sign in bounds:
             if key in r and not r[key] * sign >= bound * sign:

@@ -12,6 +12,7 @@ from dovetail.cli import terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError, RequestError
+from dovetail.process import since_start
 from dovetail.progress import note
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def command(
         messages.append({"role": "user", "content": text})
         ids = terminal.chat_ids(llm, messages, "use --raw to continue PROMPT as it is")
     params = terminal.params_for(llm, ids, sampling, MAX_TOKENS)
-    ready = terminal.since_start()
+    ready = since_start()
     output = _answer(llm, ids, params, quiet=json_file == "-")
     note(f"{terminal.summary(output)}, ready after {ready:.2f}s")
     terminal.warn_idle(llm)

@@ -39,10 +39,19 @@ class SuiteOptions:
 
 
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "corpus": (str, "Text to measure on: pydoc (default), wikitext2, shakespeare, or a UTF-8 file."),
+    "corpus": (str, "Text to measure on: pydoc (default), wikitext2, wikitext2-raw, shakespeare, or a file."),
     "data": (Path, "Folder that holds the corpora and tasks that go by name, or a task's file."),
     "window": (int, "Tokens of context: of a window that is scored, or of a prompt that is continued."),
     "windows": (int, "How many windows of the corpus, from its start."),
     "dense": (int, "Tokens at the start of a window that read everything, whatever techniques are in use."),
     "tokens": (int, "Tokens of each answer."),
+    "prompts": (Path, "File of prompts to answer: a line of text each, or .jsonl with prompt or messages."),
+    "limit": (int, "How many rows of the file count, from its start."),
+    "scorer": (str, "When an answer is right: exact, contains, number, choice, or regex:PATTERN."),
+    "shots": (int, "Rows at the start of the file that are worked examples before each question."),
+    "lengths": (str, "Tokens of context and question, as in 1024,2048 or 1024..8192 (doubling)."),
+    "depths": (str, "Where the needle is in the context, in percent, as in 0,50,100."),
+    "trials": (int, "Trials for each length and depth."),
+    "variant": (str, "Needles: single, multikey, multivalue or multiquery."),
+    "needles": (int, "How many needles a context has. Default: 1, or 4 in the multi variants."),
 }

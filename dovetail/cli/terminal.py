@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from dovetail.core.sampling import SamplingParams
     from dovetail.llm import LLM
     from dovetail.outputs import RequestOutput
-
-_IMPORTED = time.monotonic()
 
 
 def load(model: str, engine: EngineOptions) -> LLM:
@@ -113,12 +109,3 @@ def warn_idle(llm: LLM) -> None:
     for name, count in llm.activity().items():
         if not count:
             note(f"{name} was in use but never acted; the result is the plain engine's")
-
-
-def since_start() -> float:
-    """Seconds since this process began, where the kernel tells; else since this file was imported."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - _IMPORTED

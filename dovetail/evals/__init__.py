@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 SUITES = {
     "perplexity": ("perplexity", "Perplexity"),
     "divergence": ("divergence", "Divergence"),
+    "similarity": ("similarity", "Similarity"),
+    "jsonl": ("tasks", "Jsonl"),
+    "gsm8k": ("tasks", "Gsm8k"),
+    "multiple-choice": ("multiple_choice", "MultipleChoice"),
+    "needle": ("needle", "Needle"),
 }
 
 

@@ -12,10 +12,12 @@ from dovetail.core.errors import ConfigError, ModelError
 DEFAULT = "pydoc"
 # Names that the corpus has in the wild, in a folder given with --data.
 FILES = {
-    "wikitext2": ("wikitext2-valid.txt", "wiki.valid.tokens", "wiki.valid.raw", "wikitext-2-raw/wiki.valid.raw"),
+    "wikitext2": ("wikitext2-valid.txt", "wiki.valid.tokens"),
+    "wikitext2-raw": ("wiki.valid.raw", "wikitext-2-raw/wiki.valid.raw"),
     "shakespeare": ("shakespeare.txt", "tinyshakespeare.txt"),
 }
-# Where wikitext2 comes from without --data: repository and archive on the Hugging Face hub, file in the archive.
+# wikitext2 is word by word with <unk> for rare ones; wikitext2-raw, the same text as it was written, is what the
+# Hugging Face hub has: repository, archive, file in it.
 HUB = ("ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.valid.raw")
 
 
@@ -32,7 +34,12 @@ class Corpus:
 
 
 def corpus(name: str, data: Path | None = None) -> Corpus:
-    """The corpus `name`: pydoc, wikitext2, shakespeare, or a UTF-8 file. ConfigError says what was looked for."""
+    """The corpus `name`: pydoc, one of FILES, or a UTF-8 file. ConfigError says what was looked for.
+
+    wikitext2 without `data` is the hub's wikitext2-raw, and is named so.
+    """
+    if data is not None and name not in FILES:
+        raise ConfigError(f"--data is where {', '.join(FILES)} are looked for, and --corpus is {name}")
     if name == DEFAULT:
         return Corpus(name, _pydoc())
     if name not in FILES:
@@ -42,8 +49,8 @@ def corpus(name: str, data: Path | None = None) -> Corpus:
             if (path := data.expanduser() / file).is_file():
                 return Corpus(name, _read(path, ""))
         raise ConfigError(f"corpus {name}: {data} has none of {', '.join(FILES[name])}")
-    if name == "wikitext2":
-        return Corpus(name, _from_hub(*HUB))
+    if name.startswith("wikitext2"):
+        return Corpus("wikitext2-raw", _from_hub(*HUB))
     raise ConfigError(f"corpus {name}: give the folder that holds {FILES[name][0]} as --data DIR")
 
 
@@ -76,6 +83,6 @@ def _from_hub(repository: str, archive: str, member: str) -> str:
         raise ModelError(f"{repository}/{archive} holds no {member}: {error}") from error
     except Exception as error:  # the hub's own errors are many
         raise ConfigError(
-            f"corpus wikitext2: cannot be fetched from the hub ({str(error).splitlines()[0][:200]}); "
-            "give a folder that has wikitext2-valid.txt as --data DIR"
+            f"wikitext2-raw cannot be fetched from the hub ({str(error).splitlines()[0][:200]}); "
+            f"give a folder that has {FILES['wikitext2-raw'][0]} or {FILES['wikitext2'][0]} as --data DIR"
         ) from error

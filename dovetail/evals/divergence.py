@@ -55,7 +55,7 @@ class Divergence(Suite):
     name = "divergence"
     quality = "kl_mean"
     higher = False
-    columns = ("kl_mean", "kl_p99", "top1_agreement", "tokens_per_s")
+    columns = ("kl_mean", "kl_p99", "top1_agreement", "decode_tokens_per_s")
     compares = True
 
     def refer(self, llm: LLM) -> Reference:
@@ -99,7 +99,6 @@ class Divergence(Suite):
         start = time.perf_counter()
         _watch(llm, reference.texts, reference.prompt, compare)
         seconds = time.perf_counter() - start - comparing
-        tokens = sum(map(len, reference.texts))
         return {
             "corpus": self.corpus,
             "window": reference.prompt,
@@ -111,8 +110,11 @@ class Divergence(Suite):
             "kl_max": float(kl.max()),
             "top1_agreement": float(same.mean()),
             "seconds": seconds,
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": len(kl) / seconds,
         }
+
+    def context(self, result: Result) -> int:
+        return int(result["window"])
 
     def text(self, result: Result) -> str:
         r = result

@@ -14,7 +14,7 @@ from dovetail.hub import home
 
 
 class Journal:
-    """A file of finished results, one line each, named by what was asked (`key`) and the program's version.
+    """A file of finished results, one line each, named by what was asked (`key`).
 
     A line that a crash left half-written is not believed. ConfigError where the file cannot be written.
     """

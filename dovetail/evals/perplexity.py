@@ -41,19 +41,22 @@ class Perplexity(Suite):
     name = "perplexity"
     quality = "perplexity"
     higher = False
-    columns = ("perplexity", "tokens_per_s")
+    columns = ("perplexity", "decode_tokens_per_s")
 
     def measure(self, llm: LLM, reference: Any) -> Result:
         text = corpus(self.corpus, self.data)
         cut = windows(llm.tokenizer.encode(text.text), self._size(llm), self.windows, text.name)
         size = len(cut[0])
         dense = self.dense if self.dense is not None else min(DENSE, size // 4)
-        if not 0 <= dense < size:
-            raise ConfigError(f"--dense must be below the window's {size} tokens, got {dense}")
+        if not 0 <= dense < size - 1:
+            raise ConfigError(
+                f"--dense must leave a token of the window's {size} to read through techniques, got {dense}"
+            )
         start = time.perf_counter()
-        scores = score(llm, cut, [1] * len(cut), dense)
+        scores = score(llm, cut, [1] * len(cut), [dense] * len(cut))
         seconds = time.perf_counter() - start
         means = [-statistics.fmean(s) for s in scores]
+        later = [-statistics.fmean(s[dense:]) for s in scores]  # s[i] comes from row i
         tokens = sum(map(len, scores))
         return {
             "corpus": text.name,
@@ -63,10 +66,14 @@ class Perplexity(Suite):
             "dense": dense,
             "tokens": tokens,
             "perplexity": math.exp(statistics.fmean(means)),
+            "perplexity_after_dense": math.exp(statistics.fmean(later)),
             "window_perplexity": [math.exp(m) for m in means],
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
         }
+
+    def context(self, result: Result) -> int:
+        return int(result["window"])
 
     def text(self, result: Result) -> str:
         r = result

@@ -22,16 +22,21 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
     """A Figure: a point for each result, the Pareto front joined by a line. Refused settings are left out."""
-    measured = [r for r in results if r["state"] == "measured"]
     drawn = figure()
-    axes = drawn.subplots()
-    speeds = [r["tokens_per_s"] for r in measured]
+    draw_front(drawn.subplots(), suite, results)
+    return drawn
+
+
+def draw_front(axes: Any, suite: Suite, results: Sequence[Result]) -> None:
+    measured = [r for r in results if r["state"] == "measured" and "decode_tokens_per_s" in r]
+    speeds = [r["decode_tokens_per_s"] for r in measured]
     values = [r[suite.quality] for r in measured]
     sign = 1 if suite.higher else -1
     front = pareto([(s, sign * v) for s, v in zip(speeds, values, strict=True)])
     line = {"color": "tab:orange", "marker": "o", "markersize": 11, "label": "Pareto front"}
     axes.plot([speeds[i] for i in front], [values[i] for i in front], **line)
-    axes.scatter(speeds, values, color="tab:blue", zorder=3)
+    errors = [[abs(r["decode_spread"][i] - x) for r, x in zip(measured, speeds, strict=True)] for i in (0, 1)]
+    axes.errorbar(speeds, values, xerr=errors, fmt="o", color="tab:blue", elinewidth=0.8, zorder=3)
     middle = (min(speeds, default=0) + max(speeds, default=0)) / 2
     for result, x, y in zip(measured, speeds, values, strict=True):
         left = x > middle  # names grow towards the middle, so that none is cut off
@@ -40,9 +45,9 @@ def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
     axes.margins(0.1)
     if not suite.higher:
         axes.invert_yaxis()
-    axes.set_xlabel("tokens/s")
+    contexts = sorted({r["decode_context"] for r in measured})
+    axes.set_xlabel(f"decoding behind {', '.join(map(str, contexts))} tokens (tokens/s; bars: lowest to highest)")
     axes.set_ylabel(suite.quality.replace("_", " ") + ("" if suite.higher else " (lower is better)"))
     axes.set_title(f"{suite.name}, {results[0]['model']}" if results else suite.name)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
-    return drawn

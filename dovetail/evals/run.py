@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.evals.journal import Journal
+from dovetail.evals.speed import decode_speed
 from dovetail.evals.suite import Result, Suite
 from dovetail.progress import note
+from dovetail.provenance import commit, versions
 from dovetail.setting import Setting
 
 if TYPE_CHECKING:
@@ -31,13 +34,12 @@ class Run:
     @property
     def key(self) -> dict[str, Any]:
         """What makes two runs the same."""
-        from dovetail import __version__
-
         settings = [
             (s.name, s.use, sorted(vars(s.options).items())) for s in (*self.settings, self.reference) if s
         ]
         facts = {"suite": self.suite.name, **self.suite.facts, "model": self.model}
-        return {**facts, "settings": settings, "version": __version__}
+        files = [_file(str(value)) for value in (*self.suite.facts.values(), self.model)]
+        return {**facts, "settings": settings, "files": files, "program": [versions(), commit()]}
 
 
 def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Result]:
@@ -65,6 +67,16 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
     return results
 
 
+def _file(name: str) -> list[Any]:
+    """What tells a file from a changed one, if `name` names one."""
+    path = Path(name).expanduser()
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return []
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+
+
 def _measure(asked: Run, setting: Setting, reference: Any) -> Result:
     start = {"setting": setting.name, "suite": asked.suite.name, "model": asked.model, "use": list(setting.use)}
     try:
@@ -84,7 +96,14 @@ def _figures(suite: Suite, llm: LLM, reference: Any) -> Result:
     state: Result = {"state": IDLE if idle else MEASURED}
     if idle:
         state["why"] = f"{', '.join(idle)} never acted: these are the plain engine's figures"
-    return {**state, **found, "activity": activity, "config": llm.config.to_dict() | {"use": list(llm.config.use)}}
+    speed = decode_speed(llm, suite.context(found))
+    return {
+        **state,
+        **found,
+        **speed,
+        "activity": activity,
+        "config": llm.config.to_dict() | {"use": list(llm.config.use)},
+    }
 
 
 def _once(setting: Setting, asked: Run, act: Callable[[LLM], Any]) -> Any:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 FORCE = 100.0  # logit bias that makes a token the likeliest; what is reported are the logits without it
 
 
-def score(llm: LLM, texts: Sequence[list[int]], first: Sequence[int], dense: int = -1) -> list[list[float]]:
+def score(llm: LLM, texts: Sequence[list[int]], first: Sequence[int], dense: Sequence[int]) -> list[list[float]]:
     """Natural log-probability of tokens first[i], first[i] + 1, ... of each text, given all before them.
 
     The last token of a text is not computed but chosen, so a text may fill the context to its end. Rows before
-    position `dense` read everything; -1: all of them do, but the last. RequestError if one cannot be scored.
+    position dense[i] read everything. RequestError if one cannot be scored.
     """
     params, probes = [], []
-    for ids, begin in zip(texts, first, strict=True):
+    for ids, begin, until in zip(texts, first, dense, strict=True):
         if not 1 <= begin < len(ids):
             raise RequestError(f"a text of {len(ids)} tokens cannot be scored from token {begin} on")
         params.append(
@@ -35,7 +35,7 @@ def score(llm: LLM, texts: Sequence[list[int]], first: Sequence[int], dense: int
                 logit_bias={ids[-1]: FORCE},
             )
         )
-        probes.append(Probe(dense, min(begin, len(ids) - 1)))
+        probes.append(Probe(until, min(begin, len(ids) - 1)))
     outputs = llm.generate([ids[:-1] for ids in texts], params, probes=probes)
     found = []
     for ids, begin, output in zip(texts, first, outputs, strict=True):

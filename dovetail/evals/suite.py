@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dovetail.llm import LLM
 
 Result = dict[str, Any]
+CONTEXT = 512
 
 
 class Suite:
@@ -32,11 +33,16 @@ class Suite:
         raise NotImplementedError
 
     def measure(self, llm: LLM, reference: Any) -> Result:
-        """Run on an engine: figures as plain data, with `tokens`, `seconds` and `tokens_per_s`.
+        """Run on an engine: figures as plain data, with `seconds`, the `tokens` that were scored or generated in
+        them, and `tokens_per_s`. How fast the engine decodes is measured after it (`evals.speed`).
 
         RequestError or ConfigError where the engine cannot do what is asked.
         """
         raise NotImplementedError
+
+    def context(self, result: Result) -> int:
+        """Tokens of context behind which decoding is timed."""
+        return CONTEXT
 
     def text(self, result: Result) -> str:
         """A result for people, in a few lines."""
@@ -63,6 +69,13 @@ def build(kind: type[Suite], given: Mapping[str, Any]) -> Suite:
             takes = ", ".join(_flag(n) for n in known)
             raise ConfigError(f"the suite {kind.name} takes no {_flag(name)}; it takes {takes}")
     return kind(**given)
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """ConfigError where an option that was given is below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{_flag(name)} must be at least {least}, got {value}")
 
 
 def _flag(name: str) -> str:

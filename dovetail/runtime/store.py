@@ -244,7 +244,7 @@ class TiledStore:
         per_layer = self.slots // self.page_size
         layers = self.data.unflatten(0, (-1, per_layer))
         old, new = (s[:: self.page_size] // self.page_size for s in (source, target))
-        layers.index_copy_(1, new, layers.index_select(1, old))
+        layers[:, new] = layers[:, old]  # index_select would first copy all of this strided view
 
     def _place(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at = slots + layer * self.slots

@@ -80,8 +80,10 @@ def _information(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": dovetail.__version__}
+    async def version() -> dict[str, Any]:
+        """The program's version, and the configuration that was resolved for the model."""
+        config = service.llm.config
+        return {"version": dovetail.__version__, "config": config.to_dict() | {"use": list(config.use)}}
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

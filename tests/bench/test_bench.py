@@ -54,17 +54,6 @@ def test_engine(script, tiny_model: Path, kernels: str) -> None:
     assert sorted(found["streams"]) == ["1", "32", "8"]
 
 
-@pytest.mark.parametrize("kernels", ["torch", pytest.param("auto", marks=native)])
-def test_perplexity(script, tiny_model: Path, tmp_path: Path, kernels: str) -> None:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("Once upon a time there was a fox. " * 2)
-    given = (tiny_model, "--corpus", corpus, "--window", 12, "--windows", 2, "--activations", "exact")
-    out, found = script("perplexity.py", *given, "--kernels", kernels, "--json")
-    used = "torch" if kernels == "torch" else isas()[0]
-    assert f"exact activations, float32 KV, {used} kernels" in out
-    assert (found["activations"], found["kernels"], len(found["windows"])) == ("exact", used, 2)
-
-
 def test_host(script) -> None:
     given = ("--streams", 1, 3, "--rounds", 1, "--tokens", 8, "--use", "ngram", "--profile", "--json")
     found = script("host.py", *given)[1]

@@ -50,12 +50,20 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     ]
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_shows_an_example(name):
-    result = invoke(name, "--help")
+def every_command():
+    """The words of each command and of each group."""
+    for name in cli.COMMANDS:
+        yield (name,)
+        module = import_module(f"dovetail.cli.{name}")
+        yield from ((name, own) for own in getattr(module, "COMMANDS", ()) if hasattr(module, "app"))
+
+
+@pytest.mark.parametrize("words", list(every_command()), ids=" ".join)
+def test_every_command_shows_an_example(words):
+    result = invoke(*words, "--help")
     assert result.exit_code == 0
     assert "Example" in result.output
-    assert f"dovetail {name}" in result.output
+    assert f"dovetail {' '.join(words)}" in result.output
 
 
 def test_version():
@@ -223,4 +231,5 @@ def test_doctor_without_the_native_library(home, monkeypatch):
 
 def test_the_listed_commands_exist():
     for name in cli.COMMANDS:
-        assert callable(import_module(f"dovetail.cli.{name}").command)
+        module = import_module(f"dovetail.cli.{name}")
+        assert hasattr(module, "app") or callable(module.command)

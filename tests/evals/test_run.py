@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dovetail import cli, evals
+from dovetail import LLM, cli, evals
 from dovetail.evals.journal import Journal
 from dovetail.evals.plots import pareto
+from dovetail.evals.speed import decode_speed
 from dovetail.evals.suite import Result, Suite
 
 MEASURED: list[str] = []
@@ -29,7 +31,7 @@ class Fake(Suite):
 
     name = "fake"
     quality = "good"
-    columns = ("good", "tokens_per_s")
+    columns = ("good", "decode_tokens_per_s")
 
     def measure(self, llm: Any, reference: Any) -> Result:
         kind = llm.config.kv_cache_dtype
@@ -41,7 +43,7 @@ class Fake(Suite):
             from dovetail import SamplingParams
 
             llm.generate([1] * 40, SamplingParams(temperature=0, max_tokens=self.tokens, ignore_eos=True))
-        return {"good": answer, "tokens": 1, "seconds": 1.0, "tokens_per_s": 10.0 * len(MEASURED)}
+        return {"good": answer, "tokens": 1, "seconds": 1.0, "tokens_per_s": 1.0}
 
     def text(self, result: Result) -> str:
         return f"good {result['good']}"
@@ -54,6 +56,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(evals.SUITES, "fake", ("fake", "Fake"))
     monkeypatch.setattr(evals, "find", lambda name: Fake)
     monkeypatch.setenv("DOVETAIL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("dovetail.evals.run.decode_speed", speed)
+
+
+def speed(llm: Any, context: int) -> dict[str, Any]:
+    """Later engines are faster."""
+    rate = 10.0 * len(MEASURED)
+    return {"decode_tokens_per_s": rate, "decode_spread": [rate - 1, rate + 1], "decode_context": context}
 
 
 def evaluate(model: Path, *options: str):
@@ -78,7 +87,7 @@ def test_a_sweep_is_a_table_and_a_plot(tiny_model: Path, tmp_path: Path):
     done = evaluate(tiny_model, *SWEEP, "--plot", str(plot), "--json", str(tmp_path / "sweep.json"))
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["setting", "good", "tokens_per_s"]
+    assert lines[0].split() == ["setting", "good", "decode_tokens_per_s"]
     # Of a slow good one, a fast bad one and one that another beats in both, the last is not marked.
     assert [line.split()[-1] for line in lines[1:]] == ["10", "20", "best", "best"]
     results = json.loads((tmp_path / "sweep.json").read_text())["results"]
@@ -98,6 +107,32 @@ def test_an_impossible_setting_is_shown_and_the_others_run(tiny_model: Path):
         "sink-window:window=99": "idle",
     }
     assert "int3" in done.stderr and "window >= 1" in done.stderr
+
+
+def test_a_setting_that_was_refused_meets_no_bound_and_is_tried_again(tiny_model: Path):
+    done = evaluate(tiny_model, "--sweep", "kv-cache-dtype=int3", "--min", "good=0.5")
+    assert done.exit_code == 1
+    ANSWERS["int8"] = KeyboardInterrupt()
+    sweep = ("--sweep", "kv-cache-dtype=int3,int8")
+    assert "1 of 3 results are kept" in evaluate(tiny_model, *sweep).stderr
+
+
+def test_results_of_a_changed_model_are_not_taken_up(tiny_model: Path):
+    ANSWERS["int8"] = KeyboardInterrupt()
+    assert evaluate(tiny_model, *SWEEP).exit_code == 130
+    os.utime(tiny_model, ns=(1, 1))
+    MEASURED.clear()
+    evaluate(tiny_model, *SWEEP)
+    assert MEASURED == ["float32", "bf16", "int8"]
+
+
+def test_speed_is_that_of_decoding(tiny_model: Path):
+    llm = LLM(tiny_model)
+    found = decode_speed(llm, 100)
+    low, high = found["decode_spread"]
+    assert 0 < low <= found["decode_tokens_per_s"] <= high and found["decode_context"] == 100
+    assert decode_speed(llm, 5000)["decode_context"] == 4096 - 65
+    assert decode_speed(LLM(tiny_model, max_model_len=64), 100) == {}
 
 
 def test_one_impossible_setting_is_an_error(tiny_model: Path):
@@ -162,7 +197,7 @@ def test_bounds_decide_the_exit_code(tiny_model: Path, option: tuple[str, str], 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--min", "bad=1"), "one of good, tokens_per_s"),
+        (("--min", "bad=1"), "one of good, decode_tokens_per_s"),
         (("--min", "good"), "KEY=NUMBER"),
         (("--min", "good=much"), "not a number"),
         (("--window", "3"), "takes no --window; it takes --tokens"),

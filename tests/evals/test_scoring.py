@@ -39,23 +39,23 @@ def by_transformers(peer, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("first", [1, 2, 40, 63])
 def test_scores_are_transformers(llm: LLM, peer, first: int):
     ids = np.random.default_rng(1).integers(0, 250, 64).tolist()
-    (found,) = score(llm, [ids], [first])
+    (found,) = score(llm, [ids], [first], [0])
     assert found == pytest.approx(by_transformers(peer, ids)[first - 1 :].tolist(), abs=1e-4)
 
 
 def test_a_text_may_fill_the_context(tiny_model: Path, peer):
     llm = LLM(tiny_model, max_model_len=64, **EXACT)
     ids = np.random.default_rng(2).integers(0, 250, 64).tolist()
-    (found,) = score(llm, [ids], [1])
+    (found,) = score(llm, [ids], [1], [0])
     assert found == pytest.approx(by_transformers(peer, ids).tolist(), abs=1e-4)
     with pytest.raises(RequestError, match="the context holds 64"):
-        score(llm, [[*ids, 1]], [1])
+        score(llm, [[*ids, 1]], [1], [0])
 
 
 def test_texts_that_leave_nothing_to_score_are_refused(llm: LLM):
     for ids, first in (([1], 1), ([1, 2], 2), ([1, 2], 0)):
         with pytest.raises(RequestError, match="cannot be scored"):
-            score(llm, [ids], [first])
+            score(llm, [ids], [first], [0])
 
 
 def test_perplexity_is_the_mean_of_the_windows_means(llm: LLM, peer, tmp_path: Path):
@@ -66,6 +66,9 @@ def test_perplexity_is_the_mean_of_the_windows_means(llm: LLM, peer, tmp_path: P
     losses = [-float(by_transformers(peer, ids[i : i + 100]).mean()) for i in (0, 100, 200)]
     assert result["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-4)
     assert (result["tokens"], result["windows"], result["window"]) == (297, 3, 100)
+    later = [-float(by_transformers(peer, ids[i : i + 100])[25:].mean()) for i in (0, 100, 200)]
+    assert result["dense"] == 25
+    assert result["perplexity_after_dense"] == pytest.approx(math.exp(sum(later) / 3), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_perplexity_is_the_mean_of_the_windows_means(llm: LLM, peer, tmp_path: P
         ({"window": 100, "windows": 4}, "3 windows of 100 tokens"),
         ({"window": 1}, "--window must be between 2"),
         ({"window": 9999}, "--window must be between 2"),
-        ({"window": 100, "dense": 100}, "--dense must be below"),
+        ({"window": 100, "dense": 99}, "--dense must leave"),
         ({"window": 100, "windows": 0}, "--windows asks for 0"),
     ],
 )
@@ -118,12 +121,16 @@ def test_divergence_must_fit_the_context(llm: LLM, options: dict):
 def test_corpora_by_name_and_by_file(tmp_path: Path):
     assert len(corpus("pydoc").text) > 100_000
     (tmp_path / "wikitext2-valid.txt").write_text("wiki")
+    (tmp_path / "wiki.valid.raw").write_text("raw")
     assert corpus("wikitext2", tmp_path).text == "wiki"
+    assert corpus("wikitext2-raw", tmp_path).text == "raw"
     assert corpus("wikitext2", tmp_path).digest != corpus("pydoc").digest
     for name, data, why in (
         ("shakespeare", None, "--data DIR"),
         ("shakespeare", tmp_path, "has none of"),
         ("missing.txt", None, "no such file"),
+        ("pydoc", tmp_path, "--data is where"),
+        (str(tmp_path / "wiki.valid.raw"), tmp_path, "--data is where"),
     ):
         with pytest.raises(ConfigError, match=why):
             corpus(name, data)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.runtime.store import quantize_int8, store_type
+from dovetail.runtime.store import TiledStore, quantize_int8, store_type
 from tests.tiny import break_token, finish, make_request, run_all, tiny_engine
 
 
@@ -44,6 +44,23 @@ def test_every_store_writes_reads_and_copies(name: str, tolerance: float) -> Non
     assert torch.equal(heads[0].transpose(0, 1), read)
     store.copy(torch.tensor([6]), torch.tensor([0]))
     assert torch.equal(store.read(1, torch.tensor([0])), read[1:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copying_a_page_of_tiles_allocates_no_more_than_the_page(dtype: torch.dtype) -> None:
+    layers, slots, heads, dim = 3, 64 * 16, 2, 24
+    store = TiledStore.pair((layers, slots, heads, dim), dtype, 16)[0]
+    values = torch.randn(16, heads, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    old, new = torch.arange(80, 96), torch.arange(16, 32)
+    for layer in range(layers):
+        store.write(layer, old, values * (layer + 1))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        store.copy(old, new)
+    for layer in range(layers):
+        assert torch.equal(store.read(layer, new), store.read(layer, old))
+        assert torch.equal(store.read(layer, new), values * (layer + 1))
+    page = store.data[0].numel() * dtype.itemsize
+    assert max(event.cpu_memory_usage for event in profile.events()) < 4 * layers * page
 
 
 def test_unknown_types_are_refused_with_the_known_ones() -> None:

@@ -75,3 +75,10 @@ def test_token_buckets() -> None:
 @pytest.mark.parametrize("path", ["/version", "/health", "/openapi.json"])
 def test_information(shared: Running, path: str) -> None:
     assert httpx.get(shared.url + path).status_code == 200
+
+
+def test_the_version_has_the_resolved_configuration(shared: Running) -> None:
+    found = httpx.get(f"{shared.url}/version").json()
+    config = shared.llm.config
+    assert found["config"]["use"] == list(config.use) and found["config"]["threads"] == config.threads
+    assert found["config"]["kv_memory"] == config.kv_memory

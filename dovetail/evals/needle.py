@@ -1,0 +1,199 @@
+"""Needles in a haystack: whether a number that stands somewhere in a long context is found again.
+
+A grid of context length by depth. A context is text of `corpus` with needles such as "The special magic number is
+524879." put in as paragraphs; the model completes the same sentence after it. Everything is built from tokens, so
+that context and question are `length` tokens exactly. Rows from the end of the context on are read as generated
+text would be: the question as well as the answer runs through the techniques in use, since one that sees them with
+everything read proves nothing.
+
+Trial t of every cell has the same needles and its text begins at the same place: cells differ in nothing but
+length and depth, and the prefix cache has most of the work done already. A text shorter than the context is
+repeated, and the result says so (`repeated`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dovetail.core.errors import ConfigError
+from dovetail.evals.corpus import DEFAULT, corpus
+from dovetail.evals.haystack import haystack
+from dovetail.evals.plots import draw_front
+from dovetail.evals.retrieval import KEYS, VARIANTS, recall
+from dovetail.evals.suite import Result, Suite
+from dovetail.evals.trial import Trial, trial
+from dovetail.progress import counter
+from dovetail.setting import expanded
+from dovetail.table import table
+
+if TYPE_CHECKING:
+    from dovetail.llm import LLM
+
+SHORTEST, STEP = 1024, 512  # of the default lengths
+NEEDLES = 4  # with several
+
+
+@dataclass(frozen=True)
+class Needle(Suite):
+    """Options: `lengths` in tokens, as in 1024,2048 or 1024..8192 (doubling; default: from 1024 on, and the
+    longest multiple of 512 that fits the context); `depths` in percent; `trials` for each cell; `variant` and
+    number of `needles` as in `dovetail.evals.retrieval` (default: 4 where there are several). The first needle is
+    at the cell's depth, the others at random ones. `corpus` is the haystack.
+
+    A cell's `correct` are the trials in which every number asked for was found, `recall` is the mean share found.
+    `tokens` counts what was computed: prompt tokens that the prefix cache did not have, and generated ones.
+    """
+
+    corpus: str = DEFAULT
+    data: Path | None = None
+    lengths: str | None = None
+    depths: str = "0,25,50,75,100"
+    trials: int = 5
+    needles: int | None = None
+    variant: str = "single"
+
+    name = "needle"
+    quality = "accuracy"
+    columns = ("accuracy", "recall", "decode_tokens_per_s")
+
+    def __post_init__(self) -> None:
+        """ConfigError for what is wrong whatever the model."""
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"--variant '{self.variant}' is unknown; the known ones are {', '.join(VARIANTS)}")
+        if self.trials < 1:
+            raise ConfigError(f"--trials must be at least 1, got {self.trials}")
+        least, most = (1, 1) if self.variant == "single" else (2, len(KEYS))
+        if not least <= self.count <= most:
+            allowed = "1" if least == most else f"{least} to {most}"
+            raise ConfigError(f"--variant {self.variant} takes {allowed} needles, and --needles is {self.count}")
+        if max(self.percents) > 100:
+            raise ConfigError(f"--depths are percent, 0 to 100, got {max(self.percents)}")
+        if self.lengths is not None:
+            _numbers("--lengths", self.lengths)
+
+    @property
+    def count(self) -> int:
+        return self.needles if self.needles is not None else 1 if self.variant == "single" else NEEDLES
+
+    @property
+    def percents(self) -> list[int]:
+        return _numbers("--depths", self.depths)
+
+    def measure(self, llm: LLM, reference: Any) -> Result:
+        text = corpus(self.corpus, self.data)
+        hay = haystack(text.text, text.name, llm.tokenizer)
+        trials = [trial((self.variant, self.count), llm, hay, number) for number in range(self.trials)]
+        lengths = self._fitting(llm, trials)
+        scores: dict[tuple[int, int], list[float]] = {(n, d): [] for n in lengths for d in self.percents}
+        tokens = 0
+        start = time.perf_counter()
+        with counter("trials", len(scores) * len(trials)) as advance:
+            for each in trials:
+                # What begins alike comes after the longest and deepest, from which it takes what is stored.
+                for length in reversed(lengths):
+                    for depth, output in each.run(llm, length, self.percents[::-1]):
+                        answer = output.outputs[0]
+                        scores[length, depth].append(recall(each.task.values, answer.text))
+                        tokens += length - output.num_cached_tokens + len(answer.token_ids)
+                    advance(len(self.percents))
+        seconds = time.perf_counter() - start
+        return {
+            "corpus": text.name,
+            "corpus_sha256": text.digest,
+            "repeated": lengths[-1] > len(hay.tokens),
+            "variant": self.variant,
+            "needles": self.count,
+            **_summary(scores),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+        }
+
+    def context(self, result: Result) -> int:
+        return int(max(row["length"] for row in result["grid"]))
+
+    def text(self, result: Result) -> str:
+        r = result
+        cells = {(row["length"], row["depth"]): f"{row['correct']}/{row['trials']}" for row in r["grid"]}
+        lengths, depths = (sorted({row[key] for row in r["grid"]}) for key in ("length", "depth"))
+        rows = [(n, *(cells[n, d] for d in depths)) for n in lengths]
+        correct, trials = (sum(row[key] for row in r["grid"]) for key in ("correct", "trials"))
+        several = f", {r['recall']:.1%} of the numbers" if r["needles"] > 1 else ""
+        return (
+            f"{table(('tokens', *(f'{d}%' for d in depths)), rows)}\n"
+            f"accuracy {r['accuracy']:.1%} ({correct} of {trials}){several}: {_task(r)}, "
+            f"{r['seconds']:.1f} s, {r['tokens_per_s']:.0f} tokens/s"
+        )
+
+    def draw(self, results: list[Result]) -> Any:
+        """A heat map for each result; of several also quality against speed."""
+        from dovetail.evals.heat_map import heat_maps
+
+        measured = [r for r in results if "grid" in r]
+        maps = [(f"{r['model']}, {r['setting']}: {_task(r)}", r["grid"]) for r in measured]
+        return heat_maps(maps, (lambda axes: draw_front(axes, self, results)) if len(results) > 1 else None)
+
+    def _fitting(self, llm: LLM, trials: list[Trial]) -> list[int]:
+        """The lengths in order. ConfigError for one that the context does not hold, or without room for text."""
+        limit, room = llm.config.max_model_len, max(t.room for t in trials)
+        if self.lengths is None:
+            lengths = _default_lengths(limit - room)
+        else:
+            lengths = _numbers("--lengths", self.lengths)
+        least = max(t.fixed for t in trials) + 1
+        if lengths[-1] > limit - room:
+            raise ConfigError(
+                f"--lengths: {lengths[-1]} tokens and {room} of answer are more than the context of {limit}; "
+                f"the longest that fits is {limit - room}"
+            )
+        if lengths[0] < least:
+            raise ConfigError(
+                f"--lengths: {lengths[0]} tokens are too few for {self.count} needles and the question, "
+                f"which take {least} with a token of text"
+            )
+        return lengths
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """`512,1024..4096` -> 512 1024 2048 4096, in order, each once. ConfigError where it is no list of numbers."""
+    found = [n for part in text.split(",") for n in expanded(part.strip(), text)]
+    for n in found:
+        if not n.isdecimal():
+            raise ConfigError(f"{flag} '{text}': '{n}' is not a whole number; write them as in 0,50 or 1024..8192")
+    return sorted({int(n) for n in found})
+
+
+def _default_lengths(most: int) -> list[int]:
+    longest = most // STEP * STEP
+    if not longest:
+        raise ConfigError(f"the context has no room for {STEP} tokens and an answer; give shorter --lengths")
+    doubled = []
+    length = SHORTEST
+    while length <= most:
+        doubled.append(length)
+        length *= 2
+    return sorted({*doubled, longest})
+
+
+def _summary(scores: dict[tuple[int, int], list[float]]) -> Result:
+    grid = [
+        {
+            "length": length,
+            "depth": depth,
+            "trials": len(cell),
+            "correct": cell.count(1.0),
+            "recall": statistics.fmean(cell),
+        }
+        for (length, depth), cell in scores.items()
+    ]
+    every = [score for cell in scores.values() for score in cell]
+    return {"grid": grid, "accuracy": every.count(1.0) / len(every), "recall": statistics.fmean(every)}
+
+
+def _task(result: Result) -> str:
+    needles = f"{result['needles']} needle{'s' if result['needles'] > 1 else ''}"
+    return f"{result['variant']}, {needles} in {result['corpus']}{' (repeated)' if result['repeated'] else ''}"

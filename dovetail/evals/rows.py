@@ -1,0 +1,134 @@
+"""Rows of a file that is measured on: one a line. Those that cannot be used are left out and named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dovetail.core.errors import ConfigError, RequestError
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+NAMED = 5  # refused lines whose reasons are kept in a result
+TOLD = 3  # and told to people
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Line `line` of a file, counted from 1, cannot be used, and why."""
+
+    line: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Rows(Generic[T]):
+    """Values of a file's lines, each with the line's number, in order; and the lines that were refused.
+
+    `digest` tells two files of one name apart.
+    """
+
+    name: str
+    digest: str
+    rows: tuple[tuple[int, T], ...]
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def values(self) -> list[T]:
+        return [value for _, value in self.rows]
+
+    def map(self, turn: Callable[[T], U]) -> Rows[U]:
+        """Each value as `turn` makes it. A row for which it raises RequestError is refused; RequestError where
+        none is left."""
+        kept: list[tuple[int, U]] = []
+        refused = list(self.refused)
+        for line, value in self.rows:
+            try:
+                kept.append((line, turn(value)))
+            except RequestError as error:
+                refused.append(Refusal(line, str(error)))
+        refused.sort(key=lambda r: r.line)
+        if not kept:
+            why = told([vars(r) for r in refused], len(refused)) or "it is empty"
+            raise RequestError(f"{self.name} has no row that can be used: {why}")
+        return Rows(self.name, self.digest, tuple(kept), tuple(refused))
+
+    def zip(self, others: Iterable[U]) -> Rows[tuple[T, U]]:
+        """Each value with one of `others`, which are as many."""
+        rows = tuple((line, (value, other)) for (line, value), other in zip(self.rows, others, strict=True))
+        return Rows(self.name, self.digest, rows, self.refused)
+
+    def first(self, count: int | None) -> Rows[T]:
+        """The first `count` rows, or all; of what comes after them nothing is told."""
+        if count is None or count >= len(self.rows):
+            return self
+        last = self.rows[count - 1][0]
+        return replace(self, rows=self.rows[:count], refused=tuple(r for r in self.refused if r.line < last))
+
+    def split(self, count: int) -> tuple[list[T], Rows[T]]:
+        """The values of the first `count` rows, and the other rows. ConfigError where none would be left."""
+        if count >= len(self.rows):
+            raise ConfigError(
+                f"--shots {count}: {self.name} has {len(self.rows)} usable rows, and one must be left to be scored"
+            )
+        return self.values[:count], replace(self, rows=self.rows[count:])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result says of the rows that were refused."""
+        return {"refused": len(self.refused), "refusals": [vars(r) for r in self.refused[:NAMED]]}
+
+
+def told(refusals: Sequence[dict[str, Any]], count: int) -> str:
+    """The reasons of `count` refused lines, of which `refusals` are the first, in a line for people."""
+    named = [f"line {r['line']}: {r['why']}" for r in refusals[:TOLD]]
+    more = count - len(named)
+    return "; ".join([*named, f"and {more} more"] if more else named)
+
+
+def left_out(result: dict[str, Any]) -> str:
+    """What a result's text ends with where rows were refused."""
+    count = result["refused"]
+    return f"\n{count} left out: {told(result['refusals'], count)}" if count else ""
+
+
+def given_file(suite: str, data: Path | None) -> Path:
+    """The file of rows that a suite was given as --data. ConfigError where there is none."""
+    if data is None or not data.expanduser().is_file():
+        found = "nothing was given" if data is None else f"{data} is none"
+        raise ConfigError(f"the suite {suite} needs a file of rows as --data FILE.jsonl; {found}")
+    return data.expanduser()
+
+
+def read_lines(path: Path) -> Rows[bytes]:
+    """The lines of a file that are not blank. ConfigError where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    rows = tuple((number, line.strip()) for number, line in lines if line.strip())
+    return Rows(str(path), hashlib.sha256(data).hexdigest()[:12], rows)
+
+
+def read_text(path: Path) -> Rows[str]:
+    """The lines of a text. ConfigError where it cannot be read, RequestError where none is UTF-8."""
+    return read_lines(path).map(_utf8)
+
+
+def read_jsonl(path: Path) -> Rows[dict[str, Any]]:
+    """The JSON objects of a file. ConfigError where it cannot be read, RequestError where it has none."""
+    from dovetail.server.protocol import json_object
+
+    return read_lines(path).map(lambda line: json_object(line, "line"))
+
+
+def _utf8(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the line is not UTF-8: {error.reason}") from error

@@ -1,0 +1,75 @@
+"""Measures a paper's claims, and sees to it that every one of them was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from dovetail.progress import counter, note
+from dovetail.reproduce import System
+from dovetail.reproduce.claim import Claim, Experiment
+from dovetail.units import format_duration
+
+EFFORTS = ("quick", "default", "full")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The claims of one system, as measured with an effort, and the seconds that took."""
+
+    system: System
+    effort: str
+    claims: tuple[Claim, ...]
+    seconds: float
+
+    @property
+    def missed(self) -> list[Claim]:
+        """Claims whose bar is not met."""
+        return [claim for claim in self.claims if claim.meets is False]
+
+
+def reproduce(system: System, effort: str) -> Reproduction:
+    """Measure all claims of a system that is available. `effort` is one of EFFORTS."""
+    module = import_module(str(system.module))
+    start = time.monotonic()
+    claims = measure(module.experiments(module.EFFORTS[effort]))
+    return Reproduction(system, effort, tuple(claims), time.monotonic() - start)
+
+
+def measure(experiments: Sequence[Experiment]) -> list[Claim]:
+    """The claims of all experiments, each shown as soon as it is known.
+
+    RuntimeError for a claim that was announced and not measured, or measured and not announced.
+    """
+    announced = [name for e in experiments for name in e.claims]
+    if len(set(announced)) != len(announced):
+        raise RuntimeError(f"claims of the same name: {', '.join(announced)}")
+    found: list[Claim] = []
+    with counter("claims", len(announced)) as advance:
+        for e in experiments:
+            note(f"{e.what} ...")
+            before, start = len(found), time.monotonic()
+            _take(e, found, advance)
+            note(f"  ({len(found) - before} claims in {format_duration(time.monotonic() - start)})")
+    return found
+
+
+def _take(experiment: Experiment, found: list[Claim], advance: Callable[[int], None]) -> None:
+    left = list(experiment.claims)
+    for claim in experiment.measure():
+        if claim.name not in left:
+            raise RuntimeError(f"'{claim.name}' was measured, but not announced or measured before")
+        left.remove(claim.name)
+        found.append(claim)
+        note(f"  {claim.name}: {claim.ours}{_verdict(claim)}")
+        advance(1)
+    if left:
+        raise RuntimeError(f"claims were not measured: {', '.join(left)}")
+
+
+def _verdict(claim: Claim) -> str:
+    if claim.bar is None:
+        return ""
+    return f" [met: {claim.bar.needs}]" if claim.bar.meets else f" [MISSED: {claim.bar.needs}]"
