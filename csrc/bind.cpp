@@ -251,7 +251,9 @@ NB_MODULE(_native, m) {
             const auto [q, out, layer, chosen] = on;
             p.attend({q, out, layer, chosen}, window, (Variant)variant, std::move(params));
         })
-        .def("sparsify", [](Program& p, int window, int budget, bool positions) { p.sparsify({window, budget, positions}); })
+        .def("sparsify", [](Program& p, int window, int budget, int leading, bool positions) {
+            p.sparsify({window, budget, leading, positions});
+        })
         .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries) {
             p.pick(q, layer, summary_of(kind), (const uint8_t*)summaries);
         })

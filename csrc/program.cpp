@@ -169,8 +169,8 @@ class PickOp : public Op {
     void run(Member& member, const Work& work) override {
         if (!work.chosen) return;
         const size_t bytes = (size_t)kv_.heads * 2 * kv_.padded() * kv_.element();
-        work.selection->pick(member, *work.kernels,
-                             {&kv_, (*work.slots)[q_].data.data(), summaries_ + layer_ * kv_.pages_per_layer * bytes, kind_});
+        const uint8_t* summaries = summaries_ ? summaries_ + layer_ * kv_.pages_per_layer * bytes : nullptr;
+        work.selection->pick(member, *work.kernels, {&kv_, (*work.slots)[q_].data.data(), summaries, kind_});
     }
 
    private:

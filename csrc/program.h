@@ -138,7 +138,7 @@ class Program {
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_, chosen_;
     Selection selection_;
-    Sparsity sparsity_{INT32_MAX, INT32_MAX, false};
+    Sparsity sparsity_{INT32_MAX, INT32_MAX, -1, false};
     bool choosing_ = false;
     int64_t unread_ = 0;
     Sampler sampler_;

@@ -55,9 +55,9 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
     for (int i = 0; i < span.rows; i++) {
         const int position = span.start + i, pages = position / page_size_ + 1;
         const int may = position < span.dense_until ? 0 : std::max(0, position + 1 - sparsity.window) / page_size_;
-        const int count = std::max(0, sparsity.budget - (pages - may));
+        const int count = sparsity.leading >= 0 ? sparsity.leading : std::max(0, sparsity.budget - (pages - may));
         if (count >= may) {
-            dense = i + 1;  // once a row chooses, all later ones do: pages - budget only grows
+            dense = i + 1;  // once a row chooses, all later ones do: what they leave out only grows
             continue;
         }
         const int listed = count + pages - may;
@@ -84,9 +84,10 @@ void Selection::prepare(const KVMemory& kv, int threads) {
 
 void Selection::pick(Member& member, const Kernels& kernels, const PickArgs& args) {
     Scratch& mine = scratch_[member.id];
-    member.share((int)parts_.size(), [&](int i) { score(parts_[i], kernels, args, mine); });
+    const bool scored = args.summaries != nullptr;
+    if (scored) member.share((int)parts_.size(), [&](int i) { score(parts_[i], kernels, args, mine); });
     member.share((int)rows_.size() * heads_.kv,
-                 [&](int i) { choose(rows_[i / heads_.kv], i % heads_.kv, mine); });
+                 [&](int i) { choose(rows_[i / heads_.kv], i % heads_.kv, scored, mine); });
 }
 
 void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
@@ -107,10 +108,12 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     }
 }
 
-void Selection::choose(const Row& row, int head, Scratch& mine) {
+void Selection::choose(const Row& row, int head, bool scored, Scratch& mine) {
     int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
     int32_t* positions = positions_.data() + row.list + (size_t)head * row.listed;
-    largest(scores_.data() + row.scores + (size_t)head * row.eligible, row.eligible, row.count, mine.keys.data(), list);
+    const float* scores = scores_.data() + row.scores + (size_t)head * row.eligible;
+    if (scored) largest(scores, row.eligible, row.count, mine.keys.data(), list);
+    else for (int i = 0; i < row.count; i++) list[i] = i;
     for (int i = row.count; i < row.listed; i++) list[i] = row.eligible + i - row.count;
     for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_, list[i] = row.pages[list[i]];
 }

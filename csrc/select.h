@@ -1,5 +1,5 @@
-// Which pages of a sequence a row reads: of those that its position lets it leave out, the ones that score highest, for
-// each KV head by itself; and all later ones.
+// Which pages of a sequence a row reads: of those that its position lets it leave out, the first ones, or the ones that
+// score highest, for each KV head by itself; and all later ones.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -17,17 +17,19 @@ struct Span {
     const int32_t* pages;
 };
 
-// `window` recent tokens are always read, and `budget` pages in all. `positions`: lists say where their pages lie in the
-// sequence, which only variants ask for.
+// `window` recent tokens are always read. Beside their pages a row reads so many as make `budget` pages with them; or,
+// where `leading` is not negative, so many. `positions`: lists say where their pages lie in the sequence, which only
+// variants ask for.
 struct Sparsity {
-    int window, budget;
+    int window, budget, leading;
     bool positions;
 };
 
 struct PickArgs {
     const KVMemory* kv;
     const void* q;             // [rows][query heads][padded dim] in the compute type
-    const uint8_t* summaries;  // of the layer's first page: [pages][KV heads][2][padded dim] in the compute type
+    const uint8_t* summaries;  // of the layer's first page: [pages][KV heads][2][padded dim] in the compute type;
+                               // null: the first pages are chosen
     Summary kind;
 };
 
@@ -58,7 +60,7 @@ class Selection {
     };
     void add(const Span& span, const Sparsity& sparsity);
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
-    void choose(const Row& row, int head, Scratch& mine);
+    void choose(const Row& row, int head, bool scored, Scratch& mine);
 
     Heads heads_;
     int page_size_ = 0;

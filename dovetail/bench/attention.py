@@ -110,7 +110,7 @@ class Attention:
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
         asked = (variant.window, variant.address, variant.params) if variant else (0, 0, [])
         for layer in range(self.layers):
-            program.attend(self._q, self._out, layer, *asked)
+            program.attend((self._q, self._out, layer, False), *asked)
         self._plan(requests)
 
     def _plan(self, requests: Sequence[Request]) -> None:

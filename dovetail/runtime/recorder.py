@@ -34,6 +34,8 @@ class Recorder:
         self._angles: dict[Rope, int] = {}
         self._slots: dict[tuple[str, int], int] = {}
         self._variants: dict[int, tuple[Variant, KernelVariant]] = {}
+        self._sparsity = (0, 0, 0)  # of the layers that choose pages: window, budget, leading
+        self._positions = False  # whether a variant asks where the chosen pages lie
         self._held: list[Any] = []  # what the program's addresses point into
 
     def slot(self, name: str, width: int, sampled: bool = False) -> int:
@@ -82,14 +84,22 @@ class Recorder:
             self._variants[id(variant)] = (variant, kernel_variant(variant, self.geometry.num_heads))
         v = self._variants[id(variant)][1]
         chosen = layer not in self.kv.own_window and self.kv.seams.selector.record(layer, self)
+        if chosen:
+            self._positions |= bool(v.window or v.address)
+            self.program.sparsify(*self._sparsity, self._positions)
         self.program.attend((self.q, self.attended, layer, chosen), v.window, v.address, v.params)
 
     def pick(self, layer: int, summaries: Summaries, window: int, budget: int) -> None:
         """Choose pages of `layer` by their summaries (`ops.pages`): a row reads `budget` pages, of which those of
         the last `window` tokens are not chosen but given. Both are the same in all layers."""
-        self.program.sparsify(window, budget, True)
+        self._sparsity = (window, budget, -1)
         self._held.append(summaries)
         self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr())
+
+    def pick_first(self, layer: int, count: int, window: int) -> None:
+        """The first `count` pages of `layer` beside those of the last `window` tokens."""
+        self._sparsity = (window, 0, count)
+        self.program.pick(self.q, layer, "bound", 0)
 
 
 def connect(program: Any, kv: KV) -> None:

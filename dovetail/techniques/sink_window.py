@@ -22,16 +22,29 @@ from dovetail.core.types import PageSet
 class SinkWindowSelector(Selector):
     """Chooses the sink's pages; the core adds the window."""
 
+    recorded = True
+
     def __init__(self, sink_pages: int, window: int, num_kv_heads: int) -> None:
         self.window = window
         self.sink_pages = sink_pages
         self.num_kv_heads = num_kv_heads
-        self.dropped = 0
+        self._dropped = 0
+        self._program: Any = None
+
+    @property
+    def dropped(self) -> int:
+        """Pages that rows left unread, in one layer."""
+        return self._dropped if self._program is None else int(self._program.unread())
+
+    def record(self, layer: int, to: Any) -> bool:
+        self._program = to.program
+        to.pick_first(layer, self.sink_pages, self.window)
+        return True
 
     def select(self, layer: int, q: Any, batch: Any) -> PageSet:
         rows = batch.sparse_rows
         if layer == 0:
-            self.dropped += int((batch.eligible[rows] - self.sink_pages).clamp_min(0).sum())
+            self._dropped += int((batch.eligible[rows] - self.sink_pages).clamp_min(0).sum())
         pages = torch.arange(self.sink_pages, device=q.device)
         return PageSet(pages.expand(len(rows), self.num_kv_heads, -1))
 
