@@ -76,5 +76,7 @@ def pick(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     absent = pages >= eligible[:, None, None]
     order = scores.masked_fill(absent, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     most = min(int(count.max()), scores.shape[-1])
-    chosen = torch.where(pages[:most] < count[:, None, None], order[..., :most], scores.shape[-1]).sort(-1).values
+    order = order[..., :most]
+    wanted = (pages[:most] < count[:, None, None]) & (order < eligible[:, None, None])
+    chosen = torch.where(wanted, order, scores.shape[-1]).sort(-1).values
     return torch.where(chosen == scores.shape[-1], -1, chosen)

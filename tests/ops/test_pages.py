@@ -22,6 +22,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
 def test_the_bound_is_above_every_product(seed: int, tokens: int, heads: int, group: int) -> None:
     keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
@@ -32,6 +33,7 @@ def test_the_bound_is_above_every_product(seed: int, tokens: int, heads: int, gr
         torch.testing.assert_close(scores, products.amax((2, 4)))
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 20))
 def test_mean_and_deviation_are_the_tokens(seed: int, tokens: int) -> None:
     keys = random(seed, 3, tokens, 2, 8).double()
@@ -43,6 +45,7 @@ def test_mean_and_deviation_are_the_tokens(seed: int, tokens: int) -> None:
 numbers = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, float("-inf")])
 
 
+@settings(deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=12), st.data())
 def test_the_best_pages_by_brute_force(scores: list[float], data: Any) -> None:
     eligible = data.draw(st.integers(0, len(scores)))
@@ -52,6 +55,7 @@ def test_the_best_pages_by_brute_force(scores: list[float], data: Any) -> None:
     assert [p for p in found if p >= 0] == wanted
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 30))
 def test_larger_budgets_read_what_smaller_ones_do(seed: int, pages: int) -> None:
     scores, eligible = random(seed, 1, 2, pages), torch.tensor([pages])
@@ -72,7 +76,7 @@ def test_native_summaries_are_the_definitions(tiny_model: Path, kind: str, kv: s
     executor: Any = llm.engine.executor
     summaries, cache = llm.engine.seams.selector.summaries, executor.kv  # type: ignore[attr-defined]
     assert summaries.program is not None
-    sealed = torch.arange(208 // block)
+    sealed = torch.arange(200 // block)  # the last ones are summarised in the next step
     for layer in range(2):
         got = summaries.data[layer * cache.pages_per_layer + sealed]
         want = summary(cache.keys(layer, sealed), kind).to(got.dtype)
