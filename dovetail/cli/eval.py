@@ -16,6 +16,7 @@ from dovetail.plot import PlotOption
 from dovetail.progress import note
 
 if TYPE_CHECKING:
+    from dovetail.evals.journal import Journal
     from dovetail.evals.run import Run
     from dovetail.evals.suite import Result, Suite
 
@@ -61,20 +62,12 @@ def command(
       dovetail eval smollm2-135m --suite perplexity --use sink-window:window=256 --max perplexity=20
       dovetail eval smollm2-135m --suite needle --lengths 1024..4096 --plot heat.png
     """
-    from dovetail.evals import run as runs
     from dovetail.evals.journal import Journal
 
     asked = _asked(model, suite, suite_options, engine, sweep or [], against)
     bounds = _bounds(asked.suite, least or [], 1) + _bounds(asked.suite, most or [], -1)
     journal = Journal(asked.key, fresh)
-    if journal.found:
-        note(f"{len(journal.found)} of {len(asked.settings)} results are an interrupted run's (--fresh: anew)")
-    try:
-        results = runs.run(asked, journal, lambda result: _say(asked, result))
-    except KeyboardInterrupt:
-        if journal.found:
-            note(f"\n{len(journal.found)} of {len(asked.settings)} results are kept: the same command goes on")
-        raise
+    results = _results(asked, journal)
     if len(asked.settings) > 1:
         print(_table(asked.suite, results))
     if plot is not None:
@@ -84,6 +77,21 @@ def command(
     write_json(json_file, _json(asked, results))
     journal.remove()
     _judge(results, bounds)
+
+
+def _results(asked: Run, journal: Journal) -> list[Result]:
+    """What is measured, and what an interrupted run left."""
+    from dovetail.evals.run import run
+
+    total = len(asked.settings)
+    if journal.found:
+        note(f"{len(journal.found)} of {total} results are an interrupted run's (--fresh: anew)")
+    try:
+        return run(asked, journal, lambda result: _say(asked, result))
+    except KeyboardInterrupt:
+        if journal.found:
+            note(f"\n{len(journal.found)} of {total} results are kept: the same command goes on")
+        raise
 
 
 def _asked(
@@ -127,18 +135,24 @@ def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, fl
 
 
 def _say(asked: Run, result: Result) -> None:
-    single = len(asked.settings) == 1
+    """A result as it comes: on stdout, unless it is only progress of a table to come."""
     if "why" in result:
         note(f"{result['setting']}: {result['state']}: {result['why']}")
-    if result["state"] != "refused":
-        text = asked.suite.text(result)
-        print(text if single else f"{result['setting']}\n{text}\n", flush=True)
-        for name, count in result["activity"].items() if single else ():
+    if result["state"] == "refused":
+        return
+    text = asked.suite.text(result)
+    if len(asked.settings) == 1:
+        print(text)
+        for name, count in result["activity"].items():
             print(f"{name}: acted {count} times")
+    elif asked.suite.wide:
+        print(f"{result['setting']}\n{text}\n", flush=True)
+    else:
+        note(f"  {text}")
 
 
 def _table(suite: Suite, results: Sequence[Result]) -> str:
-    """One line for each setting; a star marks those that none beats in quality and speed together."""
+    """One line for each setting; `best` are those that none beats in quality and speed together."""
     from dovetail.evals.plots import pareto
     from dovetail.table import table
 

@@ -59,6 +59,7 @@ class Needle(Suite):
     name = "needle"
     quality = "accuracy"
     columns = ("accuracy", "recall", "decode_tokens_per_s")
+    wide = True
 
     def __post_init__(self) -> None:
         """ConfigError for what is wrong whatever the model."""

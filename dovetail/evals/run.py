@@ -60,10 +60,10 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
                 note(f"reference: {asked.reference.name}")
                 reference = _once(asked.reference, asked, lambda llm: asked.suite.refer(llm))
             result = _measure(asked, setting, reference)
-            journal.add(setting.name, result)
+            if result["state"] != REFUSED:  # what was in its way may be gone the next time
+                journal.add(setting.name, result)
         results.append(result)
         show(result)
-    journal.remove()
     return results
 
 

@@ -26,6 +26,7 @@ class Suite:
     quality: ClassVar[str]
     higher: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ()
+    wide: ClassVar[bool] = False  # whether `text` has more than a table of several results shows
     compares: ClassVar[bool] = False  # whether `measure` needs what a reference engine says
 
     def refer(self, llm: LLM) -> Any:

@@ -143,7 +143,18 @@ def test_prompts_from_files(tmp_path):
 
 def test_command_line_sweep(tiny_model, tmp_path):
     destination = tmp_path / "out.json"
-    words = ("--tokens", 8, "--limit", 2, "--sweep", "kv-cache-dtype=int4", "--min", "exact=0.01")
+    words = (
+        "--tokens",
+        8,
+        "--limit",
+        2,
+        "--sweep",
+        "kv-cache-dtype=int4",
+        "--min",
+        "exact=0.01",
+        "--against",
+        "plain",
+    )
     result = call("eval", tiny_model, "--suite", "similarity", *words, *SMALL, "--json", destination)
     assert result.exit_code in (0, 1)
     assert "rougeL" in result.stdout.splitlines()[0]
