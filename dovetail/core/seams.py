@@ -110,12 +110,6 @@ class Selector:
     """
 
     window: int = UNLIMITED
-    recorded: bool = False  # whether `record` does all that `select` says
-
-    def record(self, layer: int, to: Any) -> bool:
-        """Choose the pages of `layer` by operations of a native program (`runtime.recorder.Recorder`), of which
-        `select` is the definition. False: its rows read everything."""
-        return False
 
     def seal(self, pages: Array, kv: Any) -> None:
         """Summarise the completed `pages` [n] (int64), by physical page; a page is sealed again when reused."""

@@ -18,6 +18,7 @@ from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
 from dovetail.runtime.kv import KV
 from dovetail.runtime.native_sampler import choose
+from dovetail.runtime.recorded import RecordedSelector
 from dovetail.runtime.recorder import Recorder, connect
 from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 
@@ -27,7 +28,7 @@ def recordable(model: Any, seams: Seams) -> bool:
     defaults = ((seams.codec, Codec), (seams.residency, Residency), (seams.rows, RowFilter))
     if any(type(filler) is not default for filler, default in defaults):
         return False
-    if not (type(seams.selector) is Selector or seams.selector.recorded):
+    if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
         return False
     try:
         variants = {id(v): v for v in (block.attention.variant for block in model.blocks())}

@@ -17,6 +17,7 @@ from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.pages import Summaries
 from dovetail.ops.rope import Rope
 from dovetail.runtime.kv import KV
+from dovetail.runtime.recorded import RecordedSelector
 
 
 class Recorder:
@@ -83,7 +84,9 @@ class Recorder:
         if id(variant) not in self._variants:
             self._variants[id(variant)] = (variant, kernel_variant(variant, self.geometry.num_heads))
         v = self._variants[id(variant)][1]
-        chosen = layer not in self.kv.own_window and self.kv.seams.selector.record(layer, self)
+        selector, chosen = self.kv.seams.selector, False
+        if isinstance(selector, RecordedSelector) and layer not in self.kv.own_window:
+            chosen = selector.record(layer, self)
         if chosen:
             self._positions |= bool(v.window or v.address)
             self.program.sparsify(*self._sparsity, self._positions)

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import pages_for
-from dovetail.core.seams import Seams, Selector, Site
+from dovetail.core.seams import Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import ALL, PageSet
 from dovetail.ops.pages import KINDS, Summaries, pick
+from dovetail.runtime.recorded import RecordedSelector
 
 
-class QuestSelector(Selector):
+class QuestSelector(RecordedSelector):
     """Chooses pages so that a row and KV head reads `budget` of them, those that are always read included."""
-
-    recorded = True
 
     def __init__(self, site: Site, budget: int, skip_layers: int, score: str) -> None:
         self.site = site

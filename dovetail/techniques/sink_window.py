@@ -14,15 +14,14 @@ import torch
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import pages_for
-from dovetail.core.seams import Seams, Selector, Site
+from dovetail.core.seams import Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import PageSet
+from dovetail.runtime.recorded import RecordedSelector
 
 
-class SinkWindowSelector(Selector):
+class SinkWindowSelector(RecordedSelector):
     """Chooses the sink's pages; the core adds the window."""
-
-    recorded = True
 
     def __init__(self, sink_pages: int, window: int, num_kv_heads: int) -> None:
         self.window = window

@@ -1,0 +1,18 @@
+"""Fillers of seams that can act inside a recorded program."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dovetail.core.seams import Selector
+
+if TYPE_CHECKING:
+    from dovetail.runtime.recorder import Recorder
+
+
+class RecordedSelector(Selector):
+    """A selector that says what `select` does as operations of a native program."""
+
+    def record(self, layer: int, to: Recorder) -> bool:
+        """Record what chooses the pages of `layer`, before its attention. False: its rows read everything."""
+        raise NotImplementedError
