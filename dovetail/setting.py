@@ -109,8 +109,9 @@ def expanded(value: str, whole: str) -> Iterable[str]:
     if not dots:
         return [value]
     if not (low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high)):
+        inside = f" (in '{whole}')" if whole != value else ""
         raise ConfigError(
-            f"'{whole}': '{value}' is not a range; write LOW..HIGH with whole numbers, as in 128..2048"
+            f"'{value}'{inside} is not a range; write LOW..HIGH, whole numbers from low to high, as in 128..2048"
         )
     doubled = itertools.takewhile(lambda n: n <= int(high), (int(low) << i for i in itertools.count()))
     return [str(n) for n in doubled]

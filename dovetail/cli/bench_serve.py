@@ -59,6 +59,8 @@ def command(
     setup.check()
     if plot_file is not None and load.rate == "max":
         raise ConfigError("--plot draws against the offered rate, and --rate max has none")
+    if records is not None and str(records) == json_file:
+        raise ConfigError(f"--records and --json both name {records}; they are different files")
     from dovetail.bench.record_file import record_file
 
     vocabulary = setup.vocabulary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,7 +102,10 @@ def _asked(
     from dovetail.evals.run import Run
     from dovetail.evals.suite import build
     from dovetail.setting import Setting, parse_setting, parse_sweep
+    from dovetail.techniques import technique
 
+    for spec in engine.use:  # what the user asked for must exist, whatever it is compared with
+        technique(spec)
     kind = find(name)
     plain = Setting("plain", (), engine.options)
     base = Setting("+".join(engine.use) or "plain", engine.use, engine.options)
@@ -128,9 +132,12 @@ def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, fl
         if key not in suite.columns or not equals:
             raise ConfigError(f"{flag} '{text}': write KEY=NUMBER with one of {', '.join(suite.columns)}")
         try:
-            found.append((key, float(value), sign))
+            bound = float(value)
         except ValueError:
-            raise ConfigError(f"{flag} '{text}': '{value}' is not a number") from None
+            bound = math.nan
+        if not math.isfinite(bound):
+            raise ConfigError(f"{flag} '{text}': '{value}' is not a number")
+        found.append((key, bound, sign))
     return found
 
 
@@ -163,9 +170,11 @@ def _table(suite: Suite, results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         figures = [float(r[c]) if c in r else None for c in suite.columns]
-        state = "best" if r["setting"] in best else ""
-        rows.append((r["setting"], *figures, r["state"] if r["state"] != "measured" else state))
-    return table(("setting", *suite.columns, ""), rows)
+        low, high = r.get("decode_spread", (None, None))
+        marks = [r["state"]] if r["state"] != "measured" else ["best"] if r["setting"] in best else []
+        marks += ["earlier run"] if r.get("earlier") else []
+        rows.append((r["setting"], *figures, low, high, ", ".join(marks)))
+    return table(("setting", *suite.columns, "lowest", "highest", ""), rows)
 
 
 def _json(asked: Run, results: Sequence[Result]) -> dict[str, Any]:

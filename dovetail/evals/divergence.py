@@ -22,7 +22,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe
 from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.perplexity import windows
-from dovetail.evals.suite import Result, Suite
+from dovetail.evals.suite import Result, Suite, at_least
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -51,6 +51,9 @@ class Divergence(Suite):
     window: int = WINDOW
     windows: int | None = None
     tokens: int = TOKENS
+
+    def __post_init__(self) -> None:
+        at_least(1, window=self.window, windows=self.windows, tokens=self.tokens)
 
     name = "divergence"
     quality = "kl_mean"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dovetail.core.errors import ConfigError
 from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.scoring import score
-from dovetail.evals.suite import Result, Suite
+from dovetail.evals.suite import Result, Suite, at_least
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -37,6 +37,10 @@ class Perplexity(Suite):
     window: int | None = None
     windows: int | None = None
     dense: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, windows=self.windows)
+        at_least(2, window=self.window)
 
     name = "perplexity"
     quality = "perplexity"

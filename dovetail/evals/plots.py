@@ -41,7 +41,8 @@ def draw_front(axes: Any, suite: Suite, results: Sequence[Result]) -> None:
     for result, x, y in zip(measured, speeds, values, strict=True):
         left = x > middle  # names grow towards the middle, so that none is cut off
         place = {"xytext": (-8 if left else 8, 5), "ha": "right" if left else "left"}
-        axes.annotate(result["setting"], (x, y), textcoords="offset points", fontsize=8, **place)
+        name = result["setting"] + (" (earlier run)" if result.get("earlier") else "")
+        axes.annotate(name, (x, y), textcoords="offset points", fontsize=8, **place)
     axes.margins(0.1)
     if not suite.higher:
         axes.invert_yaxis()

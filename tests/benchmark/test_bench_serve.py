@@ -543,3 +543,10 @@ def test_an_interrupt_leaves_no_server(tiny_model, number) -> None:
     for kid in kids:
         with pytest.raises(ProcessLookupError):
             os.kill(kid, 0)
+
+
+def test_one_file_cannot_hold_records_and_result(tmp_path):
+    same = tmp_path / "same.json"
+    result = call("bench", "serve", "http://127.0.0.1:9", "--json", same, "--records", same)
+    assert result.exit_code == 2 and "different files" in result.stderr
+    assert not same.exists()

@@ -87,9 +87,9 @@ def test_a_sweep_is_a_table_and_a_plot(tiny_model: Path, tmp_path: Path):
     done = evaluate(tiny_model, *SWEEP, "--plot", str(plot), "--json", str(tmp_path / "sweep.json"))
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["setting", "good", "decode_tokens_per_s"]
+    assert lines[0].split() == ["setting", "good", "decode_tokens_per_s", "lowest", "highest"]
     # Of a slow good one, a fast bad one and one that another beats in both, the last is not marked.
-    assert [line.split()[-1] for line in lines[1:]] == ["10", "20", "best", "best"]
+    assert [line.split()[-1] for line in lines[1:]] == ["11", "21", "best", "best"]
     results = json.loads((tmp_path / "sweep.json").read_text())["results"]
     assert [r["setting"] for r in results] == ["plain", *(f"kv-cache-dtype={k}" for k in ("bf16", "int8", "int4"))]
     assert plot.stat().st_size > 1000
@@ -99,7 +99,7 @@ def test_an_impossible_setting_is_shown_and_the_others_run(tiny_model: Path):
     done = evaluate(tiny_model, "--sweep", "kv-cache-dtype=int8,int3", "--sweep", "sink-window:window=0,99")
     assert done.exit_code == 1  # the window that fits was idle
     states = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:]}
-    assert states.pop("plain") == "10"  # its speed: the others were measured later, which is faster here
+    assert states.pop("plain") == "11"  # its speed: the others were measured later, which is faster here
     assert states == {
         "kv-cache-dtype=int8": "best",
         "kv-cache-dtype=int3": "refused",
@@ -159,6 +159,7 @@ def test_an_interrupted_sweep_goes_on_where_it_ended(tiny_model: Path):
     MEASURED.clear()
     second = evaluate(tiny_model, *SWEEP)
     assert second.exit_code == 0 and "2 of 4" in second.stderr
+    assert second.stdout.count("earlier run") == 2
     assert MEASURED == ["int8", "int4"]
     MEASURED.clear()
     assert evaluate(tiny_model, *SWEEP).exit_code == 0  # that one was complete: the next is new
@@ -200,6 +201,8 @@ def test_bounds_decide_the_exit_code(tiny_model: Path, option: tuple[str, str], 
         (("--min", "bad=1"), "one of good, decode_tokens_per_s"),
         (("--min", "good"), "KEY=NUMBER"),
         (("--min", "good=much"), "not a number"),
+        (("--max", "good=nan"), "not a number"),
+        (("--use", "bogus", "--against", "plain"), "technique 'bogus' is unknown"),
         (("--window", "3"), "takes no --window; it takes --tokens"),
         (("--sweep", "nothing=1"), "neither a technique"),
         (("--against", "threads=1,2"), "must be one"),
