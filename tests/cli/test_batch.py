@@ -23,7 +23,7 @@ def write(path, values):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]  # not at U+0085 within a text
 
 
 def batch(model, source, *arguments):
