@@ -195,18 +195,20 @@ def test_all_at_once_and_limited_concurrency() -> None:
     assert (point["completed"], point["peak_concurrency"]) == (12, 3)
 
 
+def named(name: str, turns: list[str]) -> Any:
+    """Answers that note in `turns` whose they are."""
+
+    async def answer(server, number, request, body):
+        turns.append(name)
+        return await ordinary(server, number, request, body)
+
+    return answer
+
+
 def test_two_targets_get_the_same_load_in_turns(tmp_path) -> None:
     turns: list[str] = []
-
-    def named(name: str):
-        async def answer(server, number, request, body):
-            turns.append(name)
-            return await ordinary(server, number, request, body)
-
-        return answer
-
     plot = tmp_path / "plot.svg"
-    with FakeServer(named("a")) as a, FakeServer(named("b")) as b:
+    with FakeServer(named("a", turns)) as a, FakeServer(named("b", turns)) as b:
         options = ("--rate", "100..200", "--requests", "5", "--input-tokens", "9", "--output-tokens", "3")
         found, result = serve(a.url, *options, "--against", b.url, "--plot", plot, "--warmup", "1")
     assert "".join(turns) == "ab" + "aaaaabbbbb" + "bbbbbaaaaa"
@@ -223,16 +225,8 @@ def test_two_targets_get_the_same_load_in_turns(tmp_path) -> None:
 
 def test_rounds_alternate_and_ratios_have_a_spread(tmp_path) -> None:
     turns: list[str] = []
-
-    def named(name: str):
-        async def answer(server, number, request, body):
-            turns.append(name)
-            return await ordinary(server, number, request, body)
-
-        return answer
-
     records = tmp_path / "records.jsonl"
-    with FakeServer(named("a")) as a, FakeServer(named("b")) as b:
+    with FakeServer(named("a", turns)) as a, FakeServer(named("b", turns)) as b:
         options = ("--rate", "200", "--requests", "3", "--input-tokens", "9", "--output-tokens", "3")
         options += ("--rounds", "3", "--warmup", "0", "--records", records)
         found, _ = serve(a.url, *options, "--against", b.url)
