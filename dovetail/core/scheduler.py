@@ -160,8 +160,9 @@ class Scheduler:
         start, stop = request.computed, len(request.tokens) + len(request.drafts)
         if stop - start > 1:  # one token is the least that anybody gets
             stop = min(stop, start + max(1, min(left, self.seams.policy.share(request, left))))
-            if stop > request.dense_until:  # a row's droppable pages must all be sealed before the step
-                stop = min(stop, max(request.dense_until, start + self.seams.selector.window))
+            window = self.seams.selector.window
+            if window < UNLIMITED:  # the dense part, and a row's droppable pages, must be sealed before the step
+                stop = min(stop, request.dense_until if start < request.dense_until else start + window)
         return stop
 
     def _draft(self) -> None:

@@ -6,18 +6,18 @@ time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dovetail.core.errors import ConfigError
+from dovetail.core.pages import IntArray
 from dovetail.core.types import (
     ALL,
     UNLIMITED,
     Array,
     PageSet,
     Request,
-    Sealed,
     StepPlan,
     StepResult,
     Stored,
@@ -85,21 +85,27 @@ class RowFilter:
 
 
 class Codec:
-    """How is a sealed run of pages stored? Default: as written. The numeric KV type is configuration."""
+    """How are pages stored for rows that may leave some unread? Default: as written. Rows that read everything
+    read what was written; the numeric KV type is configuration."""
 
-    def seal(self, runs: Sequence[Sealed], kv: Any) -> None:
-        """The pages of `runs` stay as they are until they are dropped; `kv.keys(layer, pages)` reads them."""
+    def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
+        """The dense parts, `tokens[:dense_until]`, are committed, and from now on rows may leave pages unread.
+
+        For each request id aliases of its first pages, int64 [n], each at least `kv.num_pages`: such a row
+        sees its page j < n under number alias[j]. A request that is absent has none. `kv.keys(layer, pages)`
+        reads what was written. In stage s of a program, numbers are higher by s * `kv.stage_pages`.
+        """
+        return {}
 
     def open(self, layer: int, pages: Array, kv: tuple[Array, Array]) -> tuple[Array, Array]:
-        """K and V of physical `pages` as attention shall see them.
+        """K and V of `pages` [rows, KV heads, n], some of them aliases, as attention shall see them.
 
-        Either pages [n, p] of whole rows, with K and V [n, p, page_size, KV heads, head_dim], or lists per
-        head, pages [n, KV heads, p] with K and V [n, KV heads, p, page_size, head_dim].
+        kv: what was written to the pages that they stand for, each [rows, KV heads, n, page_size, head_dim].
         """
         return kv
 
-    def drop(self, pages: Array) -> None:
-        """`pages` [n] (int64) will hold something else."""
+    def drop(self, ids: Sequence[str]) -> None:
+        """Requests have ended or start over. Most of them are named without ever having been sealed."""
 
 
 class Selector:

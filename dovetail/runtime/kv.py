@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry, Seams, Variant
 from dovetail.core.types import ALL, Sealed, StepPlan
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
@@ -61,6 +63,8 @@ class KV:
         self.page_size = config.page_size
         self.num_stages = config.num_stages
         self.stage_pages = geometry.num_layers * config.num_pages
+        self.num_pages = self.stage_pages * config.num_stages  # of all stages: no page has a higher number
+        self._aliases: dict[str, IntArray] = {}  # of the requests whose rows may leave pages unread
         self.device = device
         self.own_window = frozenset(geometry.sliding_layers)
         self.seams = Seams()
@@ -71,18 +75,30 @@ class KV:
             runs = [self._at_stage(run, s) for run in plan.sealed for s in range(self.num_stages)]
             pages = torch.tensor([p for run in runs for p in run.pages], device=self.device)
             self.seams.selector.seal(pages, self)
-            self.seams.codec.seal(runs, self)
             self.seams.residency.put(pages)
         if plan.reopened:
             pages = torch.tensor(plan.reopened, device=self.device)
             pages = torch.cat([pages + s * self.stage_pages for s in range(self.num_stages)])
-            self.seams.codec.drop(pages)
             self.seams.residency.drop(pages)
         if plan.copies:
             moves = torch.tensor(plan.copies, device=self.device)
             source, target = (self._slots(moves[:, i]).flatten() for i in (0, 1))
             self.k.copy(source, target)
             self.v.copy(source, target)
+        self._announce(plan)
+
+    def _announce(self, plan: StepPlan) -> None:
+        """Tell the codec which requests are gone, and whose rows may leave pages unread from now on."""
+        if plan.released:
+            self.seams.codec.drop(plan.released)
+            for request_id in plan.released:
+                self._aliases.pop(request_id, None)
+        starting = [
+            s.request for s in plan.spans if s.start >= s.request.dense_until and s.request.id not in self._aliases
+        ]
+        if starting:
+            found = self.seams.codec.seal(starting, self)
+            self._aliases |= {r.id: found.get(r.id, NO_ALIASES) for r in starting}
 
     def _at_stage(self, run: Sealed, stage: int) -> Sealed:
         return run._replace(pages=tuple(p + stage * self.stage_pages for p in run.pages))
@@ -121,9 +137,11 @@ class KV:
             dense = attend_dense(q, KVReader(self, layer, batch), variant, layout)
             out[batch.dense_rows] = dense[batch.dense_rows]
         rows = batch.sparse_rows
-        physical, logical = self._always_read(pages.pages, batch)
+        logical = self._always_read(pages.pages, batch)
+        physical = self._numbers(batch.tables, logical, batch)
         both = self._read_heads(self.k, layer, physical), self._read_heads(self.v, layer, physical)
-        k, v = self.seams.codec.open(layer, physical, both)
+        seen = self._numbers(batch.once(ALIASES, lambda: self._aliased(batch)), logical, batch)
+        k, v = self.seams.codec.open(layer, seen, both)
         offsets = torch.arange(self.page_size, device=q.device)
         keys = Keys(k, v, (logical * self.page_size)[..., None] + offsets)
         out[rows] = attend_pages(q[rows], keys, variant, batch.positions[rows])
@@ -137,29 +155,41 @@ class KV:
         slots = self._slots(pages)
         return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])
 
-    def _always_read(self, chosen: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Add to the chosen droppable pages those that are always read -> physical and sequence page numbers.
+    def _always_read(self, chosen: Tensor, batch: Batch) -> Tensor:
+        """Add to the chosen droppable pages those that are always read -> sequence page numbers.
 
-        chosen [rows, KV heads, k], -1 where absent. Absent pages point at page 0 and at a sequence page that
-        no query may read.
+        chosen [rows, KV heads, k], -1 where absent. Absent ones become a sequence page that no query may read.
         """
         rows = batch.sparse_rows
         first, last = batch.eligible[rows], batch.positions[rows] // self.page_size
         recent = first[:, None] + torch.arange(int((last - first).max()) + 1, device=chosen.device)
-        recent = torch.where(recent <= last[:, None], recent, -1)
-        chosen = torch.where(chosen < first[:, None, None], chosen, -1)
-        logical = torch.cat([chosen, recent[:, None].expand(-1, chosen.shape[1], -1)], -1)
-        table = batch.tables[batch.span_of_row[rows]][:, None].expand(-1, chosen.shape[1], -1)
-        physical = torch.where(logical < 0, 0, table.gather(2, logical.clamp_min(0)))
-        return physical, torch.where(logical < 0, NEVER, logical)
+        recent = torch.where(recent <= last[:, None], recent, NEVER)
+        chosen = torch.where((chosen >= 0) & (chosen < first[:, None, None]), chosen, NEVER)
+        return torch.cat([chosen, recent[:, None].expand(-1, chosen.shape[1], -1)], -1)
+
+    def _numbers(self, tables: Tensor, logical: Tensor, batch: Batch) -> Tensor:
+        """Sequence pages [rows, KV heads, n] of the sparse rows by `tables` [spans, pages]; absent ones are 0."""
+        table = tables[batch.span_of_row[batch.sparse_rows]][:, None].expand(-1, logical.shape[1], -1)
+        absent = logical == NEVER
+        return torch.where(absent, 0, table.gather(2, logical.masked_fill(absent, 0)))
+
+    def _aliased(self, batch: Batch) -> Tensor:
+        """The batch's tables as rows that may leave pages unread see them."""
+        tables = batch.tables.clone()
+        for row, span in zip(tables, batch.spans, strict=True):
+            aliases = self._aliases.get(span.request.id, NO_ALIASES)[: len(row)]
+            row[: len(aliases)] = torch.as_tensor(aliases, device=row.device) + span.stage * self.stage_pages
+        return tables
 
 
 NEVER = 2**40  # a page number beyond every position
+ALIASES = object()  # the key of a batch's memo
+NO_ALIASES: IntArray = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class KVReader:
-    """K and V of whole sequences of one layer, through the codec."""
+    """K and V of whole sequences of one layer, as written."""
 
     kv: KV
     layer: int
@@ -169,6 +199,4 @@ class KVReader:
         """K and V [n, pages * page_size, KV heads, head_dim] of spans [n], to at least `length` tokens."""
         count = -(-length // self.kv.page_size)
         pages = self.batch.tables[spans, :count]
-        both = self.kv.keys(self.layer, pages), self.kv.values(self.layer, pages)
-        k, v = self.kv.seams.codec.open(self.layer, pages, both)
-        return k.flatten(1, 2), v.flatten(1, 2)
+        return self.kv.keys(self.layer, pages).flatten(1, 2), self.kv.values(self.layer, pages).flatten(1, 2)

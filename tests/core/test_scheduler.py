@@ -15,7 +15,7 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, PageTable, pages_for
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Drafter, Policy, Seams
+from dovetail.core.seams import Drafter, Policy, Seams, Selector
 from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
 
 
@@ -231,6 +231,22 @@ def test_preemption_happens_and_loses_nothing() -> None:
         engine.check()
     assert engine.scheduler.stats.preemptions > 0
     assert [r.output for r in requests] == [expected([i, i, i], 20) for i in range(4)]
+
+
+def test_rows_that_may_leave_pages_unread_begin_when_the_dense_part_is_committed() -> None:
+    class Recent(Selector):
+        window = 6
+
+    engine = build(pages=8, budget=16, seqs=4, seams=Seams(selector=Recent()), prefix_caching=False)
+    requests = [make(engine, str(i), [i, i, i], 20) for i in range(4)]
+    for r in requests:
+        engine.add(r)
+    while engine.busy:
+        engine.step()
+    assert any(s.start == 3 and s.stop > 4 for p in engine.executor.plans for s in p.spans)  # after a preemption
+    for plan in engine.executor.plans:
+        for s in plan.spans:
+            assert s.stop <= 3 or (s.start >= 3 and s.stop <= s.start + 6)
 
 
 def test_a_prefix_is_computed_once() -> None:

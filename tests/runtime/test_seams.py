@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,61 +41,77 @@ def test_a_policy_orders_admission() -> None:
     assert engine.scheduler.running == [requests[-1]]
 
 
-def test_a_codec_sees_sealed_pages_once_and_what_it_opens_is_read() -> None:
-    class Doubling(Codec):
-        sealed: list[int] = []
+class Copying(Codec):
+    """Keeps its own copy of the keys of every whole page of a dense part, under aliases that are used again."""
 
-        def seal(self, runs, kv):
-            for run in runs:
-                assert kv.keys(0, torch.tensor(run.pages)).shape == (len(run.pages), 4, 2, 8)
-                assert run.first * 4 + len(run.pages) * 4 <= 18 + 20
-                self.sealed += run.pages
+    def __init__(self) -> None:
+        self.keys: dict[int, list[torch.Tensor]] = {}  # of every layer, by alias
+        self.owned: dict[str, list[int]] = {}
+        self.sealed: list[str] = []
+        self.opened = 0
 
-        def open(self, layer, pages, kv):
-            return kv[0] * 2, kv[1]
+    def seal(self, requests, kv):
+        for r in requests:
+            assert r.id not in self.owned
+            assert r.computed >= r.dense_until  # committed, so that what `keys` reads is final
+            pages = torch.from_numpy(r.table.pages[: r.dense_until // kv.page_size])
+            free = (a for a in range(kv.num_pages, kv.num_pages + 10**6) if a not in self.keys)
+            self.owned[r.id] = [next(free) for _ in pages] if len(pages) % 2 else []  # some have none
+            for alias, page in zip(self.owned[r.id], pages, strict=False):
+                self.keys[alias] = [kv.keys(layer, page).clone() for layer in range(2)]
+            self.sealed.append(r.id)
+        return {i: np.array(a, np.int64) for i, a in self.owned.items() if a and i in {r.id for r in requests}}
 
-    class Same(Codec):
-        def open(self, layer, pages, kv):
-            return kv[0].clone(), kv[1].clone()
+    def open(self, layer, pages, kv):
+        k, v = (x.clone() for x in kv)
+        assert k.shape == v.shape == (*pages.shape, 4, 8)
+        for row, head, i in itertools.product(*map(range, pages.shape)):
+            if (alias := int(pages[row, head, i])) in self.keys:
+                assert torch.equal(k[row, head, i], self.keys[alias][layer][:, head])
+                k[row, head, i] = self.read(self.keys[alias][layer][:, head])
+                self.opened += 1
+        return k, v
 
-    codec = Doubling()
-    doubled = run_all(tiny_engine(fill(codec=codec), enable_prefix_caching=False), PROMPTS[:1], PARAMS)
-    assert doubled != PLAIN[:1]
-    assert len(codec.sealed) == len(set(codec.sealed)) == (18 + 20 - 1) // 4
-    assert run_all(tiny_engine(fill(codec=Same())), PROMPTS, PARAMS) == PLAIN
+    def read(self, keys):
+        return keys
+
+    def drop(self, ids):
+        for i in ids:
+            for alias in self.owned.pop(i, ()):
+                del self.keys[alias]
 
 
-def test_a_codec_is_asked_for_chosen_pages_too() -> None:
-    class Scaled(Codec):
-        """Keeps K at half its size; opening doubles it again."""
+@pytest.mark.parametrize("prompt", [18, 20])  # five whole pages and four
+def test_a_codec_gives_aliases_to_dense_parts_and_is_asked_for_what_lies_there(prompt: int) -> None:
+    prompts = [tuple((i * 5 + j) % 7 for i in range(prompt + 4 * j)) for j in range(3)] * 3
+    use = "sink-window:sink=4,window=8"
+    want = run_all(tiny_engine(use), prompts, PARAMS)
+    for more in ({}, {"pages": 24}, {"max_num_batched_tokens": 3}):  # few pages, so that they are used again
+        engine = tiny_engine(use, fill(codec=(codec := Copying())), **more)
+        assert run_all(engine, prompts, PARAMS) == want
+        assert codec.opened > 0
+        again = engine.scheduler.stats.preemptions
+        assert (again > 0) == ("pages" in more)
+        assert len(prompts) <= len(codec.sealed) <= len(prompts) + again  # some are preempted before they choose
+        run_all(engine, [(1, 2)], PARAMS)
+        assert not codec.keys and set(codec.owned) <= {"r0"}
 
-        def seal(self, runs, kv):
-            for run in runs:
-                slots = kv._slots(torch.tensor(run.pages)).flatten()
-                for layer in range(2):
-                    kv.k.data[slots + layer * kv.k.slots] *= 0.5
 
-        def open(self, layer, pages, kv):
-            return torch.where(self.halved(pages), kv[0] * 2, kv[0]), kv[1]
+def test_only_rows_that_leave_pages_unread_see_what_a_codec_opens() -> None:
+    class Doubling(Copying):
+        def read(self, keys):
+            return keys * 2
 
-    class Tracking(Scaled):
-        def __init__(self):
-            self.sealed = torch.zeros(64, dtype=torch.bool)
-
-        def seal(self, runs, kv):
-            super().seal(runs, kv)
-            self.sealed[[p for r in runs for p in r.pages]] = True
-
-        def drop(self, pages):
-            self.sealed[pages] = False
-
-        def halved(self, pages):
-            return self.sealed[pages].reshape(*pages.shape, *[1] * (5 - pages.ndim))
-
-    for use in ((), ("sink-window:sink=4,window=8",)):
-        want = run_all(tiny_engine(*use), PROMPTS * 3, PARAMS)
-        engine = tiny_engine(*use, fill(codec=Tracking()), pages=24)  # few pages, so that they are used again
-        assert run_all(engine, PROMPTS * 3, PARAMS) == want
+    prompt = [tuple(i * 5 % 7 for i in range(22))]
+    use = "sink-window:sink=4,window=8"
+    assert run_all(tiny_engine(use, fill(codec=Doubling())), prompt, PARAMS) != run_all(
+        tiny_engine(use), prompt, PARAMS
+    )
+    idle = Doubling()
+    assert run_all(tiny_engine("sink-window:sink=4,window=100", fill(codec=idle)), prompt, PARAMS) == run_all(
+        tiny_engine(), prompt, PARAMS
+    )
+    assert idle.sealed == ["r0"] and idle.opened == 0
 
 
 def test_a_residency_that_takes_pages_away_is_asked_to_bring_them_back() -> None:
@@ -281,7 +299,7 @@ def test_a_tied_program_batches_requests_at_different_depths(
     for r in requests:
         engine.add(r)
     sealed: list[int] = []
-    engine.seams.codec.seal = lambda runs, kv: sealed.extend(p for r in runs for p in r.pages)
+    engine.seams.selector.seal = lambda pages, kv: sealed.extend(pages.tolist())
     largest = 0
     while engine.busy:
         engine.step()
@@ -292,6 +310,32 @@ def test_a_tied_program_batches_requests_at_different_depths(
     assert engine.executor.calls == engine.steps
     assert {p // engine.executor.kv.stage_pages for p in sealed} == {0, 1, 2}
     assert one_by_one != [run_all(looped(2), [p], PARAMS)[0] for p in PROMPTS]
+
+
+def test_aliases_of_a_tied_program_are_offset_by_its_stage(monkeypatch) -> None:
+    class Looped(Llama):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.program *= 3
+
+    class Numbers(Codec):
+        seen: set[int] = set()
+
+        def seal(self, requests, kv):
+            self.kv = kv
+            return {r.id: kv.num_pages + np.arange(4) for r in requests}
+
+        def open(self, layer, pages, kv):
+            self.seen |= {p for p in pages.flatten().tolist() if p >= self.kv.num_pages}
+            return kv
+
+    monkeypatch.setitem(MODELS, "llama", Looped)
+    codec = Numbers()
+    use = "sink-window:sink=16,window=8"
+    found = run_all(tiny_engine(use, fill(codec=codec)), PROMPTS[:1], PARAMS)
+    assert found == run_all(tiny_engine(use), PROMPTS[:1], PARAMS)
+    kv = codec.kv
+    assert codec.seen == {kv.num_pages + s * kv.stage_pages + j for s in range(3) for j in range(4)}
 
 
 def test_two_that_fill_one_seam_are_refused_by_name() -> None:
