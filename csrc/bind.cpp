@@ -180,7 +180,7 @@ nb::dict stats_of(const PlanStats& s) {
 
 // A folder's disk; or the host's memory, where none is named.
 std::unique_ptr<SlowTier> slow_tier(const TierShape& s, const std::string& folder) {
-    const size_t blobs = (size_t)(s.layers * s.stages * s.stored_pages * s.heads);
+    const size_t blobs = (size_t)(s.pages() * s.heads);
     if (folder.empty()) return host_tier(blobs * s.blob);
     return disk_tier(folder, blobs * ((s.blob + SECTOR - 1) / SECTOR * SECTOR));
 }
@@ -228,11 +228,27 @@ NB_MODULE(_native, m) {
         .def_ro("k", &Packed::k)
         .def_prop_ro("format", [](const Packed& p) { return FORMATS[p.format].name; });
 
+    nb::class_<LowRankKeys>(m, "LowRankKeys")
+        .def("__init__", [](LowRankKeys* self, const std::string& stored, nb::tuple sizes, std::vector<float> frequencies,
+                            float temper) {
+            const KVType type = choice<KVStored>(stored, {"float32", "bf16"}) == STORE_BF16 ? KV_BF16 : KV_F32;
+            new (self) LowRankKeys({type, nb::cast<int>(sizes[0]), nb::cast<int>(sizes[1]), nb::cast<int>(sizes[2]),
+                                    std::move(frequencies), temper});
+        }, nb::arg("stored"), nb::arg("sizes"), nb::arg("frequencies"), nb::arg("temper"))
+        .def("add", [](LowRankKeys& k, const std::vector<int64_t>& aliases,
+                       const std::vector<std::tuple<uintptr_t, uintptr_t, int>>& layers) {
+            std::vector<Factors> factors;
+            for (const auto& [coefficients, basis, rank] : layers)
+                factors.push_back({(const uint8_t*)coefficients, (const uint8_t*)basis, rank});
+            k.add(aliases, factors);
+        })
+        .def("remove", &LowRankKeys::remove);
+
     nb::class_<Tiers>(m, "Tiers")
-        .def("__init__", [](Tiers* self, std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, size_t> shape,
+        .def("__init__", [](Tiers* self, std::tuple<int, int, int64_t, int64_t, int64_t, bool, size_t> shape,
                             uintptr_t cells, const std::string& folder, double link) {
-            const auto [heads, count, layers, stages, layer_pages, stored_pages, blob] = shape;
-            const TierShape s{heads, count, layers, stages, layer_pages, stored_pages, blob};
+            const auto [heads, count, layers, stages, layer_pages, aliases, blob] = shape;
+            const TierShape s{heads, count, layers, stages, layer_pages, aliases, blob};
             new (self) Tiers(s, (uint8_t*)cells, slow_tier(s, folder), link);
         }, nb::arg("shape"), nb::arg("cells"), nb::arg("folder"), nb::arg("link"))
         .def("bring", &Tiers::bring, nb::arg("layer"), nb::arg("pages"), nb::arg("written"),
@@ -242,9 +258,13 @@ NB_MODULE(_native, m) {
         .def("copy", &Tiers::copy_pages)
         .def("load", [](Tiers& t, int64_t page, int head, uintptr_t out) { return t.load(page, head, (uint8_t*)out); })
         .def("step", &Tiers::step)
+        .def("alias", [](Tiers& t, const std::vector<int64_t>& names, const std::vector<int64_t>& pages, uintptr_t apart) {
+            t.alias(names, pages, (const uint8_t*)apart);
+        }, nb::arg("names"), nb::arg("pages"), nb::arg("apart"))
+        .def("set_keys", &Tiers::set_keys)
         .def_prop_ro("descriptor", &Tiers::descriptor)
         .def("places", [](Tiers& t) {
-            const size_t shape[2] = {(size_t)t.shape().pages(), (size_t)t.shape().heads};
+            const size_t shape[2] = {(size_t)t.shape().numbers(), (size_t)t.shape().heads};
             return nb::ndarray<nb::numpy, int32_t>((void*)t.places(), 2, shape, nb::find(t));  // to be read
         })
         .def("stats", [](const Tiers& t) {

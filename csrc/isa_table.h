@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/linear.h"
+#include "kernels/low_rank.h"
 #include "kernels/pages.h"
 #include "kernels/rows.h"
 #include "kernels/sample.h"
@@ -14,7 +15,7 @@
         if (!table.name) {                                    \
             add_linear(table), add_rows_of(table);            \
             add_attention(table), add_sample(table);          \
-            add_pages(table);                                 \
+            add_pages(table), add_low_rank(table);            \
             table.name = #NAME;                               \
         }                                                     \
         return &table;                                        \

@@ -87,6 +87,17 @@ struct PageTiles {
     int tiles, n;
 };
 
+// Sixteen keys [16][n], of which `dim` count: coefficients [16][rank] times a basis; [rank][n] in float32, in bfloat16 pairs
+// of its rows side by side [rank / 2][n][2], of an even rank. angles [16][dim]: cos of each frequency, then sin.
+struct RebuildArgs {
+    const uint8_t* coefficients;
+    int rank;
+    const uint8_t* basis;
+    int n, dim;
+    const float* angles;
+    uint8_t* out;  // a tile
+};
+
 constexpr int LOGITS = 64;  // whose maximum, or sum of odds, is kept together
 
 // How odds are made of logits: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
@@ -125,6 +136,8 @@ struct Kernels {
 
     void (*page_scores[NUM_KV])(const PageScores& args);
     void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
+
+    void (*rebuild[NUM_KV])(const RebuildArgs& args);
 
     bool (*maxima)(const float* x, int n, float* y);  // of every 64 logits; false where there is a NaN
     void (*odds)(const float* x, int n, const Odds& how, float* y);

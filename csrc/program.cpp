@@ -196,7 +196,11 @@ class FetchOp : public Op {
         });
         // A thread may come here late: what it reads stays as it is until all of the program has run.
         if (misses_.empty()) return;
-        if (tiers.addressed()) member.share((int)misses_.size(), [&](int i) { tiers.copy(misses_[i]); });
+        if (tiers.addressed() || tiers.rebuilds())
+            member.share((int)misses_.size(), [&](int i) {
+                if (tiers.addressed()) tiers.copy(misses_[i]);
+                tiers.rebuild(misses_[i], *work.kernels);
+            });
         if (tiers.waits()) member.share(1, [&](int) { tiers.arrive(); });
     }
 

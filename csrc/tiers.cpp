@@ -16,7 +16,8 @@ size_t stride_of(size_t blob, bool addressed) { return addressed ? blob : (blob 
 
 Tiers::Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> tier, double link)
     : shape_(shape), cells_(cells), tier_(std::move(tier)), link_(link),
-      stride_(stride_of(shape.blob, tier_->memory() != nullptr)), places_(shape.pages() * shape.heads, -1), heads_(shape.heads) {
+      stride_(stride_of(shape.blob, tier_->memory() != nullptr)), places_(shape.numbers() * shape.heads, -1), heads_(shape.heads),
+      source_(shape.aliases ? shape.layer_pages : 0, 0), apart_(shape.aliases ? shape.pages() * shape.heads : 0, 0) {
     for (Head& h : heads_) {
         h.owner.assign(shape.cells, -1), h.until.assign(shape.cells, 0);
         h.used.assign(shape.cells, 0), h.dirty.assign(shape.cells, 0);
@@ -27,7 +28,45 @@ Tiers::Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> t
 // Pages that follow each other in a layer follow each other here: they are often wanted together.
 int64_t Tiers::offset(int64_t page, int head) const {
     const int64_t layer = page / shape_.layer_pages, inside = page % shape_.layer_pages;
-    return ((layer * shape_.heads + head) * shape_.stored_pages + inside) * (int64_t)stride_;
+    return ((layer * shape_.heads + head) * shape_.layer_pages + inside) * (int64_t)stride_;
+}
+
+int64_t Tiers::source(int64_t page) const {
+    if (!is_alias(page)) return page;
+    const int64_t at = page - shape_.pages();
+    return at - at % shape_.layer_pages + source_[at % shape_.layer_pages];
+}
+
+// Whether its K is to be rebuilt rather than brought.
+bool Tiers::low_rank(const Miss& m) const {
+    return is_alias(m.page) && !apart_[(m.page - shape_.pages()) * shape_.heads + m.head];
+}
+
+Transfer Tiers::transfer(const Miss& m) const {
+    const size_t k = low_rank(m) ? shape_.blob / 2 : 0;
+    return {offset(source(m.page), m.head) + (int64_t)k, cell(m.head, m.cell) + k, shape_.blob - k};
+}
+
+void Tiers::alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart) {
+    const int64_t all = shape_.layers * shape_.stages, n = (int64_t)names.size();
+    for (int64_t i = 0; i < n; i++) {
+        source_.at(names[i]) = pages.at(i);
+        for (int64_t layer = 0; layer < all; layer++)
+            for (int h = 0; h < shape_.heads; h++) {
+                const int64_t at = layer * shape_.layer_pages + names[i];
+                apart_[at * shape_.heads + h] = apart[(layer * shape_.heads + h) * n + i];
+                forget(shape_.pages() + at, h);
+            }
+    }
+}
+
+// Leave the page's cell without writing it back.
+void Tiers::forget(int64_t page, int head) {
+    int32_t& place = places_[page * shape_.heads + head];
+    if (place < 0) return;
+    Head& h = heads_[head];
+    h.owner[place] = -1, h.dirty[place] = h.used[place] = 0;
+    place = -1;
 }
 
 // ---- of one head
@@ -47,9 +86,10 @@ void Tiers::want(int head, const int32_t* pages, int count, int64_t first, int h
             }
             place = taken;
             h.owner[place] = page;
-            h.misses += h.kept[page] != NOWHERE;
-            if (h.kept[page] == STORED) misses.push_back({page, head, place});
-            else if (h.kept[page] == LOST) break_cell(head, place);
+            const Kept kept = h.kept[source(page)];
+            h.misses += kept != NOWHERE;
+            if (kept == STORED) misses.push_back({page, head, place});
+            else if (kept == LOST || is_alias(page)) break_cell(head, place);
         }
         h.used[place] = 1;
         h.until[place] = std::max(h.until[place], h.now + (uint64_t)hold);
@@ -80,7 +120,7 @@ void Tiers::check() const {
 void Tiers::evict(int head, int cell) {
     Head& h = heads_[head];
     const int64_t page = h.owner[cell];
-    if (h.dirty[cell] && stored(page)) {
+    if (h.dirty[cell]) {
         const bool failed = !tier_->write_now({offset(page, head), this->cell(head, cell), shape_.blob});
         h.kept[page] = failed ? LOST : STORED;
         h.failures += failed, h.bytes_out += (int64_t)shape_.blob;
@@ -101,19 +141,27 @@ void Tiers::break_cell(int head, int cell) {
 
 void Tiers::begin(const std::vector<Miss>& misses) {
     if (misses.empty()) return;
-    const double bytes = (double)misses.size() * (double)shape_.blob;
+    std::vector<Transfer> transfers;
+    double bytes = 0;
+    for (const Miss& m : misses) transfers.push_back(transfer(m)), bytes += (double)transfers.back().bytes;
     bytes_in_ += (int64_t)bytes;
     if (link_ > 0) {
         const auto took = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bytes / link_));
         link_free_ = std::max(Clock::now(), link_free_) + took;
     }
-    if (addressed()) return;
-    std::vector<Transfer> transfers;
-    for (const Miss& m : misses) transfers.push_back({offset(m.page, m.head), cell(m.head, m.cell), shape_.blob});
-    tier_->read(transfers);
+    if (!addressed()) tier_->read(transfers);
 }
 
-void Tiers::copy(const Miss& m) const { memcpy(cell(m.head, m.cell), tier_->memory() + offset(m.page, m.head), shape_.blob); }
+void Tiers::copy(const Miss& m) const {
+    const Transfer t = transfer(m);
+    memcpy(t.memory, tier_->memory() + t.offset, t.bytes);
+}
+
+void Tiers::rebuild(const Miss& m, const Kernels& kernels) const {
+    if (!low_rank(m)) return;
+    const int64_t at = m.page - shape_.pages();
+    keys_->rebuild(kernels, {at / shape_.layer_pages, at % shape_.layer_pages, m.head}, cell(m.head, m.cell));
+}
 
 void Tiers::arrive() {
     const auto start = Clock::now();
@@ -176,12 +224,8 @@ void Tiers::drop(const std::vector<int64_t>& pages) {
         for (int64_t p : pages)
             for (int h = 0; h < shape_.heads; h++) {
                 const int64_t page = layer * shape_.layer_pages + p;
-                int32_t& place = places_[page * shape_.heads + h];
-                Head& head = heads_[h];
-                head.kept[page] = NOWHERE;
-                if (place < 0) continue;
-                head.owner[place] = -1, head.dirty[place] = head.used[place] = 0;
-                place = -1;
+                heads_[h].kept[page] = NOWHERE;
+                forget(page, h);
             }
 }
 
@@ -209,12 +253,8 @@ bool Tiers::load(int64_t page, int head, uint8_t* out) {
 
 void Tiers::step() {
     for (Head& h : heads_) {
-        const int head = (int)(&h - heads_.data());
-        for (int c : h.broken) {
-            if (h.owner[c] < 0) continue;
-            places_[h.owner[c] * shape_.heads + head] = -1;
-            h.owner[c] = -1, h.dirty[c] = h.used[c] = 0;
-        }
+        for (int c : h.broken)
+            if (h.owner[c] >= 0) forget(h.owner[c], (int)(&h - heads_.data()));
         h.broken.clear(), h.full = false, h.now += 1 << 20;  // nothing is held any more
     }
 }

@@ -11,18 +11,21 @@
 #include <string>
 #include <vector>
 
+#include "low_rank.h"
 #include "slow_tier.h"
 #include "team.h"
 
 namespace dovetail {
 
-// A layer has `layer_pages` numbers, of which the first `stored_pages` can be put into the slow tier. Programs of several
-// stages have layers again for each of them.
+// Programs of several stages have layers again for each of them. Beside its pages, a layer can have as many aliases of
+// them, whose K is kept as `LowRankKeys`: page + pages() + a number of its own.
 struct TierShape {
     int heads, cells;  // cells: of each head
-    int64_t layers, stages, layer_pages, stored_pages;
+    int64_t layers, stages, layer_pages;
+    bool aliases;
     size_t blob;
     int64_t pages() const { return layers * stages * layer_pages; }
+    int64_t numbers() const { return aliases ? 2 * pages() : pages(); }
 };
 
 struct TierStats {
@@ -39,6 +42,10 @@ class Tiers {
     // [pages][heads]: the cell, or -1.
     const int32_t* places() const { return places_.data(); }
     const TierShape& shape() const { return shape_; }
+
+    // Aliases [n] of pages [n] of every layer. apart: [layers and stages][heads][n], those that keep their K as it is.
+    void alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart);
+    void set_keys(std::shared_ptr<LowRankKeys> keys) { keys_ = std::move(keys); }
 
     // A page that has to be brought into a cell.
     struct Miss {
@@ -60,6 +67,9 @@ class Tiers {
     // Begin to fetch. Where the tier can be addressed, `copy` is to be called for each miss instead.
     void begin(const std::vector<Miss>& misses);
     void copy(const Miss& miss) const;
+    // To be called for each miss, before or after it has arrived: makes K that is not kept.
+    void rebuild(const Miss& miss, const Kernels& kernels) const;
+    bool rebuilds() const { return keys_ != nullptr; }
     bool addressed() const { return tier_->memory() != nullptr; }
     bool waits() const { return !addressed() || link_ > 0; }
     // All that was begun has arrived.
@@ -103,7 +113,12 @@ class Tiers {
     int take(int head);
     void evict(int head, int cell);
     int64_t offset(int64_t page, int head) const;
-    bool stored(int64_t page) const { return page % shape_.layer_pages < shape_.stored_pages; }
+    bool is_alias(int64_t page) const { return page >= shape_.pages(); }
+    // The page for which an alias stands.
+    int64_t source(int64_t page) const;
+    bool low_rank(const Miss& m) const;
+    Transfer transfer(const Miss& m) const;
+    void forget(int64_t page, int head);
     void break_cell(int head, int cell);
 
     const TierShape shape_;
@@ -113,6 +128,9 @@ class Tiers {
     const size_t stride_;  // of blobs in the slow tier
     std::vector<int32_t> places_;
     std::vector<Head> heads_;
+    std::vector<int64_t> source_;  // of each alias
+    std::vector<uint8_t> apart_;   // [layers and stages][aliases][heads]
+    std::shared_ptr<LowRankKeys> keys_;
     std::chrono::steady_clock::time_point link_free_{};
     int64_t bytes_in_ = 0;
     double stalled_ = 0;

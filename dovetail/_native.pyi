@@ -20,10 +20,23 @@ class Packed:
     @property
     def format(self) -> str: ...
 
+class LowRankKeys:
+    def __init__(
+        self,
+        stored: str,
+        sizes: tuple[int, int, int],  # KV heads, head_dim, page size
+        frequencies: list[float],
+        temper: float,
+    ) -> None: ...
+    def add(
+        self, aliases: list[int], layers: list[tuple[int, int, int]], /
+    ) -> None: ...  # of each layer: addresses of coefficients and basis, rank
+    def remove(self, aliases: list[int], /) -> None: ...
+
 class Tiers:
     def __init__(
         self,
-        shape: tuple[int, int, int, int, int, int, int],  # heads, cells, layers, stages, pages, stored pages, blob
+        shape: tuple[int, int, int, int, int, bool, int],  # heads, cells, layers, stages, pages, aliases, blob
         cells: int,
         folder: str,  # of the disk tier; empty for the host's memory
         link: float,  # bytes per second
@@ -34,6 +47,8 @@ class Tiers:
     def copy(self, source: list[int], target: list[int], /) -> None: ...
     def load(self, page: int, head: int, out: int, /) -> bool: ...
     def step(self) -> None: ...
+    def alias(self, names: list[int], pages: list[int], apart: int) -> None: ...
+    def set_keys(self, keys: LowRankKeys, /) -> None: ...
     @property
     def descriptor(self) -> int: ...  # of the disk tier's file, or -1
     def places(self) -> NDArray[np.int32]: ...  # [pages of all layers, KV heads], as long as the tiers live

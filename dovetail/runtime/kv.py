@@ -22,7 +22,7 @@ class KVConfig:
     """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own.
 
     tiled: in the native kernels' layout, where that holds such pages. offload: of pages that the device has no
-    room for.
+    room for. aliases: the codec gives some.
     """
 
     num_pages: int
@@ -31,6 +31,7 @@ class KVConfig:
     num_stages: int = 1
     tiled: bool = False
     offload: Offload | None = None
+    aliases: bool = False
 
 
 def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 0) -> int:
@@ -51,8 +52,8 @@ class KV:
         self.k: Store | TieredStore
         self.v: Store | TieredStore
         if config.offload is not None:
-            shape_of = TierShape(geometry, config.num_stages, config.num_pages, config.num_pages, config.page_size)
-            self.k, self.v = TieredStore.pair(shape_of, dtype, config.offload)
+            pages = TierShape(geometry, config.num_stages, config.num_pages, config.page_size, config.aliases)
+            self.k, self.v = TieredStore.pair(pages, dtype, config.offload)
         elif config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
             self.k, self.v = TiledStore.pair(shape, dtype, config.page_size)
         else:

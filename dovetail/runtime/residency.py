@@ -35,13 +35,13 @@ class Offload:
 
 @dataclass(frozen=True)
 class TierShape:
-    """Numbers of `pages` pages of all layers and stages; the first `stored` of a layer's can be put away."""
+    """`pages` pages of every layer and stage; `aliases`: and as many aliases of them (`core.seams.Codec`)."""
 
     geometry: Geometry
     num_stages: int
     pages: int
-    stored: int
     page_size: int
+    aliases: bool = False
 
 
 class Tiers(Residency):
@@ -52,7 +52,7 @@ class Tiers(Residency):
         blob = cells[0, 0].numel() * cells.element_size()
         try:
             self.native = cpu.native().Tiers(
-                (g.num_kv_heads, len(cells), g.num_layers, shape.num_stages, shape.pages, shape.stored, blob),
+                (g.num_kv_heads, len(cells), g.num_layers, shape.num_stages, shape.pages, shape.aliases, blob),
                 cells.data_ptr(), offload.folder, offload.link * 1e9,
             )  # fmt: skip
         except RuntimeError as error:

@@ -64,7 +64,7 @@ def test_a_page_is_what_was_last_written_wherever_it_lies(size: int, disk: bool,
         memory = torch.zeros(cells * heads * size + 4096, dtype=torch.uint8)
         memory = memory[-memory.data_ptr() % 4096 :][: cells * heads * size].view(cells, heads, size)
         tiers = native().Tiers(
-            (heads, cells, 2, 1, 6, 6, size), memory.data_ptr(), str(tmp_path) if disk else "", 0.0
+            (heads, cells, 2, 1, 6, False, size), memory.data_ptr(), str(tmp_path) if disk else "", 0.0
         )
         places = tiers.places()
         held: dict[tuple[int, int], int] = {}  # (layer, page) -> version
@@ -106,7 +106,7 @@ def test_a_page_is_what_was_last_written_wherever_it_lies(size: int, disk: bool,
 
 def test_wanting_more_at_once_than_there_are_cells_is_an_error() -> None:
     memory = torch.zeros(3, 1, 256, dtype=torch.uint8)
-    tiers = native().Tiers((1, 3, 1, 1, 6, 6, 256), memory.data_ptr(), "", 0.0)
+    tiers = native().Tiers((1, 3, 1, 1, 6, False, 256), memory.data_ptr(), "", 0.0)
     with pytest.raises(RuntimeError, match="more KV at once"):
         tiers.bring(0, [0, 1, 2, 3], True)
     tiers.bring(0, [0, 1, 2], True)
@@ -210,7 +210,7 @@ def test_a_failing_read_ends_its_request_and_no_other(tmp_path) -> None:
 def test_a_slow_tier_without_room_is_refused_at_start(tmp_path) -> None:
     with pytest.raises(CapacityError, match=r"has no room.*--kv-offloading"):
         TieredStore.pair(
-            TierShape(geometry(CHECKPOINT.config), 1, 1 << 24, 1 << 24, 16),
+            TierShape(geometry(CHECKPOINT.config), 1, 1 << 24, 16),
             torch.bfloat16,
             Offload(4, str(tmp_path), 0.0),
         )

@@ -1,0 +1,61 @@
+// Sixteen keys as coefficients times a basis, rotated at their positions, into a tile of attention's.
+#pragma once
+#include "../kernels.h"
+#include "rows.h"
+
+namespace {
+
+using dovetail::RebuildArgs;
+
+template <bool WIDE, int R, int V> INLINE void product(const RebuildArgs& a, int row, int d, float* out) {
+    F acc[R][V];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) acc[r][v] = zero();
+    constexpr int STEP = WIDE ? 1 : 2;
+    for (int k = 0; k < a.rank; k += STEP) {
+        const uint8_t* from = a.basis + ((size_t)k * a.n + (size_t)d * STEP) * (WIDE ? 4 : 2);
+        UNROLL for (int v = 0; v < V; v++) {
+            if (WIDE) {
+                const F b = load((const float*)from + 16 * v);
+                UNROLL for (int r = 0; r < R; r++)
+                    acc[r][v] = fma(all(((const float*)a.coefficients)[(size_t)(row + r) * a.rank + k]), b, acc[r][v]);
+            } else {
+                const I b = iload(from + 64 * v);
+                UNROLL for (int r = 0; r < R; r++) {
+                    int32_t pair;
+                    __builtin_memcpy(&pair, (const uint16_t*)a.coefficients + (size_t)(row + r) * a.rank + k, 4);
+                    acc[r][v] = dot_bf16(acc[r][v], b, iall(pair));
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int v = 0; v < V; v++) store(out + (size_t)(row + r) * a.n + d + 16 * v, acc[r][v]);
+}
+
+template <bool WIDE> void rebuild(const RebuildArgs& a) {
+    alignas(64) float keys[16 * 512];
+    alignas(64) float turned[512] = {};
+    alignas(64) uint16_t rounded[512];
+    for (int row = 0; row < 16; row += 4) {
+        int d = 0;
+        for (; d + 32 <= a.n; d += 32) product<WIDE, 4, 2>(a, row, d, keys);
+        for (; d < a.n; d += 16) product<WIDE, 4, 1>(a, row, d, keys);
+    }
+    for (int t = 0; t < 16; t++) {
+        const float* cos = a.angles + (size_t)t * a.dim;
+        rotate(keys + (size_t)t * a.n, cos, cos + a.dim / 2, 1.0f, a.dim, turned);
+        if (WIDE) {
+            for (int d = 0; d < a.n; d++) ((float*)a.out)[16 * d + t] = turned[d];
+            continue;
+        }
+        for (int d = 0; d < a.n; d += 16) store_bf16(rounded + d, load(turned + d));
+        for (int d = 0; d < a.n; d += 2) __builtin_memcpy(a.out + 32 * d + 4 * t, rounded + d, 4);
+    }
+}
+
+inline void add_low_rank(dovetail::Kernels& k) {
+    k.rebuild[dovetail::KV_F32] = rebuild<true>, k.rebuild[dovetail::KV_BF16] = rebuild<false>;
+}
+
+}  // namespace

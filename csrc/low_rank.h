@@ -1,0 +1,65 @@
+// Keys of prompts as products of low rank, and pages of them rebuilt: multiplied out and rotated at their positions.
+#pragma once
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "aligned.h"
+#include "kernels.h"
+
+namespace dovetail {
+
+// A prompt's keys of one layer: coefficients [tokens][rank] times a basis [rank][heads * dim], in the type of keys. They
+// belong to the caller.
+struct Factors {
+    const uint8_t *coefficients, *basis;
+    int rank;
+};
+
+struct KeysShape {
+    KVType type;
+    int heads, dim, page_size;
+    std::vector<float> frequencies;  // of the rotation, and its factor
+    float temper;
+};
+
+// A page of a layer, by its alias.
+struct AliasPlace {
+    int64_t layer, alias;
+    int head;
+};
+
+class LowRankKeys {
+ public:
+    explicit LowRankKeys(KeysShape shape) : shape_(std::move(shape)) {}
+
+    // The prompt whose pages have these aliases, in order, and its factors by layer (rank 0 where there are none).
+    void add(const std::vector<int64_t>& aliases, const std::vector<Factors>& layers);
+    void remove(const std::vector<int64_t>& aliases);
+    // K of a page as tiles.
+    void rebuild(const Kernels& kernels, const AliasPlace& at, uint8_t* out) const;
+
+ private:
+    struct Layer {
+        const uint8_t* coefficients;
+        int rank;
+        Aligned<uint8_t> basis;  // [heads][rank, in pairs][dim padded] as the kernel reads it
+    };
+    struct Page {
+        int64_t prompt = -1;
+        int index = 0;
+    };
+    int padded() const { return (shape_.dim + 15) / 16 * 16; }
+    size_t element() const { return shape_.type == KV_F32 ? 4 : 2; }
+    size_t head_basis(int rank) const { return (size_t)((rank + 1) / 2 * 2) * padded() * element(); }
+    void pack(const Factors& from, Layer& to) const;
+    void extend(int pages);
+
+    const KeysShape shape_;
+    int64_t next_ = 0;
+    std::unordered_map<int64_t, std::vector<Layer>> prompts_;
+    std::vector<Page> pages_;  // by alias
+    std::vector<float> angles_;  // [position][cos of each frequency, then sin]
+};
+
+}  // namespace dovetail
