@@ -178,6 +178,13 @@ nb::dict stats_of(const PlanStats& s) {
     return d;
 }
 
+// A folder's disk; or the host's memory, where none is named.
+std::unique_ptr<SlowTier> slow_tier(const TierShape& s, const std::string& folder) {
+    const size_t blobs = (size_t)(s.layers * s.stages * s.stored_pages * s.heads);
+    if (folder.empty()) return host_tier(blobs * s.blob);
+    return disk_tier(folder, blobs * ((s.blob + SECTOR - 1) / SECTOR * SECTOR));
+}
+
 std::vector<std::shared_ptr<Packed>> weights_of(nb::list list) {
     std::vector<std::shared_ptr<Packed>> out;
     for (nb::handle h : list) out.push_back(nb::cast<std::shared_ptr<Packed>>(h));
@@ -221,6 +228,33 @@ NB_MODULE(_native, m) {
         .def_ro("k", &Packed::k)
         .def_prop_ro("format", [](const Packed& p) { return FORMATS[p.format].name; });
 
+    nb::class_<Tiers>(m, "Tiers")
+        .def("__init__", [](Tiers* self, std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, size_t> shape,
+                            uintptr_t cells, const std::string& folder, double link) {
+            const auto [heads, count, layers, stages, layer_pages, stored_pages, blob] = shape;
+            const TierShape s{heads, count, layers, stages, layer_pages, stored_pages, blob};
+            new (self) Tiers(s, (uint8_t*)cells, slow_tier(s, folder), link);
+        }, nb::arg("shape"), nb::arg("cells"), nb::arg("folder"), nb::arg("link"))
+        .def("bring", &Tiers::bring, nb::arg("layer"), nb::arg("pages"), nb::arg("written"),
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("put", &Tiers::put, nb::call_guard<nb::gil_scoped_release>())
+        .def("drop", &Tiers::drop)
+        .def("copy", &Tiers::copy_pages)
+        .def("load", [](Tiers& t, int64_t page, int head, uintptr_t out) { return t.load(page, head, (uint8_t*)out); })
+        .def("step", &Tiers::step)
+        .def_prop_ro("descriptor", &Tiers::descriptor)
+        .def("places", [](Tiers& t) {
+            const size_t shape[2] = {(size_t)t.shape().pages(), (size_t)t.shape().heads};
+            return nb::ndarray<nb::numpy, int32_t>((void*)t.places(), 2, shape, nb::find(t));  // to be read
+        })
+        .def("stats", [](const Tiers& t) {
+            const TierStats s = t.stats();
+            nb::dict d;
+            d["hits"] = s.hits, d["misses"] = s.misses, d["evictions"] = s.evictions, d["bytes_in"] = s.bytes_in;
+            d["bytes_out"] = s.bytes_out, d["failures"] = s.failures, d["stall_seconds"] = s.stall_seconds;
+            return d;
+        });
+
     nb::class_<Program>(m, "Program")
         .def("__init__", [](Program* self, const std::string& isa, int threads, nb::tuple heads, bool cascade, bool split) {
             new (self) Program(isa, threads, {nb::cast<int>(heads[0]), nb::cast<int>(heads[1]), nb::cast<int>(heads[2])},
@@ -259,6 +293,8 @@ NB_MODULE(_native, m) {
         })
         .def("summarise", [](Program& p, const std::string& kind, int layers, const std::vector<int64_t>& pages,
                              uintptr_t out) { p.summarise(summary_of(kind), layers, pages, (uint8_t*)out); })
+        .def("set_tiers", [](Program& p, std::shared_ptr<Tiers> tiers) { p.set_tiers(std::move(tiers)); })
+        .def("fetch", &Program::fetch, nb::arg("layer"), nb::arg("window"), nb::arg("chosen"))
         .def("unread", &Program::unread)
         .def("clear", [](Program& p) { p.step.clear(); })
         .def("set_rows", [](Program& p, int rows) {  // rows of no sequence, for operations that ask for nothing else

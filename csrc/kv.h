@@ -20,6 +20,7 @@ struct KVMemory {
     float *k_scale, *v_scale;    // INT8: [.., token, head] (or [.., head, token]); INT4: scale and minimum, pairs
     int64_t pages_per_layer;
     int page_size, heads, dim;
+    const int32_t* places = nullptr;  // [pages][heads]: the cell in which a page lies; null: in the one of its number
 
     KVType compute() const { return stored == STORE_BF16 ? KV_BF16 : KV_F32; }
     int padded() const { return (dim + 15) / 16 * 16; }
@@ -27,6 +28,7 @@ struct KVMemory {
     size_t tile_bytes() const { return (size_t)16 * padded() * element(); }
     // Tile of tokens [16 i, 16 i + 16) of a page, in the TILED layout.
     size_t tile(int64_t page, int head, int i) const {
+        if (places) page = places[page * heads + head] < 0 ? 0 : places[page * heads + head];
         return ((size_t)(page * heads + head) * (page_size / 8) + i) * tile_bytes();
     }
     // Index of a token's vector in the other layouts.

@@ -180,6 +180,47 @@ class PickOp : public Op {
     const KVMemory& kv_;
 };
 
+// Brings the pages that a layer reads to the device: all of the step's, or what was picked.
+class FetchOp : public Op {
+   public:
+    FetchOp(int layer, int window, bool chosen, const KVMemory& kv) : layer_(layer), window_(window), chosen_(chosen), kv_(kv) {}
+    const char* name() const override { return "fetch"; }
+    void prepare(const Work&) override { found_.resize(kv_.heads); }
+    void run(Member& member, const Work& work) override {
+        Tiers& tiers = *work.tiers;
+        member.share(kv_.heads, [&](int h) { want(work, h); });
+        member.share(1, [&](int) {
+            misses_.clear();
+            for (const auto& f : found_) misses_.insert(misses_.end(), f.begin(), f.end());
+            tiers.begin(misses_);
+        });
+        // A thread may come here late: what it reads stays as it is until all of the program has run.
+        if (misses_.empty()) return;
+        if (tiers.addressed()) member.share((int)misses_.size(), [&](int i) { tiers.copy(misses_[i]); });
+        if (tiers.waits()) member.share(1, [&](int) { tiers.arrive(); });
+    }
+
+   private:
+    void want(const Work& work, int head) {
+        std::vector<Tiers::Miss>& misses = found_[head];
+        misses.clear();
+        work.tiers->next(head);
+        const int64_t first = layer_ * kv_.pages_per_layer;
+        const bool chosen = chosen_ && work.chosen;
+        for (const Sequence& s : chosen ? work.selection->sequences() : work.step->sequences) {
+            const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
+            const int skip = window_ && !s.page_positions ? std::max(0, s.start - window_ + 1) / kv_.page_size : 0;
+            work.tiers->want(head, list + skip, s.num_pages - skip, first, 0, misses);
+        }
+    }
+
+    int layer_, window_;
+    bool chosen_;
+    const KVMemory& kv_;
+    std::vector<std::vector<Tiers::Miss>> found_;  // by each head
+    std::vector<Tiers::Miss> misses_;
+};
+
 }  // namespace
 
 namespace {
@@ -236,7 +277,41 @@ void Program::pick(int q, int layer, Summary kind, const uint8_t* summaries) {
 void Program::summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out) {
     const Alone alone(running_);
     team_.reserve(1);
-    team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, layers, pages, out); });
+    if (!tiers_) {
+        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, layers, pages, out); });
+        return;
+    }
+    for (int layer = 0; layer < layers; layer++) {  // what one layer needs fits on the device, all of them may not
+        tiers_->bring(layer, pages, false);
+        std::vector<int64_t> of_layer(pages);
+        for (int64_t& p : of_layer) p += layer * kv_.pages_per_layer;
+        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, 1, of_layer, out); });
+    }
+}
+
+void Program::fetch(int layer, int window, bool chosen) {
+    add(new FetchOp(layer, window, chosen, kv_));
+    layers_ = std::max(layers_, layer + 1);
+}
+
+// Room, until the step ends, for what it writes.
+void Program::hold() {
+    tiers_->step();
+    std::vector<int32_t> pages(step.pages.begin(), step.pages.end());
+    std::sort(pages.begin(), pages.end());
+    pages.erase(std::unique(pages.begin(), pages.end()), pages.end());
+    std::vector<Tiers::Miss> misses;
+    for (int h = 0; h < kv_.heads; h++) {
+        tiers_->next(h);
+        for (int layer = 0; layer < layers_; layer++) {
+            const int64_t first = layer * kv_.pages_per_layer;
+            tiers_->want(h, pages.data(), (int)pages.size(), first, layers_ + 1, misses);
+        }
+    }
+    tiers_->fetch(misses);
+    for (int h = 0; h < kv_.heads; h++)
+        for (int layer = 0; layer < layers_; layer++)
+            for (int32_t p : pages) tiers_->touch(h, layer * kv_.pages_per_layer + p);
 }
 
 void Program::fit(int rows) {
@@ -279,6 +354,7 @@ void Program::plan() {
     for (size_t i = 0; i < step.sequences.size(); i++)
         step.spans[i].pages = step.sequences[i].pages = step.tables.data() + step.table_start[i];
     plan_.build(step.sequences, heads_, kv_.page_size, team_.threads, cascade_, split_);
+    if (tiers_) hold();
     choosing_ = selection_.build(step.spans, heads_, kv_.page_size, sparsity_);
     if (!choosing_) return;
     chosen_.build(selection_.sequences(), heads_, kv_.page_size, team_.threads, cascade_, split_);
@@ -295,6 +371,7 @@ void Program::run(int first, int last) {
     team_.run([&](Member& member) {
         for (int i = first; i < last; i++) ops_[i]->run(member, work);
     });
+    if (tiers_) tiers_->check();
 }
 
 std::vector<std::pair<std::string, double>> Program::profile(int first, int last) {

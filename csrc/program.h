@@ -11,6 +11,7 @@
 #include "pack.h"
 #include "sample.h"
 #include "select.h"
+#include "tiers.h"
 
 namespace dovetail {
 
@@ -45,6 +46,7 @@ struct Work {
     std::vector<Slot>* slots;
     Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
     std::vector<Aligned<uint8_t>>* own;  // memory of each thread for the operation at work
+    Tiers* tiers;  // or null: all pages are on the device
     bool ahead;  // fetch weights ahead also where the processor may do that as well by itself
 };
 
@@ -101,6 +103,9 @@ class Program {
     // Rows read everything, or what the last `pick` of the layer chose.
     void attend(AttendOn on, int window, Variant variant, std::vector<float> params);
     void sparsify(const Sparsity& sparsity) { sparsity_ = sparsity; }
+    // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next.
+    void set_tiers(std::shared_ptr<Tiers> tiers) { tiers_ = std::move(tiers), kv_.places = tiers_->places(); }
+    void fetch(int layer, int window, bool chosen);
     void pick(int q, int layer, Summary kind, const uint8_t* summaries);
     void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out);
     int64_t unread() const { return unread_; }  // pages of a head that rows left out, in all steps
@@ -122,7 +127,8 @@ class Program {
 
    private:
     void fit(int rows);
-    Work work(bool ahead) { return {&step, &plan_, choosing_ ? &chosen_ : nullptr, &selection_, kernels_, &slots_, &rows_, &own_, ahead}; }
+    void hold();
+    Work work(bool ahead) { return {&step, &plan_, choosing_ ? &chosen_ : nullptr, &selection_, kernels_, &slots_, &rows_, &own_, tiers_.get(), ahead}; }
     void add(Op* op) { ops_.emplace_back(op); }
 
     const Kernels* kernels_;
@@ -130,6 +136,8 @@ class Program {
     Heads heads_;
     bool cascade_, split_;
     KVMemory kv_{};
+    std::shared_ptr<Tiers> tiers_;
+    int layers_ = 0;  // that fetch
     std::vector<Slot> slots_;
     Aligned<uint8_t> rows_;
     std::vector<Aligned<uint8_t>> own_;

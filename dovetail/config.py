@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
-from dovetail.ops.cpu import MAX_HEAD_DIM
+from dovetail.ops.cpu import MAX_HEAD_DIM, native
 from dovetail.options import Options
 
 GIB = 1 << 30
@@ -24,7 +25,9 @@ DEFAULT_BATCHED_TOKENS = 512
 
 @dataclass(frozen=True)
 class Config:
-    """What runs. `num_kv_pages` pages of `block_size` tokens hold KV."""
+    """What runs. `num_kv_pages` pages of `block_size` tokens hold KV. With a slow tier the device has
+    `num_kv_cells` cells, each for one layer of a page, else none. `emulate_link` is in GB/s, 0 for none.
+    """
 
     model: str
     architecture: str
@@ -43,6 +46,10 @@ class Config:
     max_num_seqs: int
     enable_prefix_caching: bool
     seed: int
+    num_kv_cells: int = 0
+    kv_offloading_backend: str = "disk"
+    kv_offloading_path: str = ""
+    emulate_link: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,6 +58,14 @@ class Config:
     def arithmetic(self) -> str:
         """What a step computes in, in words: everything on which the bits of its results depend."""
         return f"{self.dtype}, {self.activations} activations, {self.kv_cache_dtype} KV, {self.kernels} kernels"
+
+    @property
+    def slow_tier(self) -> str:
+        """Where pages of KV go that the device has no room for, in words; empty if there is no such place."""
+        if not self.num_kv_cells:
+            return ""
+        link = f", emulated link of {self.emulate_link:g} GB/s" if self.emulate_link else ""
+        return f"{self.kv_offloading_backend}{link}"
 
     def __str__(self) -> str:
         return "\n".join(f"{k}: {v}" for k, v in self.to_dict().items())
@@ -71,12 +86,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class KVBudget:
-    """Tokens per page, pages, bytes and the longest sequence that they allow."""
+    """Tokens per page, pages, bytes on the device and the longest sequence that they allow; with a slow tier, the
+    cells (pages of one layer) on the device, else 0."""
 
     block_size: int
     pages: int
     bytes: int
     max_model_len: int
+    cells: int = 0
 
 
 def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: int) -> str:
@@ -157,6 +174,41 @@ def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
     return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
 
 
+def resolve_slow_tier(options: Options, kv_dtype: str, default: Path) -> str:
+    """The folder of a slow tier on disk, or nothing. ConfigError for what cannot be had, or would be ignored."""
+    backend, folder, link = options.kv_offloading_backend, options.kv_offloading_path, options.emulate_link
+    if backend not in ("disk", "host"):
+        raise ConfigError(f"kv_offloading_backend '{backend}' is unknown; the known ones are disk and host")
+    if options.kv_offloading_size is None:
+        for name, value in (("kv_offloading_path", folder), ("emulate_link", link)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name} means nothing without a slow tier; give its size with --kv-offloading-size"
+                )
+        return ""
+    if link is not None and not (isinstance(link, int | float) and 0 < link < 1e6):
+        raise ConfigError(f"emulate_link must be a number of GB/s above 0, got {link!r}")
+    if native() is None:
+        raise ConfigError("a slow tier for KV needs the native library, which this installation or CPU lacks")
+    from dovetail.runtime.store import fits_tiles
+
+    if not fits_tiles(kv_dtype, positive("block_size", options.block_size, 16)):
+        raise ConfigError(
+            f"a slow tier holds KV in bf16 or float32, in pages of a multiple of 16 tokens, not {kv_dtype} in "
+            f"pages of {options.block_size}; use --kv-cache-dtype bf16"
+        )
+    if backend == "host":
+        if folder is not None:
+            raise ConfigError("kv_offloading_path is the disk's; drop it, or use --kv-offloading-backend disk")
+        return ""
+    place = Path(folder) if folder is not None else default
+    if folder is None:
+        place.mkdir(parents=True, exist_ok=True)
+    if not place.is_dir():
+        raise ConfigError(f"kv_offloading_path '{folder}' is no folder")
+    return str(place)
+
+
 def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memory: int) -> KVBudget:
     """How many pages KV gets, and so how long a sequence can be.
 
@@ -180,23 +232,63 @@ def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memo
         raise CapacityError(
             f"kv_memory of {memory} bytes was asked for, but {free_memory} bytes are free; lower --kv-memory"
         )
+    if options.kv_offloading_size is not None:
+        return _with_slow_tier(options, KVSizes(size, length, page_bytes, model.num_layers), memory)
     pages = memory // page_bytes
     if pages < 1:
         raise CapacityError(
             f"{memory} bytes of KV memory hold no page: one page of {size} tokens takes {page_bytes} bytes; "
             f"raise --kv-memory or lower --block-size"
         )
+    length = _length(options, KVSizes(size, length, page_bytes, model.num_layers), pages, "--kv-memory")
+    return KVBudget(size, pages, pages * page_bytes, length)
+
+
+@dataclass(frozen=True)
+class KVSizes:
+    """Tokens per page, the longest sequence wanted, bytes of a page over all layers, and layers."""
+
+    block_size: int
+    length: int
+    page_bytes: int
+    num_layers: int
+
+
+def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
+    """The longest sequence that `pages` allow, which `option` bounds."""
+    size, length, page_bytes = sizes.block_size, sizes.length, sizes.page_bytes
     needed = pages_for(length, size)
     if needed > pages:
-        if asked is not None:
+        if options.max_model_len is not None:
             raise CapacityError(
-                f"max_model_len {asked} needs {needed} pages ({needed * page_bytes} bytes) of KV, "
-                f"but {memory} bytes hold {pages}; raise --kv-memory or lower --max-model-len"
+                f"max_model_len {length} needs {needed} pages ({needed * page_bytes} bytes) of KV, "
+                f"but {pages * page_bytes} bytes hold {pages}; raise {option} or lower --max-model-len"
             )
         length = pages * size
     if length < 2:
-        raise CapacityError(f"{memory} bytes of KV memory hold {length} token; at least 2 are needed")
-    return KVBudget(size, pages, pages * page_bytes, length)
+        raise CapacityError(f"{pages} pages of KV hold {length} token; at least 2 are needed")
+    return length
+
+
+def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
+    """The slow tier bounds the pages; the device must hold one layer of all of them and what a step writes."""
+    asked = positive("kv_offloading_size", options.kv_offloading_size, 0)
+    pages = asked // sizes.page_bytes
+    length = _length(options, sizes, pages, "--kv-offloading-size")
+    cell = sizes.page_bytes // sizes.num_layers
+    tokens = positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS)
+    written = pages_for(tokens, sizes.block_size) + min(
+        tokens, positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS)
+    )
+    needed = pages + min(written, pages) * sizes.num_layers
+    cells = min(memory // cell, pages * sizes.num_layers)
+    if cells < min(needed, pages * sizes.num_layers):
+        raise CapacityError(
+            f"{memory} bytes of KV memory are too few for a slow tier of {asked}: one layer of its {pages} pages, "
+            f"and all layers of the {written} pages that a step writes, take {needed * cell} bytes; raise "
+            f"--kv-memory, or lower --kv-offloading-size, --max-num-batched-tokens or --max-num-seqs"
+        )
+    return KVBudget(sizes.block_size, pages, cells * cell, length, cells)
 
 
 def positive(name: str, value: int | None, default: int) -> int:
@@ -236,6 +328,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
     native_page = 0 if kernels == TORCH else positive("block_size", options.block_size, 16)
+    folder = resolve_slow_tier(options, kv_dtype, found.folder)
     kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype, native_page), machine.free_memory)
     return Config(
         model=found.name,
@@ -250,6 +343,10 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         kv_memory=kv.bytes,
         block_size=kv.block_size,
         num_kv_pages=kv.pages,
+        num_kv_cells=kv.cells,
+        kv_offloading_backend=options.kv_offloading_backend,
+        kv_offloading_path=folder,
+        emulate_link=options.emulate_link or 0.0,
         max_model_len=kv.max_model_len,
         max_num_batched_tokens=positive(
             "max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS
@@ -262,7 +359,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
 
 @dataclass(frozen=True)
 class Found:
-    """What is known besides the options: the model's name and weight format, techniques, the machine."""
+    """What is known besides the options: the model's name and weight format, techniques, the machine, and the
+    folder of a slow tier where none is named."""
 
     name: str
     stored_format: str
@@ -270,3 +368,4 @@ class Found:
     machine: Machine
     # (Geometry, kv_cache_dtype, page size of the native kernels or 0) -> bytes of K and V of one token
     token_bytes: Any
+    folder: Path = Path()

@@ -42,7 +42,7 @@ class LLM:
         **options: Any,
     ) -> None:
         from dovetail.checkpoint import open_checkpoint
-        from dovetail.hub import architecture
+        from dovetail.hub import architecture, home
         from dovetail.hub import resolve as find
         from dovetail.models import MODELS, facts, geometry
         from dovetail.runtime.kv import bytes_per_token
@@ -55,7 +55,10 @@ class LLM:
         if (kind := architecture(str(model))) not in (None, *MODELS):
             raise ModelError(f"{model}: architecture '{kind}' cannot be run yet; known: {', '.join(MODELS)}")
         checkpoint = open_checkpoint(find(str(model)))
-        composition = compose(*parts, facts=facts(checkpoint.config))
+        offered = facts(checkpoint.config)
+        if asked.kv_offloading_size is not None:
+            offered |= {"a slow tier"}
+        composition = compose(*parts, facts=offered)
         self.config: Config = resolve(
             asked,
             checkpoint.config,
@@ -66,6 +69,7 @@ class LLM:
                 tuple(composition.specs),
                 _machine(asked.device),
                 bytes_per_token,
+                home() / "kv",
             ),
         )
         self.checkpoint = checkpoint
@@ -142,6 +146,11 @@ class LLM:
     def activity(self) -> dict[str, int]:
         """How often each technique in use acted."""
         return {t.name: t.activity(self.engine.seams) for t in self.techniques}
+
+    def slow_tier(self) -> Mapping[str, float]:
+        """Totals of what moved between the device and the slow tier of KV; empty without one."""
+        residency = self.engine.seams.residency
+        return residency.stats() if hasattr(residency, "stats") else {}
 
     def default_params(self, fallback: Mapping[str, Any] | None = None, **overrides: Any) -> SamplingParams:
         """The checkpoint's own sampling defaults (generation_config.json), with overrides.

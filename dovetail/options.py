@@ -14,6 +14,10 @@ class Options:
     threads: int | None = None
     kv_memory: int | None = None  # bytes
     kv_cache_dtype: str = "auto"
+    kv_offloading_size: int | None = None  # bytes
+    kv_offloading_backend: str = "disk"
+    kv_offloading_path: str | None = None
+    emulate_link: float | None = None  # GB/s
     kernels: str = "auto"
     activations: str = "auto"
     block_size: int = 16

@@ -20,6 +20,8 @@ def uncounted(llm: LLM) -> str | None:
     """Why `step_bytes` does not hold for an engine, or None."""
     if llm.config.device != "cpu":
         return f"the model is in the memory of {llm.config.device}, whose bandwidth is not measured"
+    if llm.config.slow_tier:
+        return "the slow tier decides what is read, and that is not counted"
     if names := [t.name for t in llm.techniques if READERS & set(t.fills)]:
         return f"{', '.join(names)} decides what is read, and that is not counted"
     return None

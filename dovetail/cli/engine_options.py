@@ -190,7 +190,7 @@ def _size(text: str | int) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
-_SIZES = ("kv_memory",)
+_SIZES = ("kv_memory", "kv_offloading_size")
 
 _ENGINE_HELP = {
     "use": f"Switch on {', '.join(sorted(MODULES))}, with options as in ngram:tokens=4. Repeat to combine.",
@@ -199,6 +199,10 @@ _ENGINE_HELP = {
     "threads": "Threads to compute with. Default: the cores that this process may use.",
     "kv_memory": "Memory for keys and values, as in 512MiB. Default: a quarter of what is free, at most 4GiB.",
     "kv_cache_dtype": "Type to keep keys and values in: auto, float32, bf16, float16, int8 or int4.",
+    "kv_offloading_size": "Size of a slow tier for keys and values, as in 4GiB; --kv-memory holds those in use.",
+    "kv_offloading_backend": "What the slow tier is: disk (read past the page cache), or host (memory).",
+    "kv_offloading_path": "Folder of the disk tier's file. Default: the cache folder.",
+    "emulate_link": "GB/s at which the slow tier's data arrives at most. For experiments; reports say emulated.",
     "kernels": "Kernels to compute with: auto, torch (the reference), or an instruction set as in avx2.",
     "activations": "Inputs of products with quantized weights: auto, int8 or exact.",
     "block_size": "Tokens in a page of keys and values.",

@@ -13,6 +13,7 @@ from dovetail.core.seams import Geometry, Seams, Variant
 from dovetail.core.types import ALL, Sealed, StepPlan
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
+from dovetail.runtime.residency import Offload, TieredStore, TierShape
 from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
 
 
@@ -20,7 +21,8 @@ from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
 class KVConfig:
     """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own.
 
-    tiled: in the native kernels' layout, where that holds such pages.
+    tiled: in the native kernels' layout, where that holds such pages. offload: of pages that the device has no
+    room for.
     """
 
     num_pages: int
@@ -28,6 +30,7 @@ class KVConfig:
     kv_cache_dtype: str
     num_stages: int = 1
     tiled: bool = False
+    offload: Offload | None = None
 
 
 def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 0) -> int:
@@ -45,9 +48,12 @@ class KV:
         kind, dtype = store_type(config.kv_cache_dtype)
         slots = config.num_pages * config.page_size
         shape = (geometry.num_layers * config.num_stages, slots, geometry.num_kv_heads, geometry.head_dim)
-        self.k: Store
-        self.v: Store
-        if config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
+        self.k: Store | TieredStore
+        self.v: Store | TieredStore
+        if config.offload is not None:
+            shape_of = TierShape(geometry, config.num_stages, config.num_pages, config.num_pages, config.page_size)
+            self.k, self.v = TieredStore.pair(shape_of, dtype, config.offload)
+        elif config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
             self.k, self.v = TiledStore.pair(shape, dtype, config.page_size)
         else:
             self.k, self.v = kind(shape, dtype, device), kind(shape, dtype, device)
@@ -144,7 +150,7 @@ class KV:
     def _slots(self, pages: Tensor) -> Tensor:
         return pages[..., None] * self.page_size + torch.arange(self.page_size, device=pages.device)
 
-    def _read_heads(self, store: Store, layer: int, pages: Tensor) -> Tensor:
+    def _read_heads(self, store: Store | TieredStore, layer: int, pages: Tensor) -> Tensor:
         """pages [rows, KV heads, n] -> [rows, KV heads, n, page_size, head_dim]."""
         slots = self._slots(pages)
         return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])

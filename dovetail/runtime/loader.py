@@ -18,6 +18,7 @@ from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.kv import KV, KVConfig
 from dovetail.runtime.native import NativeExecutor, recordable
+from dovetail.runtime.residency import Offload, tiers_of
 
 
 def stored_format(checkpoint: Checkpoint) -> str:
@@ -37,8 +38,15 @@ def build_engine(checkpoint: Checkpoint, config: Config, composition: Compositio
     default = Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, device)
     load = Loader(checkpoint, seams.format or default, dtype, device)
     site.model = model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant)
-    sizes = KVConfig(config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native)
+    offload = None
+    if config.num_kv_cells:
+        offload = Offload(config.num_kv_cells, config.kv_offloading_path, config.emulate_link)
+    sizes = KVConfig(
+        config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native, offload
+    )
     site.kv = kv = KV(shape, sizes, device)
+    if (tiers := tiers_of(kv.k)) is not None:
+        seams.residency = tiers
     kv.seams = seams
     executor: Executor
     if seams.executor is not None:

@@ -20,13 +20,16 @@ from dovetail.runtime.kv import KV
 from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorded import RecordedSelector
 from dovetail.runtime.recorder import Recorder, connect
+from dovetail.runtime.residency import Tiers
 from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 
 
 def recordable(model: Any, seams: Seams) -> bool:
     """Whether nothing in Python must act between two operations of a layer."""
-    defaults = ((seams.codec, Codec), (seams.residency, Residency), (seams.rows, RowFilter))
+    defaults = ((seams.codec, Codec), (seams.rows, RowFilter))
     if any(type(filler) is not default for filler, default in defaults):
+        return False
+    if not (type(seams.residency) is Residency or isinstance(seams.residency, Tiers)):
         return False
     if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
         return False

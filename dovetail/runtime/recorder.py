@@ -18,6 +18,7 @@ from dovetail.ops.pages import Summaries
 from dovetail.ops.rope import Rope
 from dovetail.runtime.kv import KV
 from dovetail.runtime.recorded import RecordedSelector
+from dovetail.runtime.residency import tiers_of
 
 
 class Recorder:
@@ -90,6 +91,8 @@ class Recorder:
         if chosen:
             self._positions |= bool(v.window or v.address)
             self.program.sparsify(*self._sparsity, self._positions)
+        if tiers_of(self.kv.k) is not None:
+            self.program.fetch(layer, v.window, chosen)
         self.program.attend((self.q, self.attended, layer, chosen), v.window, v.address, v.params)
 
     def pick(self, layer: int, summaries: Summaries, window: int, budget: int) -> None:
@@ -106,9 +109,11 @@ class Recorder:
 
 
 def connect(program: Any, kv: KV) -> None:
-    """Give the program the addresses of K and V."""
+    """Give the program the addresses of K and V, and what moves their pages."""
     k, v = kv.k.memory(), kv.v.memory()
     program.set_kv(
         kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
         (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim),
     )  # fmt: skip
+    if (tiers := tiers_of(kv.k)) is not None:
+        program.set_tiers(tiers.native)

@@ -197,6 +197,7 @@ class TiledStore:
         else:
             inner = (dim // 2, 16, 2) if keys else (8, dim, 2)
         self.data = memory[:, :, 0 if keys else 1].unflatten(-1, inner)
+        self.memory_tensor = memory
 
     @classmethod
     def pair(
@@ -217,16 +218,21 @@ class TiledStore:
         return num_kv_heads * padded(head_dim) * dtype.itemsize
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
+        self.write_heads((slots + layer * self.slots)[:, None].expand(-1, self.data.shape[1]), values)
+
+    def write_heads(self, slots: Tensor, values: Tensor) -> None:
+        """values [rows, KV heads, head_dim] into slots [rows, KV heads] of all layers: each head has its own."""
         values = torch.nn.functional.pad(values.to(self.data.dtype), (0, padded(self.dim) - self.dim))
-        page, tile, t = self._place(layer, slots)
+        heads = torch.arange(slots.shape[1])
+        page, tile, t = self._place(0, slots)
         if self.keys and self.kind == "bf16":
-            self.data[page, :, tile, :, t] = values.unflatten(-1, (-1, 2))
+            self.data[page, heads, tile, :, t] = values.unflatten(-1, (-1, 2))
         elif self.keys:
-            self.data[page, :, tile, :, t] = values
+            self.data[page, heads, tile, :, t] = values
         elif self.kind == "bf16":
-            self.data[page, :, tile, t // 2, :, t % 2] = values
+            self.data[page, heads, tile, t // 2, :, t % 2] = values
         else:
-            self.data[page, :, tile, t] = values
+            self.data[page, heads, tile, t] = values
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim]."""

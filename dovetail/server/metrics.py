@@ -26,6 +26,15 @@ LATENCY = (
     1920.0, 7680.0,
 )  # fmt: skip
 ITERATION = (1, 8, *(2**i for i in range(4, 15)))
+_SLOW_TIER = {
+    "hits": "Pages of a KV head that were on the device when they were wanted",
+    "misses": "Pages of a KV head that came from the slow tier",
+    "evictions": "Pages of a KV head that left the device",
+    "failures": "Transfers that failed",
+    "bytes_in": "Bytes of KV read from the slow tier",
+    "bytes_out": "Bytes of KV written to the slow tier",
+    "stall_seconds": "Time that steps waited for the slow tier",
+}
 MAX_UNKNOWN = 64  # names of fields counted one by one; clients choose them
 
 
@@ -131,6 +140,8 @@ class _EngineNumbers:
             ("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted),
         ):
             yield self._count(f"vllm:{name}", text, value)
+        for name, total in self.llm.slow_tier().items():
+            yield self._count(f"dovetail:kv_offloading_{name}", f"{_SLOW_TIER[name]}.", total)
         for name, value in self.llm.activity().items():
             plain = name.replace("-", "_")
             yield self._count(f"dovetail:{plain}_activity", f"How often {name} acted.", value)

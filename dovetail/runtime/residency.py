@@ -1,0 +1,134 @@
+"""KV on a device that is too small for all of it: cells of device memory hold the pages that are in use, a slow
+tier (memory of the host, or a file that is read past the page cache) those that are complete.
+
+What is moved is a blob: K and V of one page and KV head of a layer. The native `Tiers` (csrc/tiers.h) say in which
+cell it lies; native programs ask them before each layer's attention, and stores as they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.core.errors import CapacityError
+from dovetail.core.seams import Geometry, Residency
+from dovetail.ops import cpu
+from dovetail.runtime.store import TiledStore, padded
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where pages go that the device has no room for.
+
+    cells: pages of one KV head of one layer that the device holds, for each head. folder: of the slow tier's file;
+    empty for memory of the host. link: GB/s at which transfers arrive at most, emulated; 0 for as they come.
+    """
+
+    cells: int
+    folder: str
+    link: float
+
+
+@dataclass(frozen=True)
+class TierShape:
+    """Numbers of `pages` pages of all layers and stages; the first `stored` of a layer's can be put away."""
+
+    geometry: Geometry
+    num_stages: int
+    pages: int
+    stored: int
+    page_size: int
+
+
+class Tiers(Residency):
+    """Which cell holds which page. `cells` is the device's memory."""
+
+    def __init__(self, cells: Tensor, shape: TierShape, offload: Offload) -> None:
+        g = shape.geometry
+        blob = cells[0, 0].numel() * cells.element_size()
+        try:
+            self.native = cpu.native().Tiers(
+                (g.num_kv_heads, len(cells), g.num_layers, shape.num_stages, shape.pages, shape.stored, blob),
+                cells.data_ptr(), offload.folder, offload.link * 1e9,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise CapacityError(f"{error}; see --kv-offloading-size and --kv-offloading-path") from None
+        self.cells, self.pages, self.page_size = cells, shape.pages, shape.page_size
+        self.places = torch.from_numpy(self.native.places())  # [pages of all layers, KV heads]
+
+    def put(self, pages: Tensor) -> None:
+        self.native.put(pages.tolist())
+
+    def drop(self, pages: Tensor) -> None:
+        self.native.drop(pages.tolist())
+
+    def slots(self, layer: int, slots: Tensor, *, written: bool = False) -> Tensor:
+        """Slots [n] of pages as slots of cells [n, KV heads], which hold them until this is called again."""
+        pages = slots // self.page_size
+        self.native.bring(layer, pages.unique().tolist(), written)
+        cells = self.places[pages + layer * self.pages].long()
+        return cells * self.page_size + (slots % self.page_size)[:, None]
+
+    def stats(self) -> Mapping[str, float]:
+        """Totals: hits, misses, evictions and failures of blobs, bytes_in, bytes_out, stall_seconds."""
+        found: dict[str, float] = self.native.stats()
+        return found
+
+
+class TieredStore:
+    """K or V in cells: a store like the others, whose pages come to the device when they are touched."""
+
+    layout = "tiled"
+
+    def __init__(self, store: TiledStore, tiers: Tiers) -> None:
+        self.store = store
+        self.tiers = tiers
+        self.kind = store.kind
+
+    @classmethod
+    def pair(cls, shape: TierShape, dtype: torch.dtype, offload: Offload) -> tuple[TieredStore, TieredStore]:
+        """K and V, which share their blobs."""
+        g, size = shape.geometry, shape.page_size
+        k, v = TiledStore.pair((1, offload.cells * size, g.num_kv_heads, g.head_dim), dtype, size)
+        memory = k.memory_tensor
+        tiers = Tiers(memory, shape, offload)
+        return cls(k, tiers), cls(v, tiers)
+
+    def memory(self) -> tuple[int, int]:
+        return self.store.memory()
+
+    def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
+        """values [rows, KV heads, head_dim] into slots [rows]."""
+        self.store.write_heads(self.tiers.slots(layer, slots, written=True), values)
+
+    def read(self, layer: int, slots: Tensor) -> Tensor:
+        """slots [...] -> [..., KV heads, head_dim]."""
+        at = self.tiers.slots(layer, slots.flatten())
+        return self.store.read_heads(0, at[..., None])[:, :, 0].unflatten(0, slots.shape)
+
+    def read_heads(self, layer: int, slots: Tensor) -> Tensor:
+        """slots [rows, KV heads, n] -> [rows, KV heads, n, head_dim]."""
+        heads = slots.shape[1]
+        at = self.tiers.slots(layer, slots.flatten()).unflatten(0, slots.shape)
+        own = torch.arange(heads)[None, :, None, None].expand(*slots.shape, 1)
+        return self.store.read_heads(0, at.gather(3, own)[..., 0])
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole pages, given as their slots. V lies in K's blobs."""
+        if self.store.keys:
+            size = self.tiers.page_size
+            self.tiers.native.copy(*((s[::size] // size).tolist() for s in (source, target)))
+
+
+def blob_bytes(geometry: Geometry, page_size: int, dtype: torch.dtype) -> int:
+    """K and V of one page and KV head of a layer."""
+    return 2 * page_size * padded(geometry.head_dim) * dtype.itemsize
+
+
+def tiers_of(store: Any) -> Tiers | None:
+    """The tiers of a store whose pages move."""
+    return store.tiers if isinstance(store, TieredStore) else None

@@ -1,0 +1,223 @@
+"""KV on a device that is too small for it: where pages lie, and that no text depends on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail.core.errors import CapacityError
+from dovetail.core.sampling import SamplingParams
+from dovetail.models.llama import geometry
+from dovetail.ops.cpu import isas, native
+from dovetail.runtime.residency import Offload, TieredStore, Tiers, TierShape
+from tests.runtime.test_native import GREEDY, PROMPTS, prompts
+from tests.tiny import TinyCheckpoint, make_request, run_all, run_staggered, tiny_config, tiny_engine
+
+pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
+BEST = isas()[0] if isas() else ""
+LAYERS = 6
+CHECKPOINT = TinyCheckpoint(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_layers=LAYERS))
+
+
+def engine_of(*use, kernels: str = BEST, kv: str = "bf16", **changes):
+    base = dict(pages=40, page_size=16, threads=2, max_num_batched_tokens=32, max_num_seqs=4, dtype="float32")
+    return tiny_engine(*use, checkpoint=CHECKPOINT, kernels=kernels, kv_cache_dtype=kv, **(base | changes))
+
+
+def tight(**changes):
+    """Of an engine whose device holds one layer of all pages, and what a step writes."""
+    pages, budget = changes.setdefault("pages", 40), changes.setdefault("max_num_batched_tokens", 32)
+    return dict(num_kv_cells=pages + LAYERS * (-(-budget // 16) + 4), **changes)
+
+
+# -- the native tiers by themselves
+
+
+def blob(page: int, version: int, size: int) -> torch.Tensor:
+    return torch.full((size,), (page * 7 + version) % 251, dtype=torch.uint8)
+
+
+actions = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "read", "put", "drop", "copy"]),
+        st.integers(0, 1),
+        st.lists(st.integers(0, 5), min_size=1),
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [256, 4096, 6144])
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_page_is_what_was_last_written_wherever_it_lies(size: int, disk: bool, tmp_path) -> None:
+    heads, cells = 2, 7
+
+    @settings(max_examples=40, deadline=None)
+    @given(actions)
+    def check(steps) -> None:
+        memory = torch.zeros(cells * heads * size + 4096, dtype=torch.uint8)
+        memory = memory[-memory.data_ptr() % 4096 :][: cells * heads * size].view(cells, heads, size)
+        tiers = native().Tiers(
+            (heads, cells, 2, 1, 6, 6, size), memory.data_ptr(), str(tmp_path) if disk else "", 0.0
+        )
+        places = tiers.places()
+        held: dict[tuple[int, int], int] = {}  # (layer, page) -> version
+        origin: dict[tuple[int, int], int] = {}  # the page as which it was written
+        for version, (what, layer, pages) in enumerate(steps):
+            pages = sorted(set(pages))
+            if what == "write":
+                tiers.bring(layer, pages, True)
+                for p in pages:
+                    for h in range(heads):
+                        memory[places[layer * 6 + p, h], h] = blob(p, version, size)
+                    held[layer, p], origin[layer, p] = version, p
+            elif what == "put":
+                tiers.put(pages)
+            elif what == "drop":
+                tiers.drop(pages)
+                held = {at: v for at, v in held.items() if at[1] not in pages}
+            elif what == "copy" and len(pages) > 1:
+                source, target = pages[:2]
+                if all((i, source) in held for i in range(2)):
+                    tiers.copy([source], [target])
+                    for i in range(2):
+                        held[i, target] = held[i, source]
+                        origin[i, target] = origin[i, source]
+            tiers.bring(layer, pages, False)
+            for p in pages:
+                if (layer, p) in held:
+                    for h in range(heads):
+                        found = memory[places[layer * 6 + p, h], h]
+                        assert torch.equal(found, blob(origin[layer, p], held[layer, p], size))
+            for h in range(heads):
+                mine = [c for c in places[:, h].tolist() if c >= 0]
+                assert len(mine) == len(set(mine))
+        found = tiers.stats()
+        assert found["failures"] == 0
+
+    check()
+
+
+def test_wanting_more_at_once_than_there_are_cells_is_an_error() -> None:
+    memory = torch.zeros(3, 1, 256, dtype=torch.uint8)
+    tiers = native().Tiers((1, 3, 1, 1, 6, 6, 256), memory.data_ptr(), "", 0.0)
+    with pytest.raises(RuntimeError, match="more KV at once"):
+        tiers.bring(0, [0, 1, 2, 3], True)
+    tiers.bring(0, [0, 1, 2], True)
+
+
+# -- the engine
+
+
+@given(
+    prompts,
+    st.sampled_from(
+        ["", "quest:budget=32,skip_layers=0", "quest:budget=48,skip_layers=1", "sink-window:window=20"]
+    ),
+    st.sampled_from([17, 64]),
+    st.booleans(),
+    st.lists(st.integers(0, 9), min_size=5, max_size=5),
+)
+@settings(max_examples=30, deadline=None)
+def test_text_does_not_depend_on_where_pages_lie(batch, spec, budget, caching, arrivals) -> None:
+    use = [spec] if spec else []
+    shape = dict(max_num_batched_tokens=budget, enable_prefix_caching=caching)
+    texts = []
+    for more in (shape, tight(**shape)):
+        engine = engine_of(*use, **more)
+        requests = [make_request(engine, f"r{i}", p, GREEDY) for i, p in enumerate(batch)]
+        run_staggered(engine, requests, arrivals)
+        texts.append([r.output for r in requests])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kernels", [BEST, "torch"])
+@pytest.mark.parametrize("kv", ["float32", "bf16"])
+def test_the_device_is_too_small_and_the_text_the_same(kv: str, kernels: str) -> None:
+    engine = engine_of(kernels=kernels, kv=kv, **tight(pages=20))
+    assert run_all(engine, PROMPTS, GREEDY) == run_all(engine_of(kernels=kernels, kv=kv), PROMPTS, GREEDY)
+    stats = engine.seams.residency.stats()
+    assert stats["evictions"] >= stats["misses"] > 0 and stats["hits"] > 0
+
+
+def test_the_disk_gives_the_same_text(tmp_path) -> None:
+    engine = engine_of(**tight(pages=20, kv_offloading_path=str(tmp_path)))
+    assert run_all(engine, PROMPTS, GREEDY) == run_all(engine_of(), PROMPTS, GREEDY)
+    stats = engine.seams.residency.stats()
+    assert stats["bytes_in"] > 0 and stats["stall_seconds"] > 0
+    assert not list(tmp_path.iterdir())  # the file has no name, so nothing stays behind
+
+
+def test_an_emulated_link_bounds_the_bytes_per_second() -> None:
+    engine = engine_of(**tight(pages=20, emulate_link=0.01))
+    run_all(engine, PROMPTS, SamplingParams(temperature=0, max_tokens=4))
+    stats = engine.seams.residency.stats()
+    assert stats["stall_seconds"] > 0.5 * stats["bytes_in"] / 0.01e9
+
+
+@contextmanager
+def unreadable(tiers: Tiers) -> Iterator[None]:
+    """Nothing can be read from the tier's file meanwhile."""
+    file = tiers.native.descriptor
+    kept, empty = os.dup(file), os.open("/dev/null", os.O_RDWR)
+    os.dup2(empty, file)
+    yield
+    os.dup2(kept, file)
+    os.close(kept)
+    os.close(empty)
+
+
+def test_a_failing_read_ends_its_request_and_no_other(tmp_path) -> None:
+    engine = engine_of(**tight(pages=36, kv_offloading_path=str(tmp_path), enable_prefix_caching=False))
+    long, short = PROMPTS[2], (1, 2, 3)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    a = make_request(engine, "long", long, params)
+    b = make_request(engine, "short", short, SamplingParams(temperature=0, max_tokens=8))  # within one page
+    for r in (a, b):
+        engine.add(r)
+    while a.num_output < 2:
+        engine.step()
+    filler = make_request(engine, "filler", PROMPTS[2][::-1] * 2, params)
+    engine.add(filler)
+    while filler.num_output < 1:  # takes the cells
+        engine.step()
+    errors = []
+    with unreadable(engine.seams.residency):
+        errors += [p for p in engine.step() if p.error]
+    while engine.busy:
+        errors += [p for p in engine.step() if p.error]
+        engine.check()
+    failed = {p.request.id for p in errors}
+    assert failed and "short" not in failed
+    assert (
+        b.output
+        == run_all(engine_of(enable_prefix_caching=False), [short], SamplingParams(temperature=0, max_tokens=8))[0]
+    )
+    assert engine.seams.residency.stats()["failures"] > 0
+    again = make_request(engine, "again", long, params)  # what failed is not believed later
+    engine.add(again)
+    while engine.busy:
+        engine.step()
+    assert again.output == run_all(engine_of(enable_prefix_caching=False), [long], params)[0]
+
+
+def test_a_slow_tier_without_room_is_refused_at_start(tmp_path) -> None:
+    with pytest.raises(CapacityError, match=r"has no room.*--kv-offloading"):
+        TieredStore.pair(
+            TierShape(geometry(CHECKPOINT.config), 1, 1 << 24, 1 << 24, 16),
+            torch.bfloat16,
+            Offload(4, str(tmp_path), 0.0),
+        )
+
+
+def test_memory_is_no_disk() -> None:
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no memory file system here")
+    with pytest.raises(CapacityError, match="is memory, not a disk"):
+        engine_of(**tight(kv_offloading_path="/dev/shm"))
