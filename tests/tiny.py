@@ -21,6 +21,7 @@ from dovetail.runtime.loader import build_engine
 from dovetail.techniques import technique
 
 VOCAB = 61
+FACTS = frozenset({"a slow tier", "rotary positions"})  # what is read does not depend on where it lies
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -83,7 +84,7 @@ def tiny_engine(
     **changes: Any,
 ) -> Engine:
     """An engine in float64 on the reference ops, unless `changes` say otherwise."""
-    composition = compose(*(technique(u) if isinstance(u, str) else u for u in use))
+    composition = compose(*(technique(u) if isinstance(u, str) else u for u in use), facts=FACTS)
     base: dict[str, Any] = dict(
         model="tiny", architecture="llama", use=(), dtype="float64", device="cpu", threads=1,
         kernels="torch", activations="exact", kv_cache_dtype="float64", kv_memory=0, block_size=page_size,

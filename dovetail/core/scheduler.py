@@ -206,8 +206,10 @@ class Scheduler:
     def _start(self, request: Request, step: _Step) -> bool:
         """Give a waiting request what is stored of it, pages for all its tokens, and a first span.
 
-        False if pages are short; then nothing has changed.
+        False if pages are short, or there is no room for what the codec keeps of it; then nothing has changed.
         """
+        if self._dense_pages(*self.running, request) > self.seams.codec.capacity:
+            return False
         parent = request.fork_of
         if parent is not None:
             request.computed = self._fork_point(parent)
@@ -251,6 +253,9 @@ class Scheduler:
             return not self.running
         self.pool.release(pages)
         return True
+
+    def _dense_pages(self, *requests: Request) -> int:
+        return sum(min(r.dense_until, r.max_total) // self.pool.page_size for r in requests)
 
     def _stored(self, request: Request) -> Stored:
         most = min(len(request.tokens) - 1, self._reusable(request))

@@ -86,7 +86,12 @@ class RowFilter:
 
 class Codec:
     """How are pages stored for rows that may leave some unread? Default: as written. Rows that read everything
-    read what was written; the numeric KV type is configuration."""
+    read what was written; the numeric KV type is configuration.
+
+    Dense parts of running requests have at most `capacity` whole pages, counted per request: others wait.
+    """
+
+    capacity: int = UNLIMITED
 
     def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
         """The dense parts, `tokens[:dense_until]`, are committed, and from now on rows may leave pages unread.

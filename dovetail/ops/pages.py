@@ -1,4 +1,4 @@
-"""Pages of keys summarised by two vectors, scored against queries, and the best ones picked.
+"""Pages of keys summarised by a few vectors, scored against queries, and the best ones picked.
 
 The torch functions define what the native operations `summarise` and `pick` (csrc/select.h) do:
 
@@ -7,6 +7,9 @@ The torch functions define what the native operations `summarise` and `pick` (cs
     score(q, page) = sum_i max(q_i, 0) first_i + min(q_i, 0) second_i      "bound": no key of the page has a
                                                                            larger product with q
                    = sum_i q_i first_i + |q_i| second_i                    "mean_std"
+
+Landmarks (ShadowKV, arXiv 2410.21465, section 4), which have no native operation yet, are means of the chunks of a
+page's keys, and a page's score is the largest softmax weight of one of them among those of all competing pages.
 """
 
 from __future__ import annotations
@@ -18,19 +21,21 @@ from torch import Tensor
 
 from dovetail.runtime.store import TiledStore, lazy_zeros, padded
 
-KINDS = ("bound", "mean_std")
+KINDS = ("bound", "mean_std")  # of two vectors each
 
 
 class Summaries:
-    """Summaries of every page of every layer: `data` [layers x pages, KV heads, 2, head_dim padded to 16], in the
-    type of the keys."""
+    """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16],
+    in the type of the keys. Of one of `KINDS`, or "landmarks" of chunks of `chunk` tokens."""
 
-    def __init__(self, kv: Any, kind: str) -> None:
+    def __init__(self, kv: Any, kind: str, chunk: int = 0) -> None:
         self.kv = kv
         self.kind = kind
+        self.chunk = chunk
         self.program: Any = None  # summarises pages in its layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
-        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, 2, padded(kv.head_dim))
+        vectors = kv.page_size // chunk if kind == "landmarks" else 2
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, vectors, padded(kv.head_dim))
         self.data = lazy_zeros(shape, dtype, kv.device)
 
     def seal(self, pages: Tensor) -> None:
@@ -40,13 +45,17 @@ class Summaries:
             self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr())
             return
         for layer in range(layers):
-            found = summary(self.kv.keys(layer, pages), self.kind).to(self.data.dtype)
-            self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found
+            keys = self.kv.keys(layer, pages)
+            found = landmarks(keys, self.chunk) if self.kind == "landmarks" else summary(keys, self.kind)
+            self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found.to(self.data.dtype)
 
     def scores(self, layer: int, q: Tensor, pages: Tensor) -> Tensor:
         """q [rows, heads, head_dim], physical pages [rows, n] -> scores [rows, KV heads, n]."""
-        found = self.data[layer * self.kv.pages_per_layer + pages]
-        return page_scores(q, found[..., : self.kv.head_dim], self.kind)
+        return page_scores(q, self.of(layer, pages), self.kind)
+
+    def of(self, layer: int, pages: Tensor) -> Tensor:
+        """Physical pages [rows, n] -> their summaries [rows, n, KV heads, vectors, head_dim]."""
+        return self.data[layer * self.kv.pages_per_layer + pages][..., : self.kv.head_dim]
 
 
 def summary(keys: Tensor, kind: str) -> Tensor:
@@ -67,6 +76,39 @@ def page_scores(q: Tensor, summaries: Tensor, kind: str) -> Tensor:
     products = [torch.einsum("rhgd,rphd->rhgp", a, x) for a, x in zip(pair, halves, strict=True)]
     scores = products[0] + products[1]
     return torch.where(scores.isnan(), float("-inf"), scores).amax(2)
+
+
+def landmarks(keys: Tensor, chunk: int) -> Tensor:
+    """Means of the chunks of keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, chunks, head_dim]."""
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    return keys.to(wide).unflatten(1, (-1, chunk)).mean(2).transpose(1, 2)
+
+
+def landmark_scores(q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
+    """log of softmax(q . landmark / sqrt(head_dim)) among the landmarks of all competing pages, the highest over a
+    page's chunks and the query heads of a group: [rows, KV heads, pages]; -infinity for other pages, and for NaN.
+
+    q [rows, heads, head_dim], found [rows, pages, KV heads, chunks, head_dim], competing [rows, KV heads, pages].
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.unflatten(1, (found.shape[2], -1)).to(wide) * q.shape[-1] ** -0.5
+    logits = torch.einsum("rhgd,rphcd->rhgpc", q, found.to(wide))
+    logits = torch.where(logits.isnan() | ~competing[:, :, None, :, None], float("-inf"), logits)
+    norm = logits.flatten(3).logsumexp(3)
+    scores = logits.amax(4) - norm[..., None]
+    return torch.where(scores.isnan(), float("-inf"), scores).amax(2)
+
+
+def outliers(keys: Tensor, chunk: int, count: int) -> Tensor:
+    """The `count` pages of keys [pages, tokens, KV heads, head_dim] that landmarks stand for worst: bool
+    [KV heads, pages]. A page is as bad as its worst token, the one of the least cosine with its chunk's landmark;
+    of pages that are equal but for rounding, the first ones."""
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    chunks = keys.to(wide).unflatten(1, (-1, chunk))
+    alike = torch.cosine_similarity(chunks, chunks.mean(2, keepdim=True), dim=-1).amin((1, 2)).T
+    alike = torch.where(alike.isnan(), float("-inf"), (alike * 2**20).round())
+    worst = alike.sort(dim=-1, stable=True).indices[:, :count]
+    return torch.zeros_like(alike, dtype=torch.bool).scatter_(1, worst, True)
 
 
 def pick(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:

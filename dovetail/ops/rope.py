@@ -88,3 +88,10 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = angles
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def unrotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """What `rotate` made x [rows, heads, head_dim] of: by the same angles back, and without their factor."""
+    cos, sin = angles
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1) / (cos * cos + sin * sin).repeat(1, 1, 2)

@@ -107,7 +107,7 @@ def test_every_technique_can_be_named_by_the_spec_it_prints(name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("quest2", "ngram, quest, sink-window"),
+        ("quest2", "ngram, quest, shadowkv, sink-window"),
         ("ngram:speed=3", "tokens"),
         ("ngram:tokens", "key=value"),
         ("ngram:tokens=x", "int"),

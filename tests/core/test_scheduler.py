@@ -15,7 +15,7 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, PageTable, pages_for
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Drafter, Policy, Seams, Selector
+from dovetail.core.seams import Codec, Drafter, Policy, Seams, Selector
 from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
 
 
@@ -247,6 +247,26 @@ def test_rows_that_may_leave_pages_unread_begin_when_the_dense_part_is_committed
     for plan in engine.executor.plans:
         for s in plan.spans:
             assert s.stop <= 3 or (s.start >= 3 and s.stop <= s.start + 6)
+
+
+def test_dense_parts_that_a_codec_has_no_room_for_wait() -> None:
+    class Small(Codec):
+        capacity = 5
+
+    engine = build(pages=40, budget=64, seqs=8, seams=Seams(codec=Small()))
+    shared = [1] * 11  # two whole pages each, of the same pool pages
+    requests = [make(engine, str(i), shared, 9) for i in range(5)]
+    engine.add(requests[0])
+    engine.step()
+    for r in requests[1:]:
+        engine.add(r)
+    most = 0
+    while engine.busy:
+        engine.step()
+        engine.check()
+        most = max(most, len(engine.scheduler.running))
+    assert most == 2
+    assert [r.output for r in requests] == [expected(shared, 9)] * 5
 
 
 def test_a_prefix_is_computed_once() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dovetail import LLM, SamplingParams
 from dovetail.ops.cpu import emulated, isas
-from dovetail.ops.pages import KINDS, page_scores, pick, summary
+from dovetail.ops.pages import KINDS, landmark_scores, landmarks, outliers, page_scores, pick, summary
 
 SEEDS = st.integers(0, 2**31)
 
@@ -40,6 +40,71 @@ def test_mean_and_deviation_are_the_tokens(seed: int, tokens: int) -> None:
     mean, std = summary(keys, "mean_std").unbind(2)
     torch.testing.assert_close(mean, keys.mean(1))
     torch.testing.assert_close(std, ((keys - keys.mean(1, keepdim=True)) ** 2).mean(1).sqrt())
+
+
+chunked = st.sampled_from([(1, 1), (4, 2), (8, 8), (6, 3), (4, 1)])  # tokens of a page and of a chunk
+
+
+@settings(deadline=None)
+@given(SEEDS, chunked, st.integers(1, 3), st.integers(1, 4), st.data())
+def test_pages_score_by_their_best_landmark_by_brute_force(
+    seed: int, sizes: tuple[int, int], heads: int, group: int, data: Any
+) -> None:
+    (tokens, chunk), pages = sizes, 5
+    keys, q = random(seed, pages, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
+    competing = torch.rand(2, heads, pages, generator=torch.Generator().manual_seed(seed)) < 0.7
+    found = landmarks(keys, chunk)
+    assert found.shape == (pages, heads, tokens // chunk, 8)
+    scores = landmark_scores(q, found.expand(2, -1, -1, -1, -1), competing)
+    for row, head in itertools.product(range(2), range(heads)):
+        means = keys[:, :, head].unflatten(1, (-1, chunk)).mean(2)
+        best = torch.zeros(pages).double()
+        for g in range(group):
+            exps = (means @ q[row, head * group + g] / 8**0.5).exp() * competing[row, head][:, None]
+            best = torch.maximum(best, (exps / exps.sum().clamp_min(1e-300)).amax(1))
+        torch.testing.assert_close(scores[row, head].exp(), best)
+
+
+@settings(deadline=None)
+@given(SEEDS, chunked)
+def test_a_landmark_bounds_the_weight_of_its_chunk_from_below(seed: int, sizes: tuple[int, int]) -> None:
+    tokens, chunk = sizes
+    keys, q = random(seed, 3, tokens, 1, 8).double(), random(seed + 1, 8).double()
+    mass = (keys[:, :, 0] @ q / 8**0.5).exp().unflatten(1, (-1, chunk)).sum(2)
+    assert (chunk * (landmarks(keys, chunk)[:, 0] @ q / 8**0.5).exp() <= mass * (1 + 1e-12)).all()
+
+
+@settings(deadline=None)
+@given(SEEDS, chunked, st.integers(1, 3), st.integers(0, 9))
+def test_outliers_are_the_pages_of_the_tokens_least_like_their_landmark(
+    seed: int, sizes: tuple[int, int], heads: int, count: int
+) -> None:
+    tokens, chunk = sizes
+    keys = random(seed, 7, tokens, heads, 8).double()
+    keys[2] = keys[2, :1]  # identical keys: cosine 1
+    found = outliers(keys, chunk, count)
+    for head in range(heads):
+        alike = []
+        for page in keys[:, :, head]:
+            chunks = page.unflatten(0, (-1, chunk))
+            alike.append(min(float(torch.cosine_similarity(c, c.mean(0, True)).min()) for c in chunks))
+        worst = sorted(range(7), key=lambda p: (round(alike[p] * 2**20), p))[:count]
+        assert found[head].nonzero().flatten().tolist() == sorted(worst)
+
+
+def test_identical_keys_make_exact_landmarks_and_no_outliers_but_the_first() -> None:
+    keys = random(0, 6, 1, 2, 8).expand(-1, 8, -1, -1)
+    torch.testing.assert_close(landmarks(keys, 4), keys[:, :2].transpose(1, 2))
+    assert outliers(keys, 4, 2).tolist() == [[True, True, *[False] * 4]] * 2
+
+
+def test_nan_landmarks_never_win_and_do_not_spoil_the_others() -> None:
+    keys, q = random(0, 4, 4, 1, 8), random(1, 1, 2, 8)
+    keys[2, 1] = float("nan")
+    everything, sound = torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([True, True, False, True])[None, None]
+    found = landmarks(keys, 4)[None]
+    assert torch.equal(landmark_scores(q, found, everything), landmark_scores(q, found, sound))
+    assert outliers(keys, 4, 1)[0].tolist() == [False, False, True, False]
 
 
 numbers = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, float("-inf")])

@@ -12,7 +12,7 @@ from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.techniques import MODULES, technique
-from tests.tiny import finish, make_request, run_all, run_staggered, tiny_engine
+from tests.tiny import FACTS, finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
 LOSSY = [
@@ -21,6 +21,9 @@ LOSSY = [
         "quest:budget=8,skip_layers=0",
         "quest:budget=16,skip_layers=1",
         "quest:budget=12,skip_layers=0,score=mean_std",
+        "shadowkv:rank=3,budget=20,chunk=2,outliers=2",
+        "shadowkv:rank=6,budget=12,chunk=1,outliers=0",
+        "shadowkv:rank=16,budget=16,chunk=1,outliers=1,energy=0.9",
     ),
 ]
 
@@ -100,14 +103,14 @@ def test_at_its_exact_setting_a_technique_gives_the_plain_text(name: str) -> Non
             continue
         if other and set(technique(other).fills) & set(plain.fills):
             with pytest.raises(ConfigError, match=f"{name} and {other}"):
-                compose(exact, technique(other))
+                compose(exact, technique(other), facts=FACTS)
             continue
         more = (
             [technique(f"{other}:" + ",".join(f"{k}={v}" for k, v in technique(other).exact_at.items()))]
             if other
             else []
         )
-        compose(exact, *more)
+        compose(exact, *more, facts=FACTS)
         prompts = [tuple((i * 5 + j) % 7 for i in range(30)) for j in range(3)]
         texts = run_all(tiny_engine(exact, *more), prompts, SamplingParams(temperature=0, max_tokens=NEW))
         assert texts == [alone("", p) for p in prompts]

@@ -1,0 +1,159 @@
+"""Keys of prompts that rows may leave unread in part: as a product of low rank, but for pages that stand apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.core.pages import IntArray
+from dovetail.core.seams import Site
+from dovetail.core.types import Request
+from dovetail.ops.low_rank import LowRank, factorise, rebuild
+from dovetail.ops.pages import outliers
+from dovetail.ops.rope import unrotate
+
+
+@dataclass(frozen=True)
+class KeyFormat:
+    """How the keys of a dense part are kept: of more than `longer_than` pages, by `rank` and `energy` as
+    `ops.low_rank.factorise` takes them; `outliers` pages per KV head as they are, judged by chunks of `chunk`."""
+
+    rank: int
+    energy: float
+    chunk: int
+    outliers: int
+    longer_than: int
+
+
+@dataclass
+class Prompt:
+    """What is kept of a dense part, for all requests that have these pages. Layers are those of all stages.
+
+    outliers [layers, KV heads, pages] (bool). keys by layer, and aliases [pages], of one that is long enough.
+    """
+
+    pages: tuple[int, ...]
+    outliers: Tensor
+    aliases: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    keys: dict[int, LowRank] = field(default_factory=dict)
+    users: int = 0
+
+
+class PromptKeys:
+    """The dense parts of the requests whose rows may leave pages unread.
+
+    There are as many aliases as pages, counted from 0 here. `places` [2, aliases]: the first alias of the prompt,
+    and the page of the prompt.
+    """
+
+    def __init__(self, site: Site, how: KeyFormat) -> None:
+        self.site = site
+        self.how = how
+        self.capacity: int = site.pool.num_pages
+        self.rebuilt = 0  # pages of one KV head
+        self._of: dict[str, Prompt] = {}
+        self._by_pages: dict[tuple[int, ...], Prompt] = {}
+        self._by_alias: dict[int, Prompt] = {}  # the first of each prompt
+        self._free = list(range(self.capacity - 1, -1, -1))
+        self._places = torch.zeros(2, self.capacity, dtype=torch.int64, device=site.device)
+
+    def add(self, request: Request) -> IntArray:
+        """Keep the dense part of `request`, which is committed -> aliases of its pages, or none."""
+        pages = tuple(request.table.ids[: request.dense_until // self.site.page_size])
+        if pages not in self._by_pages:
+            self._by_pages[pages] = self._make(pages)
+        prompt = self._of[request.id] = self._by_pages[pages]
+        prompt.users += 1
+        return prompt.aliases
+
+    def remove(self, request_id: str) -> None:
+        prompt = self._of.pop(request_id, None)
+        if prompt is None:
+            return
+        prompt.users -= 1
+        if prompt.users == 0:
+            del self._by_pages[prompt.pages]
+            if len(prompt.aliases):
+                names = (prompt.aliases - self.site.kv.num_pages).tolist()
+                del self._by_alias[names[0]]
+                self._free += names
+
+    def outliers(self, layer: int, batch: Any, pages: int) -> Tensor:
+        """Which of the spans' first `pages` pages are kept as they are: bool [spans, KV heads, pages]."""
+        shape = self.site.geometry
+        out = torch.zeros(
+            len(batch.spans), shape.num_kv_heads, pages, dtype=torch.bool, device=batch.tables.device
+        )
+        for mine, span in zip(out, batch.spans, strict=True):
+            prompt = self._of.get(span.request.id)
+            if prompt is not None:  # else none of its rows may leave pages unread yet
+                known = prompt.outliers[span.stage * shape.num_layers + layer, :, :pages]
+                mine[:, : known.shape[1]] = known
+        return out
+
+    def open(self, layer: int, pages: Tensor, keys: Tensor) -> Tensor:
+        """keys [rows, KV heads, n, page_size, head_dim] of `pages`, aliases rebuilt but for outliers."""
+        kv, keys = self.site.kv, keys.clone()
+        for stage in range(kv.num_stages):
+            alias = pages - kv.num_pages - stage * kv.stage_pages
+            inside = (alias >= 0) & (alias < self.capacity)
+            first, page = self._places[:, alias.where(inside, 0)]
+            for name in first[inside].unique().tolist():
+                index = stage * kv.geometry.num_layers + layer
+                wanted = inside & (first == name)
+                self._rebuild(index, self._by_alias[name], page.where(wanted, -1), keys)
+        return keys
+
+    def _rebuild(self, index: int, prompt: Prompt, pages: Tensor, keys: Tensor) -> None:
+        """Fill `keys` where `pages` [rows, KV heads, n] has pages of `prompt`; it has -1 elsewhere."""
+        size, dim = keys.shape[-2:]
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        for head, mine in enumerate(pages.unbind(1)):
+            wanted = (mine >= 0) & ~prompt.outliers[index, head][mine.clamp_min(0)]
+            found, back = mine[wanted].unique(return_inverse=True)
+            tokens = (found[:, None] * size + torch.arange(size, device=found.device)).flatten()
+            columns, angles = slice(head * dim, (head + 1) * dim), self._angles(index, tokens, wide)
+            rebuilt = rebuild(prompt.keys[index], tokens, columns, angles).unflatten(0, (-1, size))
+            keys[:, head][wanted] = rebuilt.to(keys.dtype)[back]
+            self.rebuilt += len(back)
+
+    def _make(self, pages: Sequence[int]) -> Prompt:
+        kv, layers, how = self.site.kv, self.site.geometry.num_layers, self.how
+        shape = (layers * kv.num_stages, kv.num_kv_heads, len(pages))
+        prompt = Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device))
+        for i in range(shape[0]):
+            if not pages or i % layers in kv.own_window:
+                continue
+            keys = kv.keys(i % layers, torch.tensor(pages, device=kv.device) + i // layers * kv.stage_pages)
+            prompt.outliers[i] = outliers(keys, how.chunk, how.outliers)
+            if len(pages) > how.longer_than:
+                prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
+        if len(pages) > how.longer_than:
+            self._name(prompt)
+        return prompt
+
+    def _factorise(self, index: int, keys: Tensor) -> LowRank:
+        """keys [tokens, KV heads, head_dim] of a layer, from the first position on."""
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        angles = self._angles(index, torch.arange(len(keys), device=keys.device), wide)
+        found = factorise(unrotate(keys.to(wide), angles).flatten(1), self.how.rank, self.how.energy)
+        return found.to(torch.bfloat16 if self.site.kv.k.kind in ("int8", "int4") else keys.dtype)
+
+    def _name(self, prompt: Prompt) -> None:
+        n = len(prompt.pages)
+        if len(self._free) < n:
+            raise RuntimeError("more prompts run at a time than there are aliases of pages for")
+        names, self._free = self._free[-n:], self._free[:-n]
+        self._by_alias[names[0]] = prompt
+        self._places[0, names] = names[0]
+        self._places[1, names] = torch.arange(n, device=self._places.device)
+        prompt.aliases = self.site.kv.num_pages + np.array(names)
+
+    def _angles(self, index: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.site.model.blocks()[index].attention.rope.angles(positions, dtype)
+        return found

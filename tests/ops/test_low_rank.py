@@ -1,0 +1,83 @@
+"""Keys as a product of low rank: the best one there is, and pages rebuilt from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail.checkpoint.config import RopeConfig
+from dovetail.ops import low_rank
+from dovetail.ops.low_rank import factorise, rebuild
+from dovetail.ops.rope import Rope, rotate, unrotate
+
+SEEDS = st.integers(0, 2**31)
+YARN = RopeConfig(
+    theta=1e4,
+    kind="yarn",
+    parameters={"factor": 4.0, "original_max_position_embeddings": 64.0},
+)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@settings(deadline=None)
+@given(SEEDS, st.integers(1, 40), st.integers(1, 12), st.integers(1, 12))
+def test_no_product_of_that_rank_is_closer(seed: int, tokens: int, width: int, rank: int) -> None:
+    """Eckart and Young: what is lost is the squares of the singular values left out."""
+    keys = random(seed, tokens, width)
+    found = factorise(keys, rank)
+    assert found.rank == min(rank, width, tokens)
+    lost = (keys - found.coefficients @ found.basis).square().sum()
+    values = torch.linalg.svdvals(keys)
+    torch.testing.assert_close(lost, values[rank:].square().sum(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.basis @ found.basis.T, torch.eye(found.rank).double())
+
+
+@settings(deadline=None)
+@given(SEEDS, st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
+def test_the_rank_of_the_keys_is_enough(seed: int, tokens: int, width: int, more: int) -> None:
+    true = min(3, tokens, width)
+    keys = random(seed, tokens, true) @ random(seed + 1, true, width)
+    found = factorise(keys, true + more)
+    torch.testing.assert_close(found.coefficients @ found.basis, keys)
+
+
+@settings(deadline=None)
+@given(SEEDS, st.floats(0.01, 0.999), st.integers(1, 12))
+def test_energy_takes_the_smallest_rank_that_keeps_its_share(seed: int, energy: float, rank: int) -> None:
+    keys = random(seed, 30, 12) * torch.logspace(0, -3, 12).double()
+    kept = torch.linalg.svdvals(keys).square().cumsum(0)
+    enough = int((kept < energy * kept[-1]).sum()) + 1
+    assert factorise(keys, rank, energy).rank == min(rank, enough)
+
+
+def test_blocks_of_keys_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = random(0, 50, 8)
+    whole = factorise(keys, 3)
+    monkeypatch.setattr(low_rank, "BLOCK", 7)
+    parts = factorise(keys, 3)
+    torch.testing.assert_close(parts.coefficients @ parts.basis, whole.coefficients @ whole.basis)
+
+
+@pytest.mark.parametrize("rope", [RopeConfig(theta=1e4), YARN], ids=["plain", "yarn"])
+def test_unrotating_undoes_a_rotation_and_its_factor(rope: RopeConfig) -> None:
+    rotation = Rope(rope, 8, torch.device("cpu"))
+    assert (rotation.temper != 1) == (rope is YARN)
+    x, angles = random(0, 100, 3, 8), rotation.angles(torch.arange(100) * 37, torch.float64)
+    torch.testing.assert_close(unrotate(rotate(x, angles), angles), x)
+
+
+@settings(deadline=None)
+@given(SEEDS, st.lists(st.integers(0, 39), max_size=20), st.integers(0, 2))
+def test_keys_are_rebuilt_at_their_positions(seed: int, tokens: list[int], head: int) -> None:
+    keys, rope = random(seed, 40, 3, 8), Rope(YARN, 8, torch.device("cpu"))
+    rotated = rotate(keys, rope.angles(torch.arange(40), torch.float64))
+    plain = unrotate(rotated, rope.angles(torch.arange(40), torch.float64)).flatten(1)
+    at = torch.tensor(tokens, dtype=torch.int64)
+    angles = rope.angles(at, torch.float64)
+    found = rebuild(factorise(plain, 24), at, slice(8 * head, 8 * head + 8), angles)
+    torch.testing.assert_close(found, rotated[at, head])
