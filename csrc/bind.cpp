@@ -34,7 +34,7 @@ template <class T> T choice(const std::string& name, std::initializer_list<const
     throw std::invalid_argument("unknown choice '" + name + "'");
 }
 
-Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bound", "mean_std"}); }
+Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bound", "mean_std", "landmarks"}); }
 
 KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tuple addresses, nb::tuple sizes) {
     KVMemory kv{};
@@ -52,13 +52,16 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
 
 // Append rows [start, stop) of one sequence: tokens and then drafts, its pages, and how many last rows to sample.
 void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts, nb::list pages, int64_t first_page,
-              int sample, int dense_until) {
+              int sample, int dense_until, std::pair<uintptr_t, int> aliases) {
     Step& s = p.step;
     const int row = s.rows(), size = p.page_size();
     const int accepted = (int)nb::len(tokens), count = (stop + size - 1) / size;
     if (count > (int)nb::len(pages)) throw std::invalid_argument("a span reaches past its pages");
     const size_t table = s.tables.size();
     s.table_start.push_back(table);
+    s.alias_start.push_back(s.aliases.size());
+    for (int i = 0; i < aliases.second; i++)
+        s.aliases.push_back((int32_t)(((const int64_t*)aliases.first)[i] + first_page));
     for (int i = 0; i < count; i++)
         s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GET_ITEM(pages.ptr(), i)) + first_page));
     for (int at = start; at < stop; at++) {
@@ -72,7 +75,7 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     }
     for (int i = stop - sample; i < stop; i++) s.sampled.push_back(row + i - start);
     s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
-    s.spans.push_back({row, stop - start, start, dense_until, nullptr});
+    s.spans.push_back({row, stop - start, start, dense_until, nullptr, nullptr, aliases.second});
 }
 
 // Penalties of a sampled row: rates for repetition, presence and frequency; tokens, of which `prompt` were not written.
@@ -308,11 +311,13 @@ NB_MODULE(_native, m) {
         .def("sparsify", [](Program& p, int window, int budget, int leading, bool positions) {
             p.sparsify({window, budget, leading, positions});
         })
-        .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries) {
-            p.pick(q, layer, summary_of(kind), (const uint8_t*)summaries);
-        })
+        .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries, int vectors) {
+            p.pick(q, layer, summary_of(kind), vectors, (const uint8_t*)summaries);
+        }, nb::arg("q"), nb::arg("layer"), nb::arg("kind"), nb::arg("summaries"), nb::arg("vectors") = 2)
         .def("summarise", [](Program& p, const std::string& kind, int layers, const std::vector<int64_t>& pages,
-                             uintptr_t out) { p.summarise(summary_of(kind), layers, pages, (uint8_t*)out); })
+                             uintptr_t out, int vectors) {
+            p.summarise(summary_of(kind), layers, pages, (uint8_t*)out, vectors);
+        }, nb::arg("kind"), nb::arg("layers"), nb::arg("pages"), nb::arg("out"), nb::arg("vectors") = 2)
         .def("set_tiers", [](Program& p, std::shared_ptr<Tiers> tiers) { p.set_tiers(std::move(tiers)); })
         .def("fetch", &Program::fetch, nb::arg("layer"), nb::arg("window"), nb::arg("chosen"))
         .def("unread", &Program::unread)
@@ -322,7 +327,8 @@ NB_MODULE(_native, m) {
             p.step.tokens.assign(rows, 0);
         })
         .def("add", add_span, nb::arg("start"), nb::arg("stop"), nb::arg("tokens"), nb::arg("drafts"), nb::arg("pages"),
-             nb::arg("first_page"), nb::arg("sample"), nb::arg("dense_until") = INT32_MAX)
+             nb::arg("first_page"), nb::arg("sample"), nb::arg("dense_until") = INT32_MAX,
+             nb::arg("aliases") = std::pair<uintptr_t, int>{0, 0})
         .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
         .def("plan", &Program::plan)
         .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())

@@ -66,17 +66,26 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 
 // What is kept of a page: maximum and minimum of its keys, or mean and standard deviation, [2][n] values. A query is
 // scored by its positive and negative part against the one, by itself and its magnitude against the other.
-enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES };
+// Or landmarks: means of the page's chunks, as many as there are.
+enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
-// Rows [rows][n] of a group's queries, both halves each, against the pages listed; `stride` bytes from one page's summary
-// to the next one's. out[p]: the highest product of the rows with page p.
+// Queries [heads][rows][n], both halves each, against summaries of the pages listed: page i's, of head h, is at
+// i * page_stride + h * head_stride. out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
 struct PageScores {
     const void* q;
-    int rows, n;
+    int heads, rows, n;
     const uint8_t* summaries;
-    size_t stride;
     const int32_t* pages;
     int count;
+    float* out;
+    size_t out_stride, page_stride, head_stride;  // of summaries in bytes
+};
+
+// Logits [rows][vectors][stride] of n pages' vectors: out[p] is the highest of a page's log-softmax values over the row's
+// logits. Pages that do not compete have -infinity, as what is beyond n; it is the same for all vectors of a page.
+struct SoftmaxScores {
+    const float* logits;
+    int rows, vectors, n, stride;
     float* out;
 };
 
@@ -135,7 +144,11 @@ struct Kernels {
     void (*scale)(const float* x, float by, int n, float* y);
 
     void (*page_scores[NUM_KV])(const PageScores& args);
+    void (*softmax_scores)(const SoftmaxScores& args);
+    // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
+    void (*largest)(const float* x, int n, int count, int32_t* out);
     void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
+    void (*landmarks[NUM_KV])(const PageTiles& page, int vectors, int stride, void* out);  // [vectors][stride]
 
     void (*rebuild[NUM_KV])(const RebuildArgs& args);
 

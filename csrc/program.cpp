@@ -19,7 +19,8 @@ constexpr int TRIALS = 3;
 
 void Step::clear() {
     tokens.clear(), positions.clear(), span_of_row.clear(), offsets.clear(), sampled.clear(), pages.clear();
-    tables.clear(), sequences.clear(), spans.clear(), table_start.clear(), changes.clear();
+    tables.clear(), sequences.clear(), spans.clear(), table_start.clear(), aliases.clear(), alias_start.clear(),
+        changes.clear();
 }
 
 namespace {
@@ -160,22 +161,28 @@ class AttendOp : public Op {
 // Chooses the pages of a layer, where rows have to.
 class PickOp : public Op {
    public:
-    PickOp(int q, int layer, Summary kind, const uint8_t* summaries, const KVMemory& kv)
-        : q_(q), layer_(layer), kind_(kind), summaries_(summaries), kv_(kv) {}
+    PickOp(int q, int layer, Summary kind, int vectors, const uint8_t* summaries, const KVMemory& kv)
+        : q_(q), layer_(layer), kind_(kind), vectors_(vectors), summaries_(summaries), kv_(kv) {}
     const char* name() const override { return "pick"; }
     void prepare(const Work& work) override {
-        if (work.chosen) work.selection->prepare(kv_, (int)work.own->size());
+        if (work.chosen) work.selection->prepare(args(work), (int)work.own->size());
     }
     void run(Member& member, const Work& work) override {
-        if (!work.chosen) return;
-        const size_t bytes = (size_t)kv_.heads * 2 * kv_.padded() * kv_.element();
-        const uint8_t* summaries = summaries_ ? summaries_ + layer_ * kv_.pages_per_layer * bytes : nullptr;
-        work.selection->pick(member, *work.kernels, {&kv_, (*work.slots)[q_].data.data(), summaries, kind_});
+        if (work.chosen) work.selection->pick(member, *work.kernels, args(work));
     }
 
    private:
+    PickArgs args(const Work& work) const {
+        const int64_t first = layer_ * kv_.pages_per_layer;
+        const int width = kind_ == LANDMARKS ? (kv_.dim + 31) / 32 * 32 : kv_.padded();
+        const size_t bytes = (size_t)kv_.heads * vectors_ * width * kv_.element();
+        const uint8_t* summaries = summaries_ ? summaries_ + first * bytes : nullptr;
+        return {&kv_, (*work.slots)[q_].data.data(), summaries, kind_, vectors_, first, work.tiers};
+    }
+
     int q_, layer_;
     Summary kind_;
+    int vectors_;
     const uint8_t* summaries_;
     const KVMemory& kv_;
 };
@@ -274,22 +281,22 @@ void Program::attend(AttendOn on, int window, Variant variant, std::vector<float
     add(new AttendOp(on, window, variant, std::move(params), kv_));
 }
 
-void Program::pick(int q, int layer, Summary kind, const uint8_t* summaries) {
-    add(new PickOp(q, layer, kind, summaries, kv_));
+void Program::pick(int q, int layer, Summary kind, int vectors, const uint8_t* summaries) {
+    add(new PickOp(q, layer, kind, vectors, summaries, kv_));
 }
 
-void Program::summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out) {
+void Program::summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out, int vectors) {
     const Alone alone(running_);
     team_.reserve(1);
     if (!tiers_) {
-        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, layers, pages, out); });
+        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, layers, pages, out, vectors); });
         return;
     }
     for (int layer = 0; layer < layers; layer++) {  // what one layer needs fits on the device, all of them may not
         tiers_->bring(layer, pages, false);
         std::vector<int64_t> of_layer(pages);
         for (int64_t& p : of_layer) p += layer * kv_.pages_per_layer;
-        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, 1, of_layer, out); });
+        team_.run([&](Member& member) { dovetail::summarise(member, *kernels_, kv_, kind, 1, of_layer, out, vectors); });
     }
 }
 
@@ -357,6 +364,7 @@ void Program::plan() {
     const Alone alone(running_);
     for (size_t i = 0; i < step.sequences.size(); i++)
         step.spans[i].pages = step.sequences[i].pages = step.tables.data() + step.table_start[i];
+    for (size_t i = 0; i < step.spans.size(); i++) step.spans[i].aliases = step.aliases.data() + step.alias_start[i];
     plan_.build(step.sequences, heads_, kv_.page_size, team_.threads, cascade_, split_);
     if (tiers_) hold();
     choosing_ = selection_.build(step.spans, heads_, kv_.page_size, sparsity_);

@@ -31,6 +31,8 @@ struct Step {
     std::vector<Sequence> sequences;
     std::vector<Span> spans;                                               // the sequences, as rows that may choose
     std::vector<size_t> table_start;
+    std::vector<int32_t> aliases;  // of each sequence, one after the other
+    std::vector<size_t> alias_start;
     std::map<int, Change> changes;  // to logits, by sampled row
 
     int rows() const { return (int)tokens.size(); }
@@ -106,8 +108,8 @@ class Program {
     // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next.
     void set_tiers(std::shared_ptr<Tiers> tiers) { tiers_ = std::move(tiers), kv_.places = tiers_->places(); }
     void fetch(int layer, int window, bool chosen);
-    void pick(int q, int layer, Summary kind, const uint8_t* summaries);
-    void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out);
+    void pick(int q, int layer, Summary kind, int vectors, const uint8_t* summaries);
+    void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out, int vectors);
     int64_t unread() const { return unread_; }  // pages of a head that rows left out, in all steps
 
     Step step;

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "kv.h"
 #include "team.h"
+#include "tiers.h"
 
 namespace dovetail {
 
@@ -15,6 +16,8 @@ namespace dovetail {
 struct Span {
     int row, rows, start, dense_until;
     const int32_t* pages;
+    const int32_t* aliases;  // under which rows that choose see the first pages; as many as `num_aliases`
+    int num_aliases;
 };
 
 // `window` recent tokens are always read. Beside their pages a row reads so many as make `budget` pages with them; or,
@@ -31,6 +34,9 @@ struct PickArgs {
     const uint8_t* summaries;  // of the layer's first page: [pages][KV heads][2][padded dim] in the compute type;
                                // null: the first pages are chosen
     Summary kind;
+    int vectors;               // of a summary
+    int64_t first_page;        // of the layer
+    const Tiers* tiers;        // or null
 };
 
 class Selection {
@@ -40,7 +46,7 @@ class Selection {
     // The step's sequences with a list of pages per KV head for the rows that choose. They point into this, and hold
     // what `pick` last chose.
     const std::vector<Sequence>& sequences() const { return sequences_; }
-    void prepare(const KVMemory& kv, int threads);  // on one thread, before `pick`s on this kind of KV
+    void prepare(const PickArgs& args, int threads);  // on one thread, before `pick`s like this
     void pick(Member& member, const Kernels& kernels, const PickArgs& args);
     int64_t unread() const { return unread_; }  // pages of one head that the rows leave out
 
@@ -50,17 +56,26 @@ class Selection {
         int row, eligible, count, listed;
         const int32_t* pages;
         size_t list, scores;
+        const int32_t* aliases;
+        int num_aliases;
+        size_t logits;
+        int stride() const { return (eligible + 15) / 16 * 16; }  // of a head's scores
+        int32_t seen(int page) const { return page < num_aliases ? aliases[page] : pages[page]; }
     };
     struct Part {  // of a row's eligible pages
         int row, first, last;
     };
     struct Scratch {
-        Aligned<uint8_t> q;
-        Aligned<uint32_t> keys;
+        Aligned<uint8_t> q;  // of a row: both halves, [query heads][2][padded dim]; or [of a group][KV heads][width]
+        int row;             // whose they are
     };
     void add(const Span& span, const Sparsity& sparsity);
+    void lay_out(int row, const PickArgs& args, Scratch& mine) const;
+    void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
-    void choose(const Row& row, int head, bool scored, Scratch& mine);
+    void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
+    void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
+    void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
 
     Heads heads_;
     int page_size_ = 0;
@@ -68,16 +83,14 @@ class Selection {
     std::vector<Part> parts_;
     std::vector<Sequence> sequences_;
     std::vector<int32_t> lists_, positions_;  // [row][KV head][listed]: pages, and the position of their first token
-    Aligned<float> scores_;                   // [row][KV head][eligible]
+    Aligned<float> scores_;                   // [row][KV head][eligible, rounded up]
+    Aligned<float> logits_;                   // of landmarks, [row][KV head][query head of its group][vector][..]
     std::vector<Scratch> scratch_;            // of each thread
     int64_t unread_ = 0;
 };
 
-// The indices of the `count` largest of scores [n], of equals the first ones, ascending; NaN is below everything.
-void largest(const float* scores, int n, int count, uint32_t* keys, int32_t* out);
-
 // Summaries of whole pages of all layers: `out` is [layers x pages][KV heads][2][padded dim] in the compute type.
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,
-               const std::vector<int64_t>& pages, uint8_t* out);
+               const std::vector<int64_t>& pages, uint8_t* out, int vectors);
 
 }  // namespace dovetail

@@ -45,6 +45,7 @@ class Tiers {
 
     // Aliases [n] of pages [n] of every layer. apart: [layers and stages][heads][n], those that keep their K as it is.
     void alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart);
+    bool apart(int64_t alias, int head) const { return apart_[(alias - shape_.pages()) * shape_.heads + head]; }
     void set_keys(std::shared_ptr<LowRankKeys> keys) { keys_ = std::move(keys); }
 
     // A page that has to be brought into a cell.

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.runtime.store import TiledStore, lazy_zeros, padded
+from dovetail.runtime.store import lazy_zeros, padded
 
 KINDS = ("bound", "mean_std")  # of two vectors each
 
 
 class Summaries:
-    """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16],
-    in the type of the keys. Of one of `KINDS`, or "landmarks" of chunks of `chunk` tokens."""
+    """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
+    or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks" of chunks of `chunk`
+    tokens."""
 
     def __init__(self, kv: Any, kind: str, chunk: int = 0) -> None:
         self.kv = kv
@@ -34,15 +35,16 @@ class Summaries:
         self.chunk = chunk
         self.program: Any = None  # summarises pages in its layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
-        vectors = kv.page_size // chunk if kind == "landmarks" else 2
-        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, vectors, padded(kv.head_dim))
+        self.vectors = kv.page_size // chunk if kind == "landmarks" else 2
+        width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
         self.data = lazy_zeros(shape, dtype, kv.device)
 
     def seal(self, pages: Tensor) -> None:
         """Summarise the completed `pages` [n] (int64) of all layers."""
         layers = self.kv.geometry.num_layers
-        if self.program is not None and isinstance(self.kv.k, TiledStore):
-            self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr())
+        if self.program is not None and self.kv.k.layout == "tiled":
+            self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr(), self.vectors)
             return
         for layer in range(layers):
             keys = self.kv.keys(layer, pages)

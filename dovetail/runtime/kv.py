@@ -101,6 +101,10 @@ class KV:
             found = self.seams.codec.seal(starting, self)
             self._aliases |= {r.id: found.get(r.id, NO_ALIASES) for r in starting}
 
+    def aliases(self, request_id: str) -> IntArray:
+        """Under which numbers a request's rows see its first pages where they may leave some unread."""
+        return self._aliases.get(request_id, NO_ALIASES)
+
     def _at_stage(self, run: Sealed, stage: int) -> Sealed:
         return run._replace(pages=tuple(p + stage * self.stage_pages for p in run.pages))
 
@@ -178,7 +182,7 @@ class KV:
         """The batch's tables as rows that may leave pages unread see them."""
         tables = batch.tables.clone()
         for row, span in zip(tables, batch.spans, strict=True):
-            aliases = self._aliases.get(span.request.id, NO_ALIASES)[: len(row)]
+            aliases = self.aliases(span.request.id)[: len(row)]
             row[: len(aliases)] = torch.as_tensor(aliases, device=row.device) + span.stage * self.stage_pages
         return tables
 

@@ -11,6 +11,7 @@ from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
 from dovetail.core.seams import Executor, Site
 from dovetail.core.technique import Composition
+from dovetail.core.types import UNLIMITED
 from dovetail.layers.linear import Dense
 from dovetail.layers.packed import Packed
 from dovetail.models import MODELS, Loader, geometry
@@ -42,8 +43,9 @@ def build_engine(checkpoint: Checkpoint, config: Config, composition: Compositio
     if config.num_kv_cells:
         offload = Offload(config.num_kv_cells, config.kv_offloading_path, config.emulate_link)
     sizes = KVConfig(
-        config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native, offload
-    )
+        config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native, offload,
+        aliases=seams.codec.capacity < UNLIMITED,
+    )  # fmt: skip
     site.kv = kv = KV(shape, sizes, device)
     if (tiers := tiers_of(kv.k)) is not None:
         seams.residency = tiers

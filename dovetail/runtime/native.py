@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Codec, Residency, RowFilter, Seams, Selector
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
 from dovetail.ops import cpu
@@ -18,7 +19,7 @@ from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
 from dovetail.runtime.kv import KV
 from dovetail.runtime.native_sampler import choose
-from dovetail.runtime.recorded import RecordedSelector
+from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
 from dovetail.runtime.recorder import Recorder, connect
 from dovetail.runtime.residency import Tiers
 from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
@@ -26,10 +27,10 @@ from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 
 def recordable(model: Any, seams: Seams) -> bool:
     """Whether nothing in Python must act between two operations of a layer."""
-    defaults = ((seams.codec, Codec), (seams.rows, RowFilter))
-    if any(type(filler) is not default for filler, default in defaults):
+    moves = isinstance(seams.residency, Tiers)
+    if type(seams.rows) is not RowFilter or not (moves or type(seams.residency) is Residency):
         return False
-    if not (type(seams.residency) is Residency or isinstance(seams.residency, Tiers)):
+    if not (type(seams.codec) is Codec or (moves and isinstance(seams.codec, RecordedCodec))):
         return False
     if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
         return False
@@ -62,6 +63,8 @@ class NativeExecutor:
         connect(program, kv)
         to = Recorder(program, kv, model.config.hidden_size)
         self.recorder = to
+        if isinstance(kv.seams.codec, RecordedCodec):
+            kv.seams.codec.record(to)
         self._x, self._width = to.x, model.config.hidden_size
         model.record_embed(to)
         self._embed = (0, program.mark())
@@ -100,11 +103,12 @@ class NativeExecutor:
         """One range of the program for spans, and the head for those that end with it."""
         program = self.program
         program.clear()
-        offset, last = self.kv.stage_pages, self.num_stages - 1
+        offset, last, aliases = self.kv.stage_pages, self.num_stages - 1, self.kv.aliases
         for s in spans:
             r = s.request
             program.add(
-                s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until
+                s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until,
+                _address(aliases(r.id)),
             )  # fmt: skip
         program.plan()
         first, end = self._ranges[spans[0].stage]
@@ -174,3 +178,8 @@ class NativeExecutor:
         self.program.sample([first + r for r in rows])
         self.program.run(*self._head)
         return self._view(len(rows))
+
+
+def _address(numbers: IntArray) -> tuple[int, int]:
+    """Where int64 numbers lie, and how many there are."""
+    return (numbers.ctypes.data, len(numbers)) if len(numbers) else (0, 0)

@@ -20,7 +20,7 @@ from dovetail.ops.rope import unrotate
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """How the keys of a dense part are kept: of more than `longer_than` pages, by `rank` and `energy` as
+    """How the keys of a dense part of more than `longer_than` pages are kept: by `rank` and `energy` as
     `ops.low_rank.factorise` takes them; `outliers` pages per KV head as they are, judged by chunks of `chunk`."""
 
     rank: int
@@ -59,6 +59,7 @@ class PromptKeys:
         self._of: dict[str, Prompt] = {}
         self._by_pages: dict[tuple[int, ...], Prompt] = {}
         self._by_alias: dict[int, Prompt] = {}  # the first of each prompt
+        self._native: Any = None  # rebuilds keys in native programs
         self._free = list(range(self.capacity - 1, -1, -1))
         self._places = torch.zeros(2, self.capacity, dtype=torch.int64, device=site.device)
 
@@ -82,6 +83,8 @@ class PromptKeys:
                 names = (prompt.aliases - self.site.kv.num_pages).tolist()
                 del self._by_alias[names[0]]
                 self._free += names
+                if self._native is not None:
+                    self._native.remove(names)
 
     def outliers(self, layer: int, batch: Any, pages: int) -> Tensor:
         """Which of the spans' first `pages` pages are kept as they are: bool [spans, KV heads, pages]."""
@@ -126,23 +129,38 @@ class PromptKeys:
         kv, layers, how = self.site.kv, self.site.geometry.num_layers, self.how
         shape = (layers * kv.num_stages, kv.num_kv_heads, len(pages))
         prompt = Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device))
+        if len(pages) <= how.longer_than:
+            return prompt
         for i in range(shape[0]):
-            if not pages or i % layers in kv.own_window:
+            if i % layers in kv.own_window:
                 continue
             keys = kv.keys(i % layers, torch.tensor(pages, device=kv.device) + i // layers * kv.stage_pages)
             prompt.outliers[i] = outliers(keys, how.chunk, how.outliers)
-            if len(pages) > how.longer_than:
-                prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
-        if len(pages) > how.longer_than:
-            self._name(prompt)
+            prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
+        self._name(prompt)
+        self._tell(prompt)
         return prompt
+
+    def record(self, to: Any) -> None:
+        """Have a native program rebuild the keys."""
+        self._native = to.rebuild(self.site.model.blocks()[0].attention.rope)
+
+    def _tell(self, prompt: Prompt) -> None:
+        """Tell the native program of a prompt's aliases."""
+        if self._native is None:
+            return
+        kv, names = self.site.kv, (prompt.aliases - self.site.kv.num_pages).tolist()
+        absent = LowRank(*(torch.zeros(0, 0) for _ in range(2)))
+        kept = [prompt.keys.get(i, absent) for i in range(len(prompt.outliers))]
+        self._native.add(names, [(k.coefficients.data_ptr(), k.basis.data_ptr(), k.rank) for k in kept])
+        kv.seams.residency.native.alias(names, list(prompt.pages), prompt.outliers.data_ptr())
 
     def _factorise(self, index: int, keys: Tensor) -> LowRank:
         """keys [tokens, KV heads, head_dim] of a layer, from the first position on."""
         wide = torch.promote_types(keys.dtype, torch.float32)
         angles = self._angles(index, torch.arange(len(keys), device=keys.device), wide)
         found = factorise(unrotate(keys.to(wide), angles).flatten(1), self.how.rank, self.how.energy)
-        return found.to(torch.bfloat16 if self.site.kv.k.kind in ("int8", "int4") else keys.dtype)
+        return _even(found.to(torch.bfloat16 if self.site.kv.k.kind in ("int8", "int4") else keys.dtype))
 
     def _name(self, prompt: Prompt) -> None:
         n = len(prompt.pages)
@@ -157,3 +175,12 @@ class PromptKeys:
     def _angles(self, index: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self.site.model.blocks()[index].attention.rope.angles(positions, dtype)
         return found
+
+
+def _even(factors: LowRank) -> LowRank:
+    """An even rank, as products of bfloat16 pairs take it."""
+    odd = factors.rank % 2
+    pad = torch.nn.functional.pad
+    return LowRank(
+        pad(factors.coefficients, (0, odd)).contiguous(), pad(factors.basis, (0, 0, 0, odd)).contiguous()
+    )

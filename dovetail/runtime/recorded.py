@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.core.seams import Selector
+from dovetail.core.seams import Codec, Selector
 
 if TYPE_CHECKING:
     from dovetail.runtime.recorder import Recorder
@@ -15,4 +15,12 @@ class RecordedSelector(Selector):
 
     def record(self, layer: int, to: Recorder) -> bool:
         """Record what chooses the pages of `layer`, before its attention. False: its rows read everything."""
+        raise NotImplementedError
+
+
+class RecordedCodec(Codec):
+    """A codec whose aliases a native program can read, where pages move between tiers."""
+
+    def record(self, to: Recorder) -> None:
+        """Say how their keys are rebuilt (`Recorder.rebuild`)."""
         raise NotImplementedError

@@ -102,6 +102,24 @@ class Recorder:
         self._held.append(summaries)
         self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr())
 
+    def pick_landmarks(self, layer: int, landmarks: Summaries, window: int, budget: int) -> None:
+        """As `pick`, by landmarks (`ops.pages.landmark_scores`); pages whose keys are kept apart from the low-rank
+        ones are chosen first, and do not compete."""
+        self._sparsity = (window, budget, -1)
+        self._held.append(landmarks)
+        self.program.pick(self.q, layer, landmarks.kind, landmarks.data.data_ptr(), landmarks.vectors)
+
+    def rebuild(self, rope: Rope) -> Any:
+        """Native `LowRankKeys` of aliases, rotated by `rope`; they say which keys these are as requests come."""
+        tiers = tiers_of(self.kv.k)
+        assert tiers is not None
+        kv = self.kv
+        keys = cpu.native().LowRankKeys(
+            kv.k.kind, (kv.num_kv_heads, kv.head_dim, kv.page_size), rope.freqs.tolist(), rope.temper
+        )
+        tiers.native.set_keys(keys)
+        return keys
+
     def pick_first(self, layer: int, count: int, window: int) -> None:
         """The first `count` pages of `layer` beside those of the last `window` tokens."""
         self._sparsity = (window, 0, count)

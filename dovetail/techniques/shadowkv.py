@@ -24,21 +24,25 @@ from torch import Tensor
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import IntArray, pages_for
-from dovetail.core.seams import Codec, Geometry, Seams, Selector, Site
+from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import PageSet, Request
 from dovetail.ops.pages import Summaries, landmark_scores, pick
 from dovetail.runtime.prompt_keys import KeyFormat, PromptKeys
+from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
 
 LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
 
 
-class ShadowKVCodec(Codec):
+class ShadowKVCodec(RecordedCodec):
     """Rebuilds keys of prompts."""
 
     def __init__(self, prompts: PromptKeys) -> None:
         self.prompts = prompts
         self.capacity = prompts.capacity
+
+    def record(self, to: Any) -> None:
+        self.prompts.record(to)
 
     def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
         return {r.id: self.prompts.add(r) for r in requests}
@@ -51,7 +55,7 @@ class ShadowKVCodec(Codec):
             self.prompts.remove(request_id)
 
 
-class ShadowKVSelector(Selector):
+class ShadowKVSelector(RecordedSelector):
     """Chooses pages by their landmarks so that a row and KV head reads `budget` of them, those that are always
     read included."""
 
@@ -59,7 +63,7 @@ class ShadowKVSelector(Selector):
         self.prompts = prompts
         self.budget = budget
         self.window = LOCAL * prompts.how.chunk
-        self.dropped = 0  # pages that rows left unread, in one layer and for one head
+        self._dropped = 0
         geometry = prompts.site.geometry
         self._first = next((i for i in range(geometry.num_layers) if i not in geometry.sliding_layers), 0)
         self._landmarks: Summaries | None = None
@@ -69,6 +73,17 @@ class ShadowKVSelector(Selector):
         if self._landmarks is None:
             self._landmarks = Summaries(self.prompts.site.kv, "landmarks", self.prompts.how.chunk)
         return self._landmarks
+
+    @property
+    def dropped(self) -> int:
+        """Pages that rows left unread, in one layer and for one head."""
+        program = self.landmarks.program
+        return self._dropped if program is None else program.unread()
+
+    def record(self, layer: int, to: Any) -> bool:
+        self.landmarks.program = to.program
+        to.pick_landmarks(layer, self.landmarks, self.window, self.budget)
+        return True
 
     def seal(self, pages: Tensor, kv: Any) -> None:
         self.landmarks.seal(pages)
@@ -83,7 +98,7 @@ class ShadowKVSelector(Selector):
         scores = landmark_scores(q[rows], found, droppable & ~apart).masked_fill(apart, float("inf"))
         count = self.budget - (batch.positions[rows] // batch.page_size + 1 - eligible)
         if layer == self._first:
-            self.dropped += int((eligible - count).clamp_min(0).sum())
+            self._dropped += int((eligible - count).clamp_min(0).sum())
         return PageSet(pick(scores, eligible, count))
 
 
