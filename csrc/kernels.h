@@ -68,16 +68,16 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // scored by its positive and negative part against the one, by itself and its magnitude against the other.
 enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES };
 
-// Rows [rows][n] of a group's queries, both halves each, against the pages listed; `stride` bytes from one page's summary
-// to the next one's. out[p]: the highest product of the rows with page p.
+// Queries [heads][rows][n], both halves each, against summaries [page][heads][n] of the pages listed.
+// out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
 struct PageScores {
     const void* q;
-    int rows, n;
+    int heads, rows, n;
     const uint8_t* summaries;
-    size_t stride;
     const int32_t* pages;
     int count;
     float* out;
+    size_t out_stride;
 };
 
 // Keys of one page and head: tiles of 16 tokens in the attention layout, n dimensions.
@@ -124,6 +124,8 @@ struct Kernels {
     void (*scale)(const float* x, float by, int n, float* y);
 
     void (*page_scores[NUM_KV])(const PageScores& args);
+    // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
+    void (*largest)(const float* x, int n, int count, int32_t* out);
     void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
 
     bool (*maxima)(const float* x, int n, float* y);  // of every 64 logits; false where there is a NaN

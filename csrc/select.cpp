@@ -8,12 +8,12 @@ namespace dovetail {
 
 namespace {
 
-constexpr int PART = 256;  // pages that one piece of work scores
+constexpr int PART = 64;  // pages that one piece of work scores
 
 size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.element(); }
 
 // Both halves of a query [n], one after the other: see Summary.
-template <class T> void halve(const T* q, int n, Summary kind, T* out) {
+template <class T> void halve_query(const T* q, int n, Summary kind, T* out) {
     constexpr T SIGN = (T)1 << (sizeof(T) * 8 - 1);
     for (int i = 0; i < n; i++) {
         const bool below = q[i] & SIGN;
@@ -32,12 +32,15 @@ bool Selection::build(const std::vector<Span>& spans, const Heads& heads, int pa
     size_t lists = 0, scores = 0;
     for (Row& r : rows_) {
         r.list = lists, r.scores = scores;
-        lists += (size_t)r.listed * heads.kv, scores += (size_t)r.eligible * heads.kv;
+        lists += (size_t)r.listed * heads.kv, scores += (size_t)r.stride() * heads.kv;
         unread_ += r.eligible - r.count;
         for (int p = 0; p < r.eligible; p += PART)
             parts_.push_back({(int)(&r - rows_.data()), p, std::min(p + PART, r.eligible)});
     }
     lists_.resize(lists), positions_.resize(lists), scores_.resize(scores);
+    for (const Row& r : rows_)  // what is beyond a head's scores is never among the largest
+        for (int h = 1; h <= heads.kv; h++)
+            for (int p = r.eligible - r.stride(); p < 0; p++) scores_[r.scores + h * r.stride() + p] = -INFINITY;
     size_t next = 0;
     const bool positions = sparsity.positions || heads.kv == 1;  // which also keep a single list from being shared
     for (Sequence& s : sequences_) {
@@ -74,78 +77,45 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
 
 void Selection::prepare(const KVMemory& kv, int threads) {
     scratch_.resize(threads);
-    int most = 0;
-    for (const Row& r : rows_) most = std::max(most, r.eligible);
-    for (Scratch& s : scratch_) {
-        s.q.resize((size_t)heads_.group() * summary_bytes(kv));
-        if (s.keys.size() < (size_t)most) s.keys.resize(most);
-    }
+    for (Scratch& s : scratch_) s.q.resize((size_t)heads_.query * summary_bytes(kv));
 }
 
 void Selection::pick(Member& member, const Kernels& kernels, const PickArgs& args) {
     Scratch& mine = scratch_[member.id];
     const bool scored = args.summaries != nullptr;
+    mine.row = -1;
     if (scored) member.share((int)parts_.size(), [&](int i) { score(parts_[i], kernels, args, mine); });
     member.share((int)rows_.size() * heads_.kv,
-                 [&](int i) { choose(rows_[i / heads_.kv], i % heads_.kv, scored, mine); });
+                 [&](int i) { choose(rows_[i / heads_.kv], i % heads_.kv, kernels, scored); });
+}
+
+void Selection::halve(int row, const PickArgs& args, Scratch& mine) const {
+    const int padded = args.kv->padded();
+    for (int h = 0; h < heads_.query; h++) {
+        const size_t from = ((size_t)row * heads_.query + h) * padded;
+        uint8_t* to = mine.q.data() + h * summary_bytes(*args.kv);
+        if (args.kv->compute() == KV_BF16) halve_query((const uint16_t*)args.q + from, padded, args.kind, (uint16_t*)to);
+        else halve_query((const uint32_t*)args.q + from, padded, args.kind, (uint32_t*)to);
+    }
+    mine.row = row;
 }
 
 void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
     const Row& r = rows_[part.row];
-    const KVMemory& kv = *args.kv;
-    const int padded = kv.padded(), group = heads_.group();
-    const size_t bytes = summary_bytes(kv);
-    for (int h = 0; h < heads_.kv; h++) {
-        for (int g = 0; g < group; g++) {
-            const size_t from = ((size_t)r.row * heads_.query + h * group + g) * padded;
-            uint8_t* to = mine.q.data() + g * bytes;
-            if (kv.compute() == KV_BF16) halve((const uint16_t*)args.q + from, padded, args.kind, (uint16_t*)to);
-            else halve((const uint32_t*)args.q + from, padded, args.kind, (uint32_t*)to);
-        }
-        float* out = scores_.data() + r.scores + (size_t)h * r.eligible + part.first;
-        kernels.page_scores[kv.compute()]({mine.q.data(), group, 2 * padded, args.summaries + h * bytes,
-                                           heads_.kv * bytes, r.pages + part.first, part.last - part.first, out});
-    }
+    if (mine.row != r.row) halve(r.row, args, mine);
+    kernels.page_scores[args.kv->compute()](
+        {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.summaries, r.pages + part.first,
+         part.last - part.first, scores_.data() + r.scores + part.first, (size_t)r.stride()});
 }
 
-void Selection::choose(const Row& row, int head, bool scored, Scratch& mine) {
+void Selection::choose(const Row& row, int head, const Kernels& kernels, bool scored) {
     int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
     int32_t* positions = positions_.data() + row.list + (size_t)head * row.listed;
-    const float* scores = scores_.data() + row.scores + (size_t)head * row.eligible;
-    if (scored) largest(scores, row.eligible, row.count, mine.keys.data(), list);
+    const float* scores = scores_.data() + row.scores + (size_t)head * row.stride();
+    if (scored) kernels.largest(scores, row.stride(), row.count, list);
     else for (int i = 0; i < row.count; i++) list[i] = i;
     for (int i = row.count; i < row.listed; i++) list[i] = row.eligible + i - row.count;
     for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_, list[i] = row.pages[list[i]];
-}
-
-// A radix select on the bits of the scores, in an order in which unsigned numbers compare as the floats do.
-void largest(const float* scores, int n, int count, uint32_t* keys, int32_t* out) {
-    if (count <= 0) return;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, &scores[i], 4);
-        const uint32_t order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-        keys[i] = scores[i] != scores[i] ? 0 : order;
-    }
-    constexpr int SHIFTS[3] = {21, 10, 0}, WIDTH = 11;
-    uint32_t prefix = 0, known = 0, histogram[1 << WIDTH];
-    int left = std::min(count, n);  // to be taken among those that begin with the prefix
-    for (int pass = 0; pass < 3; pass++) {
-        const int shift = SHIFTS[pass], bits = pass == 2 ? 10 : WIDTH;
-        const uint32_t low = (1u << bits) - 1;
-        memset(histogram, 0, sizeof histogram);
-        for (int i = 0; i < n; i++)
-            if ((keys[i] & known) == prefix) histogram[keys[i] >> shift & low]++;
-        uint32_t b = low;
-        while ((int)histogram[b] < left) left -= histogram[b--];
-        prefix |= b << shift, known |= low << shift;
-        if ((int)histogram[b] == left) break;
-    }
-    int taken = 0;
-    for (int i = 0; i < n && taken < count; i++) {
-        const uint32_t k = keys[i] & known;
-        if (k > prefix || (k == prefix && left-- > 0)) out[taken++] = i;
-    }
 }
 
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,

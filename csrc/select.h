@@ -50,17 +50,19 @@ class Selection {
         int row, eligible, count, listed;
         const int32_t* pages;
         size_t list, scores;
+        int stride() const { return (eligible + 15) / 16 * 16; }  // of a head's scores
     };
     struct Part {  // of a row's eligible pages
         int row, first, last;
     };
     struct Scratch {
-        Aligned<uint8_t> q;
-        Aligned<uint32_t> keys;
+        Aligned<uint8_t> q;  // both halves of a row's queries, [query heads][2][padded dim]
+        int row;             // whose they are
     };
     void add(const Span& span, const Sparsity& sparsity);
+    void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
-    void choose(const Row& row, int head, bool scored, Scratch& mine);
+    void choose(const Row& row, int head, const Kernels& kernels, bool scored);
 
     Heads heads_;
     int page_size_ = 0;
@@ -68,13 +70,10 @@ class Selection {
     std::vector<Part> parts_;
     std::vector<Sequence> sequences_;
     std::vector<int32_t> lists_, positions_;  // [row][KV head][listed]: pages, and the position of their first token
-    Aligned<float> scores_;                   // [row][KV head][eligible]
+    Aligned<float> scores_;                   // [row][KV head][eligible, rounded up]
     std::vector<Scratch> scratch_;            // of each thread
     int64_t unread_ = 0;
 };
-
-// The indices of the `count` largest of scores [n], of equals the first ones, ascending; NaN is below everything.
-void largest(const float* scores, int n, int count, uint32_t* keys, int32_t* out);
 
 // Summaries of whole pages of all layers: `out` is [layers x pages][KV heads][2][padded dim] in the compute type.
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,

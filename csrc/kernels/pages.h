@@ -13,43 +13,105 @@ template <bool WIDE> INLINE F partial(F acc, const void* summary, const void* q,
     return dot_bf16(acc, iload((const uint16_t*)summary + at), iload((const uint16_t*)q + at));
 }
 
-// The best score of R queries against one page: the products of n values each.
-template <bool WIDE, int R> INLINE float best_of(const PageScores& args, const uint8_t* summary, int row) {
-    constexpr int STEP = WIDE ? 16 : 32, SIZE = WIDE ? 4 : 2;
-    F acc[R];
-    UNROLL for (int r = 0; r < R; r++) acc[r] = zero();
-    for (int at = 0; at < args.n; at += STEP)
+// best[p]: at least the products of n values of R queries with page p's summary.
+template <bool WIDE, int P, int R>
+INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n, float* best) {
+    constexpr int STEP = WIDE ? 16 : 32;
+    const size_t row = (size_t)n * (WIDE ? 4 : 2);
+    F acc[P][4];
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
+    for (int at = 0; at < n; at += STEP)
         UNROLL for (int r = 0; r < R; r++)
-            acc[r] = partial<WIDE>(acc[r], summary, (const uint8_t*)args.q + (size_t)(row + r) * args.n * SIZE, at);
-    float most = sum(acc[0]);
-    UNROLL for (int r = 1; r < R; r++) {
-        const float s = sum(acc[r]);
-        most = s > most ? s : most;
+            UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], summaries[p], q + r * row, at);
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int r = R; r < 4; r++) acc[p][r] = acc[p][0];
+    best_sums(acc, best);
+}
+
+template <bool WIDE, int P> INLINE void score_rows(const uint8_t* const* summaries, const PageScores& args, int head,
+                                                   int first) {
+    const size_t row = (size_t)args.n * (WIDE ? 4 : 2);
+    const uint8_t* q = (const uint8_t*)args.q + head * args.rows * row;
+    float best[P];
+    UNROLL for (int p = 0; p < P; p++) best[p] = -__builtin_inff();
+    int r = 0;
+    for (; r + 4 <= args.rows; r += 4) score_pages<WIDE, P, 4>(summaries, q + r * row, args.n, best);
+    switch (args.rows - r) {
+        case 3: score_pages<WIDE, P, 3>(summaries, q + r * row, args.n, best); break;
+        case 2: score_pages<WIDE, P, 2>(summaries, q + r * row, args.n, best); break;
+        case 1: score_pages<WIDE, P, 1>(summaries, q + r * row, args.n, best); break;
     }
-    return most;
+    UNROLL for (int p = 0; p < P; p++) args.out[head * args.out_stride + first + p] = best[p];
+}
+
+// P pages from the first on, all heads; meanwhile those that come AHEAD pages later are fetched.
+template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int first) {
+    constexpr int AHEAD = 16;
+    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), page = args.heads * bytes;
+    const uint8_t *summaries[P], *next[P];
+    UNROLL for (int p = 0; p < P; p++) {
+        const int later = first + p + AHEAD;
+        summaries[p] = args.summaries + args.pages[first + p] * page;
+        next[p] = later < args.count ? args.summaries + args.pages[later] * page : summaries[p];
+    }
+    for (int h = 0; h < args.heads; h++) {
+        UNROLL for (int p = 0; p < P; p++)
+            for (size_t b = 0; b < bytes; b += 64) prefetch_far(next[p] + h * bytes + b);
+        score_rows<WIDE, P>(summaries, args, h, first);
+        UNROLL for (int p = 0; p < P; p++) summaries[p] += bytes;
+    }
 }
 
 template <bool WIDE> void page_scores(const PageScores& args) {
-    constexpr int AHEAD = 4;  // pages that are fetched before they are needed
-    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2);
-    for (int p = 0; p < args.count; p++) {
-        const uint8_t* summary = args.summaries + args.pages[p] * args.stride;
-        if (p + AHEAD < args.count) {
-            const uint8_t* next = args.summaries + args.pages[p + AHEAD] * args.stride;
-            for (size_t b = 0; b < bytes; b += 64) prefetch(next + b);
-        }
-        float most = -__builtin_inff();
-        int row = 0;
-        for (; row + 4 <= args.rows; row += 4) {
-            const float s = best_of<WIDE, 4>(args, summary, row);
-            most = s > most ? s : most;
-        }
-        for (; row < args.rows; row++) {
-            const float s = best_of<WIDE, 1>(args, summary, row);
-            most = s > most ? s : most;
-        }
-        args.out[p] = most;
+    int p = 0;
+    for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) score_heads<WIDE, PAGES_MANY>(args, p);
+    for (; p < args.count; p++) score_heads<WIDE, 1>(args, p);
+}
+
+// ---- the largest of some scores
+
+INLINE int count_from(const float* x, int n, F least) {
+    int count = 0;
+    for (int i = 0; i < n; i += 16) count += __builtin_popcount(bits(not_less(load(x + i), least)));
+    return count;
+}
+
+// Floats as integers that compare alike, and back.
+INLINE int32_t rank_of(float x) {
+    int32_t i;
+    __builtin_memcpy(&i, &x, 4);
+    return i ^ (i >> 31 & 0x7fffffff);
+}
+INLINE float of_rank(int32_t i) {
+    i ^= i >> 31 & 0x7fffffff;
+    float x;
+    __builtin_memcpy(&x, &i, 4);
+    return x;
+}
+
+// Bisects for the least of them.
+void largest(const float* x, int n, int count, int32_t* out) {
+    if (count <= 0) return;
+    F high = load(x), low = high;
+    for (int i = 16; i < n; i += 16) high = max(high, load(x + i)), low = min(low, load(x + i));
+    int64_t from = rank_of(-highest(sub(zero(), low))), to = (int64_t)rank_of(highest(high)) + 1;
+    int reached = n;  // at least `from`; fewer than `count` are at least `to`
+    while (to - from > 1 && reached > count) {
+        const int64_t middle = (from + to) >> 1;
+        const int some = count_from(x, n, all(of_rank((int32_t)middle)));
+        if (some >= count) from = middle, reached = some;
+        else to = middle;
     }
+    const float least = of_rank((int32_t)from);
+    int equals = count;  // of those that equal the least one, so many are taken
+    if (reached > count)
+        for (int i = 0; i < n; i += 16) equals -= __builtin_popcount(bits(not_less_equal(load(x + i), all(least))));
+    for (int i = 0, taken = 0; taken < count; i += 16)
+        for (unsigned some = bits(not_less(load(x + i), all(least))); some && taken < count; some &= some - 1) {
+            const int at = i + __builtin_ctz(some);
+            if (x[at] > least || equals-- > 0) out[taken++] = at;
+        }
 }
 
 // Dimension d of a tile's sixteen keys.
@@ -101,6 +163,7 @@ template <bool WIDE> void page_moments(const PageTiles& page, void* out) {
 
 inline void add_pages(dovetail::Kernels& k) {
     k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
+    k.largest = largest;
     k.summarise[dovetail::BOUND][dovetail::KV_F32] = page_bounds<true>;
     k.summarise[dovetail::BOUND][dovetail::KV_BF16] = page_bounds<false>;
     k.summarise[dovetail::MEAN_STD][dovetail::KV_F32] = page_moments<true>;

@@ -13,7 +13,7 @@ struct M { __m256 a, b; };
 struct D { __m256d a, b; };
 
 constexpr int ROWS_ALONE = 4, ROWS_MANY = 4, TILES_MANY = 1;
-constexpr int QUERIES = 3, KEY_STEP = 1, VALUE_STEP = 1;
+constexpr int QUERIES = 3, KEY_STEP = 1, VALUE_STEP = 1, PAGES_MANY = 1;
 
 INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
@@ -70,6 +70,7 @@ INLINE F ior_sign(F a, F sign) {  // |a| is a, with the sign of the other
 }
 INLINE M not_nan(F a) { return {_mm256_cmp_ps(a.a, a.a, _CMP_ORD_Q), _mm256_cmp_ps(a.b, a.b, _CMP_ORD_Q)}; }
 INLINE M both(M a, M b) { return {_mm256_and_ps(a.a, b.a), _mm256_and_ps(a.b, b.b)}; }
+INLINE unsigned bits(M a) { return (unsigned)(_mm256_movemask_ps(a.a) | _mm256_movemask_ps(a.b) << 8); }
 
 // The largest magnitude; NaN counts as larger than anything (as integers, the bits are in that order).
 INLINE float highest_magnitude(F x, F y) {
@@ -154,6 +155,14 @@ INLINE float sum(F x) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+// best[p] = the highest of it and the sums of x[p]; a NaN is none.
+template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < 4; r++) {
+            const float s = sum(x[p][r]);
+            best[p] = s > best[p] ? s : best[p];
+        }
 }
 INLINE float highest(F x) {
     const __m256 h = _mm256_max_ps(x.a, x.b);

@@ -13,7 +13,7 @@ typedef __mmask16 M;
 struct D { __m512d a, b; };
 
 constexpr int ROWS_ALONE = 8, ROWS_MANY = 6, TILES_MANY = 2;
-constexpr int QUERIES = 6, KEY_STEP = 4, VALUE_STEP = 4;
+constexpr int QUERIES = 6, KEY_STEP = 4, VALUE_STEP = 4, PAGES_MANY = 4;
 
 INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -58,6 +58,7 @@ INLINE F ior_sign(F a, F sign) {  // |a| is a, with the sign of the other
 }
 INLINE M not_nan(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
 INLINE M both(M a, M b) { return a & b; }
+INLINE unsigned bits(M a) { return a; }
 
 // The largest magnitude; NaN counts as larger than anything (as integers, the bits are in that order).
 INLINE float highest_magnitude(F a, F b) {
@@ -120,6 +121,32 @@ INLINE float sum(F a) {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+// best[p] = the highest of it and the sums of x[p]; a NaN is none.
+template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < 4; r++) {
+            const float s = sum(x[p][r]);
+            best[p] = s > best[p] ? s : best[p];
+        }
+}
+template <> INLINE void best_sums<4>(const F (&x)[4][4], float* best) {  // all 16 at once, in the order of `sum`
+    F fours[4], twos[2];
+    UNROLL for (int p = 0; p < 4; p++) {
+        const F *y = x[p], a = add(_mm512_shuffle_f32x4(y[0], y[1], 0x44), _mm512_shuffle_f32x4(y[0], y[1], 0xee)),
+                b = add(_mm512_shuffle_f32x4(y[2], y[3], 0x44), _mm512_shuffle_f32x4(y[2], y[3], 0xee));
+        fours[p] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const __m512d a = _mm512_castps_pd(fours[2 * i]), b = _mm512_castps_pd(fours[2 * i + 1]);
+        twos[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const F sums = add(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+    __m128 most = _mm_loadu_ps(best);  // lane 4 r + p: of x[p][r]
+    most = _mm_max_ps(_mm512_castps512_ps128(sums), most);
+    most = _mm_max_ps(_mm512_extractf32x4_ps(sums, 1), most);
+    most = _mm_max_ps(_mm512_extractf32x4_ps(sums, 2), most);
+    _mm_storeu_ps(best, _mm_max_ps(_mm512_extractf32x4_ps(sums, 3), most));
 }
 INLINE float highest(F a) { return _mm512_reduce_max_ps(a); }
 INLINE I sum_fours(I a) {  // of each four lanes, in each of them

@@ -14,7 +14,7 @@ struct M { bool v[16]; };
 struct D { double v[16]; };
 
 constexpr int ROWS_ALONE = 1, ROWS_MANY = 1, TILES_MANY = 1;
-constexpr int QUERIES = 1, KEY_STEP = 1, VALUE_STEP = 1;
+constexpr int QUERIES = 1, KEY_STEP = 1, VALUE_STEP = 1, PAGES_MANY = 1;
 
 #define LANES(type, expression) \
     type r;                     \
@@ -64,6 +64,11 @@ INLINE F times_power_of_two(F a, F n) { LANES(F, a.v[i] * __builtin_ldexpf(1.f, 
 INLINE F ior_sign(F a, F sign) { LANES(F, __builtin_copysignf(a.v[i], sign.v[i])); }
 INLINE M not_nan(F a) { LANES(M, a.v[i] == a.v[i]); }
 INLINE M both(M a, M b) { LANES(M, a.v[i] && b.v[i]); }
+INLINE unsigned bits(M a) {
+    unsigned r = 0;
+    for (int i = 0; i < 16; i++) r |= (unsigned)a.v[i] << i;
+    return r;
+}
 
 // The largest magnitude; NaN counts as larger than anything (as integers, the bits are in that order).
 INLINE float highest_magnitude(F a, F b) {
@@ -139,6 +144,14 @@ INLINE float sum(F x) {
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; i++) x.v[i] += x.v[i + n];
     return x.v[0];
+}
+// best[p] = the highest of it and the sums of x[p]; a NaN is none.
+template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < 4; r++) {
+            const float s = sum(x[p][r]);
+            best[p] = s > best[p] ? s : best[p];
+        }
 }
 INLINE float highest(F x) {
     float m = x.v[0];
