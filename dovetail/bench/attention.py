@@ -17,12 +17,11 @@ from dovetail.core.seams import Variant
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant
 from dovetail.ops.template import with_tables
-from dovetail.runtime.store import FloatStore, TiledStore, lazy_zeros, padded
+from dovetail.runtime.store import FloatStore, TiledStore, padded
 
 PAGE = 16  # tokens
 KV_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 SOME = 1 << 20  # random values, which repeat
-SPAN = 16  # pages
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,10 @@ class Request:
     pages: Sequence[int]
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """A row reads `budget` tokens for each KV head, of which those of the page it is in and of the one before are
-    given and the rest chosen by summaries of their pages (`dovetail.ops.pages`), of which `kind` says what they are."""
-
-    budget: int
-    kind: str = "bound"
-
-
 class KVPool:
-    """Random K and V: as many layers of `tokens` tokens as fill `size` bytes.
+    """Random K and V: as many layers of `tokens` tokens as fill `size` bytes."""
 
-    drifting: keys have a mean that drifts from page to page, as text does, and no two pages are alike. Else what is
-    random repeats.
-    """
-
-    def __init__(
-        self, heads: Heads, kind: str, tokens: int, size: int, *, pages: Pages = IN_PLACE, drifting: bool = False
-    ) -> None:
+    def __init__(self, heads: Heads, kind: str, tokens: int, size: int, *, pages: Pages = IN_PLACE) -> None:
         self.heads, self.kind, self.pages = heads, kind, pages
         dtype = KV_DTYPES[kind]
         self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, dtype)
@@ -104,27 +88,17 @@ class KVPool:
             for at in range(0, len(data), len(some)):
                 part = data[at : at + len(some)]
                 part.copy_(some[: len(part)])
-        if drifting:
-            _drift(self.k.data)
-
-
-def _drift(keys: Tensor) -> None:
-    """Add to tiles of keys [pages, heads, tiles, dim / 2, 16, 2] (bf16) a mean that goes in straight lines between
-    random points, SPAN pages apart."""
-    for at in range(0, len(keys), SPAN):
-        part = keys[at : at + SPAN]
-        ends = torch.randn(2, *keys.shape[1:4], 1, keys.shape[5]) if at == 0 else torch.stack([ends[1], torch.randn_like(ends[1])])
-        along = torch.arange(len(part)).view(-1, 1, 1, 1, 1, 1) / SPAN
-        part += torch.lerp(ends[:1], ends[1:], along).to(part.dtype)
 
 
 class Attention:
     """A step's attention over every layer of `tokens` tokens that the pool has room for, but at most `layers`."""
 
+    _dense = True  # rows read everything
+    _operations = 1  # of the program, for a layer
+
     def __init__(
         self, pool: KVPool, requests: Sequence[Request], tokens: int, kernels: Kernels, *, layers: int = 1 << 30,
         cascade: bool = True, split: bool = True, variant: KernelVariant | None = None,
-        choosing: Choosing | None = None,
     ) -> None:  # fmt: skip
         heads, size = pool.heads, pool.pages.size
         self.pool, self.variant = pool, variant  # a compiled variant lives as long as this
@@ -137,35 +111,28 @@ class Attention:
         sizes = (tokens // size, size, heads.kv, heads.dim)
         program.set_kv(pool.k.layout, pool.kind, (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0), sizes)
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
-        asked = (variant.window, variant.address, variant.params) if variant else (0, 0, [])
-        self.choosing, self.ops = choosing, 2 if choosing else 1  # operations of a layer
-        if choosing:
-            self._summarise(choosing, tokens)
-        for layer in range(self.layers):
-            if choosing:
-                program.pick(self._q, layer, choosing.kind, self.summaries.data_ptr())
-            program.attend((self._q, self._out, layer, choosing is not None), *asked)
+        self._record(tokens // size)
         self._plan(requests)
 
-    def _summarise(self, choosing: Choosing, tokens: int) -> None:
-        pool, size = self.pool, self.pool.pages.size
-        count, heads = tokens // size, pool.heads
-        shape = (self.layers * count, heads.kv, 2, padded(heads.dim))
-        self.summaries = lazy_zeros(shape, KV_DTYPES[pool.kind], torch.device("cpu"))
-        self.program.sparsify(size, -(-choosing.budget // size), -1, False)
-        self.program.summarise(choosing.kind, self.layers, list(range(count)), self.summaries.data_ptr())
+    def _record(self, pages: int) -> None:
+        """The operations of all layers of `pages` pages."""
+        v = self.variant
+        asked = (v.window, v.address, v.params) if v else (0, 0, [])
+        for layer in range(self.layers):
+            self.program.attend((self._q, self._out, layer, False), *asked)
 
     def _plan(self, requests: Sequence[Request]) -> None:
         program = self.program
         program.clear()
         for r in requests:
-            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1, 0 if self.choosing else r.stop)
+            dense_until = r.stop if self._dense else 0
+            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1, dense_until)
         program.plan()
         self.stats: dict[str, int] = program.attention_stats()
         program.run(0, 0)
         self.rows = program.num_rows()
         self.q = self._queries(program.view(self._q, self.rows).reshape(-1))
-        program.run(0, self.ops)
+        program.run(0, self._operations)
         check_finite(program, self._out, self.rows, f"attention {self.pool.heads} {self.pool.kind}")
 
     def _queries(self, memory: np.ndarray) -> Tensor:
@@ -182,11 +149,11 @@ class Attention:
 
     def run(self) -> None:
         """Every layer once."""
-        self.program.run(0, self.layers * self.ops)
+        self.program.run(0, self.layers * self._operations)
 
     def first_layer(self) -> Tensor:
         """What attention over the first layer gives: [rows, heads, dim]."""
-        self.program.run(0, self.ops)
+        self.program.run(0, self._operations)
         heads = self.pool.heads
         out = torch.from_numpy(self.program.view(self._out, self.rows)[:, : heads.query * heads.dim])
         return out.unflatten(1, (heads.query, heads.dim)).clone()
