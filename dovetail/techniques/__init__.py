@@ -11,7 +11,7 @@ from dovetail.core.errors import ConfigError
 if TYPE_CHECKING:
     from dovetail.core.technique import Technique
 
-MODULES = {"ngram": "ngram", "quest": "quest", "sink-window": "sink_window"}
+MODULES = {"infinigen": "infinigen", "ngram": "ngram", "quest": "quest", "sink-window": "sink_window"}
 
 
 def technique(spec: str) -> Technique:

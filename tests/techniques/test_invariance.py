@@ -11,16 +11,22 @@ from hypothesis import strategies as st
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
+from dovetail.models import facts
 from dovetail.techniques import MODULES, technique
-from tests.tiny import finish, make_request, run_all, run_staggered, tiny_engine
+from tests.tiny import CHECKPOINT, OFFERED, finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
+FACTS = facts(CHECKPOINT.config) | OFFERED
 LOSSY = [
     *("sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"),
     *(
         "quest:budget=8,skip_layers=0",
         "quest:budget=16,skip_layers=1",
         "quest:budget=12,skip_layers=0,score=mean_std",
+    ),
+    *(
+        "infinigen:alpha=9,budget=12,skip_layers=1",
+        "infinigen:alpha=0.5,partial=1,skip_layers=1,norm=same,shift=false",
     ),
 ]
 
@@ -100,14 +106,14 @@ def test_at_its_exact_setting_a_technique_gives_the_plain_text(name: str) -> Non
             continue
         if other and set(technique(other).fills) & set(plain.fills):
             with pytest.raises(ConfigError, match=f"{name} and {other}"):
-                compose(exact, technique(other))
+                compose(exact, technique(other), facts=FACTS)
             continue
         more = (
             [technique(f"{other}:" + ",".join(f"{k}={v}" for k, v in technique(other).exact_at.items()))]
             if other
             else []
         )
-        compose(exact, *more)
+        compose(exact, *more, facts=FACTS)
         prompts = [tuple((i * 5 + j) % 7 for i in range(30)) for j in range(3)]
         texts = run_all(tiny_engine(exact, *more), prompts, SamplingParams(temperature=0, max_tokens=NEW))
         assert texts == [alone("", p) for p in prompts]
