@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from dovetail.bench.attention import PAGE, Attention, Kernels, KVPool, Request
-from dovetail.bench.ratio import Ratio, by_round
+from dovetail.bench.ratio import Ratio
 from dovetail.bench.rounds import interleave
 from dovetail.bench.sparse_attention import Choosing, SparseAttention, drift
 from dovetail.reproduce.claim import Bar, Claim, Experiment
