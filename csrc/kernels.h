@@ -69,8 +69,8 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // Or landmarks: means of the page's chunks, as many as there are.
 enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
-// Queries [heads][rows][n], both halves each, against summaries of the pages listed: page i's, of head h, is at
-// i * page_stride + h * head_stride. out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
+// Queries [heads][rows][n], both halves each, against summaries [page][heads][n] of the pages listed.
+// out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
 struct PageScores {
     const void* q;
     int heads, rows, n;
@@ -78,7 +78,19 @@ struct PageScores {
     const int32_t* pages;
     int count;
     float* out;
-    size_t out_stride, page_stride, head_stride;  // of summaries in bytes
+    size_t out_stride;
+};
+
+// Queries [heads][rows][n] against landmarks [page][heads][vectors][n] of the pages listed: products
+// out[((h * rows + r) * vectors + v) * stride + p].
+struct LandmarkLogits {
+    const void* q;
+    int heads, rows, n, vectors;
+    const uint8_t* landmarks;
+    const int32_t* pages;
+    int count;
+    float* out;
+    size_t stride;
 };
 
 // Logits [rows][vectors][stride] of n pages' vectors: out[p] is the highest of a page's log-softmax values over the row's
@@ -144,6 +156,7 @@ struct Kernels {
     void (*scale)(const float* x, float by, int n, float* y);
 
     void (*page_scores[NUM_KV])(const PageScores& args);
+    void (*landmark_logits[NUM_KV])(const LandmarkLogits& args);
     void (*softmax_scores)(const SoftmaxScores& args);
     // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
     void (*largest)(const float* x, int n, int count, int32_t* out);

@@ -116,36 +116,31 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     if (args.kind == LANDMARKS) return score_landmarks(part, kernels, args, mine);
     const Row& r = rows_[part.row];
     if (mine.row != r.row) halve(r.row, args, mine);
-    const size_t bytes = summary_bytes(*args.kv);
     kernels.page_scores[args.kv->compute()](
         {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.summaries, r.pages + part.first,
-         part.last - part.first, scores_.data() + r.scores + part.first, (size_t)r.stride(), heads_.kv * bytes, bytes});
+         part.last - part.first, scores_.data() + r.scores + part.first, (size_t)r.stride()});
 }
 
-// The queries [of a group][KV heads], each as wide as a landmark.
+// The queries [query heads], each as wide as a landmark.
 void Selection::lay_out(int row, const PickArgs& args, Scratch& mine) const {
     const KVMemory& kv = *args.kv;
     const size_t from = (size_t)kv.padded() * kv.element(), to = (size_t)landmark_width(kv) * kv.element();
-    for (int h = 0; h < heads_.kv; h++)
-        for (int g = 0; g < heads_.group(); g++) {
-            uint8_t* at = mine.q.data() + (g * heads_.kv + h) * to;
-            memcpy(at, (const uint8_t*)args.q + ((size_t)row * heads_.query + h * heads_.group() + g) * from, from);
-            memset(at + from, 0, to - from);
-        }
+    for (int h = 0; h < heads_.query; h++) {
+        uint8_t* at = mine.q.data() + h * to;
+        memcpy(at, (const uint8_t*)args.q + ((size_t)row * heads_.query + h) * from, from);
+        memset(at + from, 0, to - from);
+    }
     mine.row = row;
 }
 
 void Selection::score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
     const Row& r = rows_[part.row];
     if (mine.row != r.row) lay_out(r.row, args, mine);
-    const int width = landmark_width(*args.kv), group = heads_.group(), v = args.vectors;
-    const size_t bytes = (size_t)width * args.kv->element(), stride = r.stride();
-    for (int g = 0; g < group; g++)
-        for (int c = 0; c < v; c++)
-            kernels.page_scores[args.kv->compute()](
-                {mine.q.data() + g * heads_.kv * bytes, heads_.kv, 1, width, args.summaries + c * bytes, r.pages + part.first,
-                 part.last - part.first, logits_.data() + r.logits * group * v + (g * v + c) * stride + part.first,
-                 group * v * stride, heads_.kv * v * bytes, v * bytes});
+    const size_t stride = r.stride();
+    kernels.landmark_logits[args.kv->compute()](
+        {mine.q.data(), heads_.kv, heads_.group(), landmark_width(*args.kv), args.vectors, args.summaries,
+         r.pages + part.first, part.last - part.first,
+         logits_.data() + r.logits * heads_.group() * args.vectors + part.first, stride});
 }
 
 // Scores from the logits of landmarks. Pages whose keys are kept apart do not compete: they come first.
@@ -154,8 +149,9 @@ void Selection::rank_landmarks(const Row& row, int head, const Kernels& kernels,
     float* logits = logits_.data() + (row.logits + (size_t)head * stride) * runs;
     float* scores = scores_.data() + row.scores + (size_t)head * stride;
     auto each_apart = [&](auto&& f) {
-        for (int p = 0; args.tiers && p < std::min(row.num_aliases, row.eligible); p++)
-            if (args.tiers->apart(row.aliases[p] + args.first_page, head)) f(p);
+        if (!args.tiers || !row.num_aliases) return;
+        for (int32_t p : args.tiers->apart(row.aliases[0] + args.first_page, head))
+            if (p < row.eligible) f(p);
     };
     for (int i = 0; i < runs; i++) std::fill(logits + i * stride + row.eligible, logits + (i + 1) * stride, -INFINITY);
     each_apart([&](int p) {

@@ -81,7 +81,7 @@ class Selection {
         int row, first, last;
     };
     struct Scratch {
-        Aligned<uint8_t> q;  // of a row: both halves, [query heads][2][padded dim]; or [of a group][KV heads][width]
+        Aligned<uint8_t> q;  // of a row: both halves, [query heads][2][padded dim]; or [query heads][width]
         int row;             // whose they are
     };
     void add(const Span& span, const Sparsity& sparsity);

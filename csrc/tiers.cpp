@@ -17,7 +17,8 @@ size_t stride_of(size_t blob, bool addressed) { return addressed ? blob : (blob 
 Tiers::Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> tier, double link)
     : shape_(shape), cells_(cells), tier_(std::move(tier)), link_(link),
       stride_(stride_of(shape.blob, tier_->memory() != nullptr)), places_(shape.numbers() * shape.heads, -1), heads_(shape.heads),
-      source_(shape.aliases ? shape.layer_pages : 0, 0), apart_(shape.aliases ? shape.pages() * shape.heads : 0, 0) {
+      source_(shape.aliases ? shape.layer_pages : 0, 0), group_(source_.size(), 0),
+      apart_(shape.aliases ? shape.pages() * shape.heads : 0, 0) {
     for (Head& h : heads_) {
         h.owner.assign(shape.cells, -1), h.until.assign(shape.cells, 0);
         h.used.assign(shape.cells, 0), h.dirty.assign(shape.cells, 0);
@@ -49,8 +50,14 @@ Transfer Tiers::transfer(const Miss& m) const {
 
 void Tiers::alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart) {
     const int64_t all = shape_.layers * shape_.stages, n = (int64_t)names.size();
+    if (n == 0) return;
+    std::vector<std::vector<int32_t>>& lists = groups_[names[0]];
+    lists.assign((size_t)(all * shape_.heads), {});
+    for (int64_t i = 0; i < all * shape_.heads; i++)
+        for (int64_t p = 0; p < n; p++)
+            if (apart[i * n + p]) lists[(size_t)i].push_back((int32_t)p);
     for (int64_t i = 0; i < n; i++) {
-        source_.at(names[i]) = pages.at(i);
+        source_.at(names[i]) = pages.at(i), group_.at(names[i]) = names[0];
         for (int64_t layer = 0; layer < all; layer++)
             for (int h = 0; h < shape_.heads; h++) {
                 const int64_t at = layer * shape_.layer_pages + names[i];
@@ -58,6 +65,11 @@ void Tiers::alias(const std::vector<int64_t>& names, const std::vector<int64_t>&
                 forget(shape_.pages() + at, h);
             }
     }
+}
+
+const std::vector<int32_t>& Tiers::apart(int64_t alias, int head) const {
+    const int64_t at = alias - shape_.pages();
+    return groups_.at(group_[at % shape_.layer_pages])[(size_t)(at / shape_.layer_pages * shape_.heads + head)];
 }
 
 // Leave the page's cell without writing it back.

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "low_rank.h"
@@ -45,7 +46,9 @@ class Tiers {
 
     // Aliases [n] of pages [n] of every layer. apart: [layers and stages][heads][n], those that keep their K as it is.
     void alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart);
-    bool apart(int64_t alias, int head) const { return apart_[(alias - shape_.pages()) * shape_.heads + head]; }
+    // Of the pages that were given aliases together with `alias` (a number of the layer), those that keep their K: which of
+    // them they are, ascending.
+    const std::vector<int32_t>& apart(int64_t alias, int head) const;
     void set_keys(std::shared_ptr<LowRankKeys> keys) { keys_ = std::move(keys); }
 
     // A page that has to be brought into a cell.
@@ -129,8 +132,9 @@ class Tiers {
     const size_t stride_;  // of blobs in the slow tier
     std::vector<int32_t> places_;
     std::vector<Head> heads_;
-    std::vector<int64_t> source_;  // of each alias
-    std::vector<uint8_t> apart_;   // [layers and stages][aliases][heads]
+    std::vector<int64_t> source_, group_;  // of each alias: the page, and the first of those that came with it
+    std::vector<uint8_t> apart_;           // [layers and stages][aliases][heads]
+    std::unordered_map<int64_t, std::vector<std::vector<int32_t>>> groups_;  // [layers and stages][heads]: those apart
     std::shared_ptr<LowRankKeys> keys_;
     std::chrono::steady_clock::time_point link_free_{};
     int64_t bytes_in_ = 0;

@@ -5,6 +5,7 @@
 
 namespace {
 
+using dovetail::LandmarkLogits;
 using dovetail::PageScores;
 using dovetail::PageTiles;
 using dovetail::SoftmaxScores;
@@ -49,7 +50,7 @@ template <bool WIDE, int P> INLINE void score_rows(const uint8_t* const* summari
 // P pages from the first on, all heads; meanwhile those that come AHEAD pages later are fetched.
 template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int first) {
     constexpr int AHEAD = 16;
-    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), page = args.page_stride;
+    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), page = args.heads * bytes;
     const uint8_t *summaries[P], *next[P];
     UNROLL for (int p = 0; p < P; p++) {
         const int later = first + p + AHEAD;
@@ -58,9 +59,9 @@ template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int 
     }
     for (int h = 0; h < args.heads; h++) {
         UNROLL for (int p = 0; p < P; p++)
-            for (size_t b = 0; b < bytes; b += 64) prefetch_far(next[p] + h * args.head_stride + b);
+            for (size_t b = 0; b < bytes; b += 64) prefetch_far(next[p] + h * bytes + b);
         score_rows<WIDE, P>(summaries, args, h, first);
-        UNROLL for (int p = 0; p < P; p++) summaries[p] += args.head_stride;
+        UNROLL for (int p = 0; p < P; p++) summaries[p] += bytes;
     }
 }
 
@@ -68,6 +69,55 @@ template <bool WIDE> void page_scores(const PageScores& args) {
     int p = 0;
     for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) score_heads<WIDE, PAGES_MANY>(args, p);
     for (; p < args.count; p++) score_heads<WIDE, 1>(args, p);
+}
+
+// Logits of P vectors, `step` values apart in `out`, and R queries of a head, `row` apart.
+template <bool WIDE, int P, int R>
+INLINE void logits_of(const uint8_t* const* vectors, const uint8_t* q, const LandmarkLogits& args, float* const* out) {
+    constexpr int STEP = WIDE ? 16 : 32;
+    const size_t row = (size_t)args.n * (WIDE ? 4 : 2);
+    F acc[P][R];
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
+    for (int at = 0; at < args.n; at += STEP)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], vectors[p], q + r * row, at);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < P; p++) out[p][r * args.vectors * args.stride] = sum(acc[p][r]);
+}
+
+// P pages of all heads.
+template <bool WIDE, int P> INLINE void logits_pages(const LandmarkLogits& args, int first) {
+    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), head = args.vectors * bytes, page = args.heads * head;
+    for (int h = 0; h < args.heads; h++)
+        for (int v = 0; v < args.vectors; v++) {
+            const uint8_t* vectors[P];
+            for (int r = 0; r < args.rows; r += 4) {
+                float* out[P];
+                UNROLL for (int p = 0; p < P; p++) {
+                    vectors[p] = args.landmarks + args.pages[first + p] * page + h * head + v * bytes;
+                    out[p] = args.out + ((size_t)(h * args.rows + r) * args.vectors + v) * args.stride + first + p;
+                }
+                const uint8_t* q = (const uint8_t*)args.q + (size_t)(h * args.rows + r) * bytes;
+                switch (args.rows - r) {
+                    case 1: logits_of<WIDE, P, 1>(vectors, q, args, out); break;
+                    case 2: logits_of<WIDE, P, 2>(vectors, q, args, out); break;
+                    case 3: logits_of<WIDE, P, 3>(vectors, q, args, out); break;
+                    default: logits_of<WIDE, P, 4>(vectors, q, args, out);
+                }
+            }
+        }
+    for (int p = 0; p < P; p++) {
+        const int later = first + p + 16;
+        if (later < args.count)
+            for (size_t b = 0; b < page; b += 64) prefetch_far(args.landmarks + args.pages[later] * page + b);
+    }
+}
+
+template <bool WIDE> void landmark_logits(const LandmarkLogits& args) {
+    int p = 0;
+    for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) logits_pages<WIDE, PAGES_MANY>(args, p);
+    for (; p < args.count; p++) logits_pages<WIDE, 1>(args, p);
 }
 
 // The softmax of each row of logits, and the best of it for each page. A NaN is none.
@@ -225,6 +275,8 @@ template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stri
 
 inline void add_pages(dovetail::Kernels& k) {
     k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
+    k.landmark_logits[dovetail::KV_F32] = landmark_logits<true>;
+    k.landmark_logits[dovetail::KV_BF16] = landmark_logits<false>;
     k.largest = largest, k.softmax_scores = softmax_scores;
     k.turn_keys[dovetail::KV_F32] = turn_keys<true>, k.turn_keys[dovetail::KV_BF16] = turn_keys<false>;
     k.landmarks[dovetail::KV_F32] = landmarks<true>, k.landmarks[dovetail::KV_BF16] = landmarks<false>;
