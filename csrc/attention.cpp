@@ -239,10 +239,11 @@ void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs
         begin = std::min(begin, args.window ? std::max(0, position - args.window + 1) : 0);
         end = std::max(end, position + 1);
     }
-    if (s.page_positions) begin = 0, end = s.length;
+    const int length = s.real_length();
+    if (s.page_positions) begin = 0, end = length;
     bool follows = false;
     for (int c = item.first; c < item.last; c++) {
-        const bool read = c * CHUNK < std::min(end, s.length) && (c + 1) * CHUNK > begin;
+        const bool read = c * CHUNK < std::min(end, length) && (c + 1) * CHUNK > begin;
         if (read) {
             load_chunk(index, args, c, follows, mine);
             for (int p = 0; p < packed; p += MAX_QUERIES)
@@ -292,7 +293,7 @@ void AttentionPlan::gather(const Reader& reader, int chunk, Scratch& mine) const
     const KVMemory& kv = reader.kv;
     const size_t tile = kv.tile_bytes();
     memset(mine.k.data(), 0, tile * KEY_TILES), memset(mine.v.data(), 0, tile * KEY_TILES);
-    const int end = std::min((chunk + 1) * CHUNK, std::min(reader.s.length, reader.s.num_pages * kv.page_size));
+    const int end = std::min((chunk + 1) * CHUNK, std::min(reader.s.real_length(), reader.s.num_pages * kv.page_size));
     for (int t = chunk * CHUNK; t < end;) {
         const int inside = t % kv.page_size, some = std::min(kv.page_size - inside, end - t);
         gather_tokens(kv, reader.page(t / kv.page_size), reader.head, inside, some, t - chunk * CHUNK, mine.k.data(),
@@ -321,7 +322,7 @@ void AttentionPlan::run_rows(const Rows& rows, const Kernels& kernels, const Att
     const Node& node = nodes_[item.node];
     const Sequence& s = sequences_[node.sequence];
     const int* list = row_lists_.data() + node.row_list + item.row;
-    const int group = heads_.group(), first = chunk * CHUNK, end = std::min(CHUNK, s.length - first);
+    const int group = heads_.group(), first = chunk * CHUNK, end = std::min(CHUNK, s.real_length() - first);
     const bool listed = s.page_positions != nullptr;
     const KVType type = args.kv->compute();
     const size_t q_row = (size_t)padded_ * (type == KV_F32 ? 4 : 2);

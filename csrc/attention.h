@@ -22,6 +22,8 @@ struct Sequence {
     const int32_t* pages;
     int num_pages, lists;
     const int32_t* page_positions;  // where a list leaves pages out: position of each listed page's first token
+    const int32_t* cut = nullptr;   // or by how many tokens its lists turned out to be shorter
+    int real_length() const { return cut ? length - *cut : length; }
 };
 
 struct Heads {

@@ -308,9 +308,9 @@ NB_MODULE(_native, m) {
             const auto [q, out, layer, chosen] = on;
             p.attend({q, out, layer, chosen}, window, (Variant)variant, std::move(params));
         })
-        .def("sparsify", [](Program& p, int window, int budget, int leading, bool positions) {
-            p.sparsify({window, budget, leading, positions});
-        })
+        .def("sparsify", [](Program& p, int window, int budget, int leading, bool positions, bool adaptive) {
+            p.sparsify({window, budget, leading, positions, adaptive});
+        }, nb::arg("window"), nb::arg("budget"), nb::arg("leading"), nb::arg("positions"), nb::arg("adaptive") = false)
         .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries, int vectors) {
             p.pick(q, layer, summary_of(kind), vectors, (const uint8_t*)summaries);
         }, nb::arg("q"), nb::arg("layer"), nb::arg("kind"), nb::arg("summaries"), nb::arg("vectors") = 2)
@@ -319,7 +319,20 @@ NB_MODULE(_native, m) {
             p.summarise(summary_of(kind), layers, pages, (uint8_t*)out, vectors);
         }, nb::arg("kind"), nb::arg("layers"), nb::arg("pages"), nb::arg("out"), nb::arg("vectors") = 2)
         .def("set_tiers", [](Program& p, std::shared_ptr<Tiers> tiers) { p.set_tiers(std::move(tiers)); })
-        .def("fetch", &Program::fetch, nb::arg("layer"), nb::arg("window"), nb::arg("chosen"))
+        .def("fetch", &Program::fetch, nb::arg("layer"), nb::arg("window"), nb::arg("chosen"), nb::arg("guessed"))
+        .def("fetch_ahead", &Program::fetch_ahead)
+        .def("turn", [](Program& p, std::tuple<int, int, int> slots, std::vector<float> q_norm, float eps, uintptr_t basis,
+                        int width) {
+            const auto [in, angles, out] = slots;
+            p.turn({in, angles, out, std::move(q_norm), eps, (const float*)basis, width});
+        }, nb::arg("slots"), nb::arg("q_norm"), nb::arg("eps"), nb::arg("basis"), nb::arg("width"))
+        .def("pick_partial", [](Program& p, int q, int layer, uintptr_t keys, int width, float alpha) {
+            p.pick_partial(q, layer, (const uint8_t*)keys, width, alpha);
+        }, nb::arg("q"), nb::arg("layer"), nb::arg("keys"), nb::arg("width"), nb::arg("alpha"))
+        .def("seal_partial", [](Program& p, std::pair<int, int> layers, uintptr_t basis, int width, uintptr_t out,
+                                const std::vector<int64_t>& pages) {
+            p.seal_partial({layers.first, layers.second, (const float*)basis, width, (uint8_t*)out}, pages);
+        }, nb::arg("layers"), nb::arg("basis"), nb::arg("width"), nb::arg("out"), nb::arg("pages"))
         .def("unread", &Program::unread)
         .def("clear", [](Program& p) { p.step.clear(); })
         .def("set_rows", [](Program& p, int rows) {  // rows of no sequence, for operations that ask for nothing else

@@ -150,6 +150,8 @@ struct Kernels {
     void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
     void (*landmarks[NUM_KV])(const PageTiles& page, int vectors, int stride, void* out);  // [vectors][stride]
 
+    // Sixteen keys of a tile [dim] times a basis [dim][width]: a tile of `width` dimensions, an even number.
+    void (*turn_keys[NUM_KV])(const uint8_t* tile, int dim, const float* basis, int width, uint8_t* out);
     void (*rebuild[NUM_KV])(const RebuildArgs& args);
 
     bool (*maxima)(const float* x, int n, float* y);  // of every 64 logits; false where there is a NaN

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "linear.h"
+#include "small_floats.h"
 
 namespace dovetail {
 
@@ -190,10 +191,16 @@ class PickOp : public Op {
 // Brings the pages that a layer reads to the device: all of the step's, or what was picked.
 class FetchOp : public Op {
    public:
-    FetchOp(int layer, int window, bool chosen, const KVMemory& kv) : layer_(layer), window_(window), chosen_(chosen), kv_(kv) {}
-    const char* name() const override { return "fetch"; }
+    // ahead: begin to bring what the next layer is guessed to read. guessed: that was done for this layer.
+    struct What {
+        int layer, window;
+        bool chosen, ahead, guessed;
+    };
+    FetchOp(What what, const KVMemory& kv) : what_(what), kv_(kv) {}
+    const char* name() const override { return what_.ahead ? "fetch_ahead" : "fetch"; }
     void prepare(const Work&) override { found_.resize(kv_.heads); }
     void run(Member& member, const Work& work) override {
+        if (what_.ahead && !work.chosen) return;
         Tiers& tiers = *work.tiers;
         member.share(kv_.heads, [&](int h) { want(work, h); });
         member.share(1, [&](int) {
@@ -202,34 +209,104 @@ class FetchOp : public Op {
             tiers.begin(misses_);
         });
         // A thread may come here late: what it reads stays as it is until all of the program has run.
-        if (misses_.empty()) return;
-        if (tiers.addressed() || tiers.rebuilds())
-            member.share((int)misses_.size(), [&](int i) {
+        const int n = (int)misses_.size();
+        if (n && (tiers.addressed() || tiers.rebuilds()))
+            member.share(n, [&](int i) {
                 if (tiers.addressed()) tiers.copy(misses_[i]);
                 tiers.rebuild(misses_[i], *work.kernels);
             });
-        if (tiers.waits()) member.share(1, [&](int) { tiers.arrive(); });
+        if (!what_.ahead && (n || what_.guessed) && tiers.waits()) member.share(1, [&](int) { tiers.arrive(); });
     }
 
    private:
     void want(const Work& work, int head) {
         std::vector<Tiers::Miss>& misses = found_[head];
         misses.clear();
-        work.tiers->next(head);
-        const int64_t first = layer_ * kv_.pages_per_layer;
-        const bool chosen = chosen_ && work.chosen;
+        if (!what_.ahead) work.tiers->next(head);
+        const int64_t first = what_.layer * kv_.pages_per_layer;
+        const bool chosen = what_.chosen && work.chosen;
         for (const Sequence& s : chosen ? work.selection->sequences() : work.step->sequences) {
+            if (what_.ahead && s.lists == 1 && !s.cut) continue;  // reads everything: no guess
             const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
-            const int skip = window_ && !s.page_positions ? std::max(0, s.start - window_ + 1) / kv_.page_size : 0;
-            work.tiers->want(head, list + skip, s.num_pages - skip, first, 0, misses);
+            const int skip = what_.window && !s.page_positions ? std::max(0, s.start - what_.window + 1) / kv_.page_size : 0;
+            const int count = s.num_pages - (s.cut ? *s.cut / kv_.page_size : 0) - skip;
+            work.tiers->want(head, list + skip, count, first, what_.ahead, misses);
         }
     }
 
-    int layer_, window_;
-    bool chosen_;
+    const What what_;
     const KVMemory& kv_;
     std::vector<std::vector<Tiers::Miss>> found_;  // by each head
     std::vector<Tiers::Miss> misses_;
+};
+
+// Queries that are projected, rotated and turned: partial ones.
+class TurnOp : public Op {
+   public:
+    TurnOp(TurnArgs args, const Heads& heads, const KVMemory& kv) : args_(std::move(args)), heads_(heads), kv_(kv) {}
+    const char* name() const override { return "turn"; }
+    void run(Member& member, const Work& work) override {
+        if (!work.chosen) return;
+        member.share(work.step->rows() * heads_.kv, [&](int i) { one(work, i / heads_.kv, i % heads_.kv); });
+    }
+
+   private:
+    void one(const Work& work, int r, int h) const {
+        const Kernels& k = *work.kernels;
+        const int dim = heads_.dim, group = heads_.group(), width = args_.width;
+        const float *x = row(work, args_.in, r), *cos = row(work, args_.angles, r), *sin = cos + dim / 2;
+        alignas(64) float normed[512], turned[512];
+        const float scale = 1.0f / std::sqrt((float)dim);
+        uint8_t* out = (uint8_t*)row(work, args_.out, r);
+        for (int g = h * group; g < (h + 1) * group; g++) {
+            const float* q = x + g * dim;
+            if (!args_.q_norm.empty()) {
+                memcpy(normed, q, dim * 4);
+                k.rms_norm(normed, args_.q_norm.data(), args_.eps, dim, normed);
+                q = normed;
+            }
+            k.rotate(q, cos, sin, scale, dim, turned);
+            float sums[512] = {};
+            const float* basis = args_.basis + (size_t)h * dim * width;
+            for (int d = 0; d < dim; d++)
+                for (int c = 0; c < width; c++) sums[c] += turned[d] * basis[(size_t)d * width + c];
+            for (int c = 0; c < width; c++) {
+                if (kv_.compute() == KV_F32) ((float*)out)[(size_t)g * width + c] = sums[c];
+                else ((uint16_t*)out)[(size_t)g * width + c] = to_bf16(sums[c]);
+            }
+        }
+    }
+
+    TurnArgs args_;
+    Heads heads_;
+    const KVMemory& kv_;
+};
+
+// Chooses the pages of a layer by partial keys.
+class PickPartialOp : public Op {
+   public:
+    PickPartialOp(int q, int layer, const uint8_t* keys, int width, float alpha, const KVMemory& kv)
+        : q_(q), layer_(layer), keys_(keys), width_(width), alpha_(alpha), kv_(kv) {}
+    const char* name() const override { return "pick_partial"; }
+    void prepare(const Work& work) override {
+        if (work.chosen) work.selection->prepare_partial(args(work), (int)work.own->size());
+    }
+    void run(Member& member, const Work& work) override {
+        if (work.chosen) work.selection->pick_partial(member, *work.kernels, args(work));
+    }
+
+   private:
+    PartialArgs args(const Work& work) const {
+        const Slot& q = (*work.slots)[q_];
+        const size_t page = (size_t)kv_.heads * kv_.page_size * width_ * kv_.element();
+        return {&kv_, q.data.data(), q.stride, keys_ + layer_ * kv_.pages_per_layer * page, width_, alpha_};
+    }
+
+    int q_, layer_;
+    const uint8_t* keys_;
+    int width_;
+    float alpha_;
+    const KVMemory& kv_;
 };
 
 }  // namespace
@@ -300,9 +377,38 @@ void Program::summarise(Summary kind, int layers, const std::vector<int64_t>& pa
     }
 }
 
-void Program::fetch(int layer, int window, bool chosen) {
-    add(new FetchOp(layer, window, chosen, kv_));
+void Program::fetch(int layer, int window, bool chosen, bool guessed) {
+    add(new FetchOp({layer, window, chosen, false, guessed}, kv_));
     layers_ = std::max(layers_, layer + 1);
+}
+
+void Program::fetch_ahead(int layer) { add(new FetchOp({layer, 0, true, true, false}, kv_)); }
+
+void Program::turn(TurnArgs args) { add(new TurnOp(std::move(args), heads_, kv_)); }
+
+void Program::pick_partial(int q, int layer, const uint8_t* keys, int width, float alpha) {
+    add(new PickPartialOp(q, layer, keys, width, alpha, kv_));
+}
+
+void Program::seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pages) {
+    const Alone alone(running_);
+    team_.reserve(1);
+    const int heads = kv_.heads, per_page = kv_.page_size / 16, n = (int)pages.size();
+    const size_t tile = (size_t)16 * to.width * kv_.element();
+    for (int layer = to.first; layer < to.layers; layer++) {
+        if (tiers_) tiers_->bring(layer, pages, false);
+        const int64_t first = layer * kv_.pages_per_layer;
+        team_.run([&](Member& member) {
+            member.share(n * heads, [&](int i) {
+                const int64_t page = pages[i / heads] + first;
+                const float* basis = to.basis + ((size_t)layer * heads + i % heads) * heads_.dim * to.width;
+                uint8_t* out = to.out + ((size_t)page * heads + i % heads) * per_page * tile;
+                for (int t = 0; t < per_page; t++)
+                    kernels_->turn_keys[kv_.compute()](kv_.k + kv_.tile(page, i % heads, t), heads_.dim, basis, to.width,
+                                                       out + t * tile);
+            });
+        });
+    }
 }
 
 // Room, until the step ends, for what it writes.
@@ -384,6 +490,7 @@ void Program::run(int first, int last) {
         for (int i = first; i < last; i++) ops_[i]->run(member, work);
     });
     if (tiers_) tiers_->check();
+    if (choosing_) left_out_ += selection_.take_left_out();
 }
 
 std::vector<std::pair<std::string, double>> Program::profile(int first, int last) {

@@ -81,6 +81,23 @@ struct RopeArgs {
     float eps;
 };
 
+// basis: [KV heads][head_dim][width], floats that belong to the caller, as in TurnedKeys; width is even.
+struct TurnArgs {
+    int in, angles, out;
+    std::vector<float> q_norm;  // empty for none
+    float eps;
+    const float* basis;
+    int width;
+};
+
+// Partial keys of all layers from `first` on: [layers][pages][KV heads][tiles], and the basis of each layer.
+struct TurnedKeys {
+    int first, layers;
+    const float* basis;
+    int width;
+    uint8_t* out;
+};
+
 struct AttendOn {
     int q, out, layer;
     bool chosen;
@@ -107,10 +124,15 @@ class Program {
     void sparsify(const Sparsity& sparsity) { sparsity_ = sparsity; }
     // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next.
     void set_tiers(std::shared_ptr<Tiers> tiers) { tiers_ = std::move(tiers), kv_.places = tiers_->places(); }
-    void fetch(int layer, int window, bool chosen);
+    void fetch(int layer, int window, bool chosen, bool guessed);
+    void fetch_ahead(int layer);
+    // What layers read that is guessed: queries [query heads][width] of `out` from the projected ones of `in`, turned.
+    void turn(TurnArgs args);
+    void pick_partial(int q, int layer, const uint8_t* keys, int width, float alpha);
+    void seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pages);
     void pick(int q, int layer, Summary kind, int vectors, const uint8_t* summaries);
     void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out, int vectors);
-    int64_t unread() const { return unread_; }  // pages of a head that rows left out, in all steps
+    int64_t unread() const { return unread_ + left_out_; }  // pages of a head that rows left out, in all steps
 
     Step step;
 
@@ -148,9 +170,9 @@ class Program {
     std::vector<std::unique_ptr<Op>> ops_;
     AttentionPlan plan_, chosen_;
     Selection selection_;
-    Sparsity sparsity_{INT32_MAX, INT32_MAX, -1, false};
+    Sparsity sparsity_{INT32_MAX, INT32_MAX, -1, false, false};
     bool choosing_ = false;
-    int64_t unread_ = 0;
+    int64_t unread_ = 0, left_out_ = 0;
     Sampler sampler_;
 };
 

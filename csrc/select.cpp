@@ -45,9 +45,11 @@ bool Selection::build(const std::vector<Span>& spans, const Heads& heads, int pa
         for (int h = 1; h <= heads.kv; h++)
             for (int p = r.eligible - r.stride(); p < 0; p++) scores_[r.scores + h * r.stride() + p] = -INFINITY;
     size_t next = 0;
+    above_.assign(rows_.size() * heads.kv, 0), cuts_.assign(rows_.size(), 0), left_out_ = 0;
     const bool positions = sparsity.positions || heads.kv == 1;  // which also keep a single list from being shared
     for (Sequence& s : sequences_) {
         if (s.pages) continue;
+        s.cut = &cuts_[next];
         const size_t list = rows_[next++].list;
         s.pages = lists_.data() + list;
         if (positions) s.page_positions = positions_.data() + list;
@@ -61,8 +63,9 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
     for (int i = 0; i < span.rows; i++) {
         const int position = span.start + i, pages = position / page_size_ + 1;
         const int may = position < span.dense_until ? 0 : std::max(0, position + 1 - sparsity.window) / page_size_;
-        const int count = sparsity.leading >= 0 ? sparsity.leading : std::max(0, sparsity.budget - (pages - may));
-        if (count >= may) {
+        int count = sparsity.leading >= 0 ? sparsity.leading : std::max(0, sparsity.budget - (pages - may));
+        if (sparsity.adaptive) count = std::min(count, may);
+        if (count >= may && !(sparsity.adaptive && may > 0)) {
             dense = i + 1;  // once a row chooses, all later ones do: what they leave out only grows
             continue;
         }
@@ -166,12 +169,102 @@ void Selection::choose(const Row& row, int head, const Kernels& kernels, const P
     const bool scored = args.summaries != nullptr;
     if (scored && args.kind == LANDMARKS) rank_landmarks(row, head, kernels, args);
     int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
-    int32_t* positions = positions_.data() + row.list + (size_t)head * row.listed;
     const float* scores = scores_.data() + row.scores + (size_t)head * row.stride();
     if (scored) kernels.largest(scores, row.stride(), row.count, list);
     else for (int i = 0; i < row.count; i++) list[i] = i;
-    for (int i = row.count; i < row.listed; i++) list[i] = row.eligible + i - row.count;
+    this->list(row, head, row.count);
+}
+
+// Completes a list of `count` chosen pages, which are given by their numbers in the sequence.
+void Selection::list(const Row& row, int head, int count) {
+    int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
+    int32_t* positions = positions_.data() + row.list + (size_t)head * row.listed;
+    const int all = row.listed - row.count + count;
+    for (int i = count; i < row.listed; i++) list[i] = row.eligible + std::min(i, all - 1) - count;
     for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_, list[i] = row.seen(list[i]);
+}
+
+// ---- by partial keys
+
+void Selection::prepare_partial(const PartialArgs& args, int threads) {
+    scratch_.resize(threads);
+    const size_t need = scores_.size() * heads_.group();
+    if (logits_.size() < need) logits_.resize(need);
+    (void)args;
+}
+
+void Selection::pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args) {
+    const int pieces = (int)rows_.size() * heads_.kv;
+    member.share((int)parts_.size(), [&](int i) { score_partial(parts_[i], kernels, args); });
+    member.share(pieces, [&](int i) { rank_partial(rows_[i / heads_.kv], i % heads_.kv, args); });
+    member.share(pieces, [&](int i) { choose_partial(rows_[i / heads_.kv], i % heads_.kv, kernels); });
+}
+
+// The best score of each page's tokens, for each query head by itself.
+void Selection::score_partial(const Part& part, const Kernels& kernels, const PartialArgs& args) {
+    const Row& r = rows_[part.row];
+    const KVMemory& kv = *args.kv;
+    const int group = heads_.group(), per_page = page_size_ / 16;
+    const size_t tile = (size_t)16 * args.width * kv.element(), q_head = (size_t)args.width * kv.element();
+    alignas(64) float scores[MAX_QUERIES * KEYS];
+    for (int h = 0; h < heads_.kv; h++)
+        for (int first = part.first * per_page; first < part.last * per_page; first += KEY_TILES) {
+            KeyBlock keys;
+            keys.first = 0, keys.last = KEY_TILES;
+            const int last = part.last * per_page;
+            for (int i = 0; i < KEY_TILES; i++) {
+                const int at = std::min(first + i, last - 1), next = std::min(first + KEY_TILES + i, last - 1);
+                auto of = [&](int t) {
+                    return args.keys + (((size_t)r.pages[t / per_page] * heads_.kv + h) * per_page + t % per_page) * tile;
+                };
+                keys.k[i] = of(at), keys.next_k[i] = of(next);
+            }
+            const int count = std::min(KEY_TILES, last - first);
+            for (int g = 0; g < group; g += MAX_QUERIES) {
+                const int some = std::min(MAX_QUERIES, group - g);
+                const uint8_t* q = (const uint8_t*)((const float*)args.q + (size_t)r.row * args.stride) + (h * group + g) * q_head;
+                kernels.scores[kv.compute()](q, args.width, some, args.width, keys, scores);
+                for (int i = 0; i < some; i++) {
+                    float* best = logits_.data() + ((r.scores + (size_t)h * r.stride()) * group) + (size_t)(g + i) * r.stride();
+                    for (int t = 0; t < count; t++) {
+                        float most = -INFINITY;
+                        for (int k = 0; k < 16; k++) {
+                            const float s = scores[i * KEYS + 16 * t + k];
+                            most = s > most ? s : most;
+                        }
+                        float& to = best[(first + t) / per_page];
+                        to = (first + t) % per_page ? std::max(to, most) : most;
+                    }
+                }
+            }
+        }
+}
+
+void Selection::rank_partial(const Row& row, int head, const PartialArgs& args) {
+    const int stride = row.stride(), group = heads_.group();
+    float* out = scores_.data() + row.scores + (size_t)head * stride;
+    std::fill(out, out + stride, -INFINITY);
+    for (int g = 0; g < group; g++) {
+        const float* best = logits_.data() + (row.scores + (size_t)head * stride) * group + (size_t)g * stride;
+        float top = -INFINITY;
+        for (int p = 0; p < row.eligible; p++) top = std::max(top, best[p]);
+        if (top == -INFINITY) continue;
+        for (int p = 0; p < row.eligible; p++) out[p] = std::max(out[p], best[p] - top);
+    }
+    int above = 0;
+    for (int p = 0; p < row.eligible; p++) above += out[p] > -args.alpha;
+    above_[(&row - rows_.data()) * heads_.kv + head] = above;
+}
+
+void Selection::choose_partial(const Row& row, int head, const Kernels& kernels) {
+    const size_t r = &row - rows_.data();
+    int above = 0;
+    for (int h = 0; h < heads_.kv; h++) above += above_[r * heads_.kv + h];
+    const int count = std::min(row.count, std::max(1, (above + heads_.kv - 1) / heads_.kv));
+    int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
+    kernels.largest(scores_.data() + row.scores + (size_t)head * row.stride(), row.stride(), count, list);
+    this->list(row, head, count);
+    if (head == 0) cuts_[r] = (row.count - count) * page_size_, left_out_ += row.count - count;
 }
 
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,

@@ -1,6 +1,7 @@
 // Which pages of a sequence a row reads: of those that its position lets it leave out, the first ones, or the ones that
 // score highest, for each KV head by itself; and all later ones.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -20,12 +21,22 @@ struct Span {
     int num_aliases;
 };
 
-// `window` recent tokens are always read. Beside their pages a row reads so many as make `budget` pages with them; or,
-// where `leading` is not negative, so many. `positions`: lists say where their pages lie in the sequence, which only
+// `window` recent tokens are always read. Beside their pages a row reads so many as make `budget` pages with them (adaptive:
+// at most); or, where `leading` is not negative, so many. `positions`: lists say where their pages lie in the sequence, which only
 // variants ask for.
 struct Sparsity {
     int window, budget, leading;
-    bool positions;
+    bool positions, adaptive;
+};
+
+// Partial keys of a layer: tiles as in K, of `width` dimensions, [pages][KV heads][tiles of a page].
+struct PartialArgs {
+    const KVMemory* kv;
+    const void* q;  // [rows][stride] floats, of which [query heads][width] in the compute type
+    int stride;
+    const uint8_t* keys;
+    int width;
+    float alpha;
 };
 
 struct PickArgs {
@@ -48,6 +59,10 @@ class Selection {
     const std::vector<Sequence>& sequences() const { return sequences_; }
     void prepare(const PickArgs& args, int threads);  // on one thread, before `pick`s like this
     void pick(Member& member, const Kernels& kernels, const PickArgs& args);
+    // The pages that have a token whose score is within alpha of a query's best; equally many for all KV heads.
+    void prepare_partial(const PartialArgs& args, int threads);
+    void pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args);
+    int64_t take_left_out() { return left_out_.exchange(0); }  // by pick_partial beyond `unread`, of a head, in all layers
     int64_t unread() const { return unread_; }  // pages of one head that the rows leave out
 
    private:
@@ -76,6 +91,10 @@ class Selection {
     void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
+    void score_partial(const Part& part, const Kernels& kernels, const PartialArgs& args);
+    void rank_partial(const Row& row, int head, const PartialArgs& args);
+    void choose_partial(const Row& row, int head, const Kernels& kernels);
+    void list(const Row& row, int head, int count);
 
     Heads heads_;
     int page_size_ = 0;
@@ -86,6 +105,8 @@ class Selection {
     Aligned<float> scores_;                   // [row][KV head][eligible, rounded up]
     Aligned<float> logits_;                   // of landmarks, [row][KV head][query head of its group][vector][..]
     std::vector<Scratch> scratch_;            // of each thread
+    std::vector<int32_t> above_, cuts_;       // [row][KV head]: pages within alpha; [row]
+    std::atomic<int64_t> left_out_{0};
     int64_t unread_ = 0;
 };
 

@@ -18,6 +18,7 @@ from dovetail.units import parse_size
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+CALIBRATION = 1 << 16  # characters; techniques that measure the model need no more
 
 
 class LLM:
@@ -75,7 +76,7 @@ class LLM:
         self.checkpoint = checkpoint
         self.techniques = composition.techniques
         self.tokenizer = _tokenizer(tokenizer) or checkpoint.tokenizer()
-        self.engine = build_engine(checkpoint, self.config, composition)
+        self.engine = build_engine(checkpoint, self.config, composition, self._calibration)
         self.session = Session(self.engine, self.tokenizer, self.config, checkpoint.config.vocab_size)
 
     def generate(
@@ -163,6 +164,13 @@ class LLM:
         if stored.get("do_sample") is False:
             found = {"temperature": 0.0}
         return SamplingParams(**{**(found or fallback or {}), **overrides})
+
+    def _calibration(self, file: str) -> list[int]:
+        """Tokens of the first part of a text: a corpus by name, a file, or for "" what every Python ships."""
+        from dovetail.evals.corpus import DEFAULT, corpus
+
+        ids: list[int] = self.tokenizer.encode(corpus(file or DEFAULT).text[:CALIBRATION])
+        return ids
 
     def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
         from dovetail.progress import counter

@@ -17,6 +17,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Request
 from dovetail.layers.embedding import Embedding
+from dovetail.models import facts
 from dovetail.runtime.loader import build_engine
 from dovetail.techniques import technique
 
@@ -74,6 +75,9 @@ class TinyCheckpoint:
 
 
 CHECKPOINT = TinyCheckpoint(tiny_config())
+OFFERED = frozenset(
+    {"a slow tier"}
+)  # what techniques may need besides the model; their definitions need none of it
 
 
 def tiny_engine(
@@ -84,7 +88,8 @@ def tiny_engine(
     **changes: Any,
 ) -> Engine:
     """An engine in float64 on the reference ops, unless `changes` say otherwise."""
-    composition = compose(*(technique(u) if isinstance(u, str) else u for u in use), facts=FACTS)
+    parts = [technique(u) if isinstance(u, str) else u for u in use]
+    composition = compose(*parts, facts=facts(checkpoint.config) | OFFERED)
     base: dict[str, Any] = dict(
         model="tiny", architecture="llama", use=(), dtype="float64", device="cpu", threads=1,
         kernels="torch", activations="exact", kv_cache_dtype="float64", kv_memory=0, block_size=page_size,
@@ -92,7 +97,12 @@ def tiny_engine(
         max_model_len=pages * page_size, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True,
         seed=0,
     )  # fmt: skip
-    return build_engine(checkpoint, Config(**(base | changes)), composition)
+    return build_engine(checkpoint, Config(**(base | changes)), composition, calibration)
+
+
+def calibration(file: str) -> list[int]:
+    """Tokens for techniques that measure the model."""
+    return [i * i * 7 % 41 for i in range(96)]
 
 
 def break_token(engine: Engine, token: int) -> None:

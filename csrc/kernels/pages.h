@@ -187,6 +187,26 @@ template <bool WIDE> void page_moments(const PageTiles& page, void* out) {
     }
 }
 
+template <bool WIDE> void turn_keys(const uint8_t* tile, int dim, const float* basis, int width, uint8_t* out) {
+    alignas(64) uint16_t low[16], high[16];
+    for (int c = 0; c < width; c += 2) {
+        F a = zero(), b = zero();
+        for (int d = 0; d < dim; d++) {
+            const F k = keys_at<WIDE>(tile, d);
+            a = fma(k, all(basis[(size_t)d * width + c]), a), b = fma(k, all(basis[(size_t)d * width + c + 1]), b);
+        }
+        if (WIDE) {
+            store((float*)out + 16 * c, a), store((float*)out + 16 * c + 16, b);
+            continue;
+        }
+        store_bf16(low, a), store_bf16(high, b);
+        for (int t = 0; t < 16; t++) {
+            ((uint16_t*)out)[16 * c + 2 * t] = low[t];
+            ((uint16_t*)out)[16 * c + 2 * t + 1] = high[t];
+        }
+    }
+}
+
 // Means of `vectors` runs of a page's keys, `stride` values apart.
 template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stride, void* out) {
     const int tokens = 16 * page.tiles, chunk = tokens / vectors;
@@ -206,6 +226,7 @@ template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stri
 inline void add_pages(dovetail::Kernels& k) {
     k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
     k.largest = largest, k.softmax_scores = softmax_scores;
+    k.turn_keys[dovetail::KV_F32] = turn_keys<true>, k.turn_keys[dovetail::KV_BF16] = turn_keys<false>;
     k.landmarks[dovetail::KV_F32] = landmarks<true>, k.landmarks[dovetail::KV_BF16] = landmarks<false>;
     k.summarise[dovetail::BOUND][dovetail::KV_F32] = page_bounds<true>;
     k.summarise[dovetail::BOUND][dovetail::KV_BF16] = page_bounds<false>;

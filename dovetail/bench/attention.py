@@ -93,6 +93,9 @@ class KVPool:
 class Attention:
     """A step's attention over every layer of `tokens` tokens that the pool has room for, but at most `layers`."""
 
+    _dense = True  # rows read everything
+    _operations = 1  # of the program, for a layer
+
     def __init__(
         self, pool: KVPool, requests: Sequence[Request], tokens: int, kernels: Kernels, *, layers: int = 1 << 30,
         cascade: bool = True, split: bool = True, variant: KernelVariant | None = None,
@@ -108,22 +111,28 @@ class Attention:
         sizes = (tokens // size, size, heads.kv, heads.dim)
         program.set_kv(pool.k.layout, pool.kind, (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0), sizes)
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
-        asked = (variant.window, variant.address, variant.params) if variant else (0, 0, [])
-        for layer in range(self.layers):
-            program.attend((self._q, self._out, layer, False), *asked)
+        self._record(tokens // size)
         self._plan(requests)
+
+    def _record(self, pages: int) -> None:
+        """The operations of all layers of `pages` pages."""
+        v = self.variant
+        asked = (v.window, v.address, v.params) if v else (0, 0, [])
+        for layer in range(self.layers):
+            self.program.attend((self._q, self._out, layer, False), *asked)
 
     def _plan(self, requests: Sequence[Request]) -> None:
         program = self.program
         program.clear()
         for r in requests:
-            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1)
+            dense_until = r.stop if self._dense else 0
+            program.add(r.start, r.stop, [0] * r.stop, [], list(r.pages), 0, 1, dense_until)
         program.plan()
         self.stats: dict[str, int] = program.attention_stats()
         program.run(0, 0)
         self.rows = program.num_rows()
         self.q = self._queries(program.view(self._q, self.rows).reshape(-1))
-        program.run(0, 1)
+        program.run(0, self._operations)
         check_finite(program, self._out, self.rows, f"attention {self.pool.heads} {self.pool.kind}")
 
     def _queries(self, memory: np.ndarray) -> Tensor:
@@ -140,11 +149,11 @@ class Attention:
 
     def run(self) -> None:
         """Every layer once."""
-        self.program.run(0, self.layers)
+        self.program.run(0, self.layers * self._operations)
 
     def first_layer(self) -> Tensor:
         """What attention over the first layer gives: [rows, heads, dim]."""
-        self.program.run(0, 1)
+        self.program.run(0, self._operations)
         heads = self.pool.heads
         out = torch.from_numpy(self.program.view(self._out, self.rows)[:, : heads.query * heads.dim])
         return out.unflatten(1, (heads.query, heads.dim)).clone()

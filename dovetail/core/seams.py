@@ -229,12 +229,25 @@ class Geometry:
     sliding_layers: tuple[int, ...] = ()  # layers with a window of their own
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a model can be measured on before the first request, and what the result depends on.
+
+    text: tokens of the UTF-8 file of that name, or of some text in the case of "". ConfigError for a bad file.
+    key: differs where the numbers that the model computes may differ.
+    """
+
+    text: Callable[[str], Sequence[int]]
+    key: Callable[[], str]
+
+
 @dataclass
 class Site:
     """Where a technique is built.
 
     `model` and `kv` are the device side's. They are set once everything is built, so a filler that needs them
-    keeps the site and looks when it is asked; a host-only run has none.
+    keeps the site and looks when it is asked; a host-only run has none. `ready` are called when both are set,
+    before the first request. `calibration` is what they may measure the model on.
     """
 
     geometry: Geometry
@@ -243,6 +256,8 @@ class Site:
     model: Any = None
     kv: Any = None
     device: Any = "cpu"
+    calibration: Calibration | None = None
+    ready: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass

@@ -31,7 +31,12 @@ _SYSTEMS = (
         "arXiv 2501.01005, MLSys 2025",
         "dovetail.reproduce.flashinfer",
     ),
-    System("quest", "Quest: query-aware choice of KV pages", "arXiv 2406.10774, ICML 2024"),
+    System(
+        "quest",
+        "Quest: query-aware choice of KV pages",
+        "arXiv 2406.10774, ICML 2024",
+        "dovetail.reproduce.quest",
+    ),
     System("shadowkv", "ShadowKV: low-rank keys, values in slow memory", "arXiv 2410.21465, ICML 2025"),
     System("infinigen", "InfiniGen: speculative fetching of KV", "arXiv 2406.19707, OSDI 2024"),
     System("atom", "Atom: 4-bit weights and activations", "arXiv 2310.19102, MLSys 2024"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 
 from dovetail.checkpoint import Checkpoint
+from dovetail.checkpoint.identity import identity
 from dovetail.config import TORCH, Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Executor, Site
+from dovetail.core.seams import Calibration, Executor, Site
 from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
 from dovetail.layers.linear import Dense
@@ -21,19 +25,33 @@ from dovetail.runtime.kv import KV, KVConfig
 from dovetail.runtime.native import NativeExecutor, recordable
 from dovetail.runtime.residency import Offload, tiers_of
 
+Text = Callable[[str], Sequence[int]]
+
 
 def stored_format(checkpoint: Checkpoint) -> str:
     """The format of the bulk of the weights."""
     return checkpoint.tensor("model.layers.0.mlp.down_proj.weight").format
 
 
-def build_engine(checkpoint: Checkpoint, config: Config, composition: Composition) -> Engine:
-    """Load weights, allocate KV and fill the seams."""
+def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) -> str:
+    """Everything on which what the model computes depends, down to the bits, but not what it reads of KV."""
+    inside = {"format", "variant", "rows"}
+    parts = [t.spec for t in composition.techniques if inside & set(t.fills)]
+    return " ".join([identity(checkpoint), config.dtype, config.activations, config.kernels, *parts])
+
+
+def build_engine(
+    checkpoint: Checkpoint, config: Config, composition: Composition, text: Text | None = None
+) -> Engine:
+    """Load weights, allocate KV and fill the seams. `text` is for techniques that measure the model first: see
+    `Calibration`."""
     torch.set_num_threads(config.threads)
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)
     site = Site(shape, config.block_size, pool, device=device)
+    if text is not None:
+        site.calibration = Calibration(text, partial(numbers, checkpoint, config, composition))
     seams = composition.build(site)
     native = config.kernels != TORCH
     default = Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, device)
@@ -50,6 +68,8 @@ def build_engine(checkpoint: Checkpoint, config: Config, composition: Compositio
     if (tiers := tiers_of(kv.k)) is not None:
         seams.residency = tiers
     kv.seams = seams
+    for act in site.ready:
+        act()
     executor: Executor
     if seams.executor is not None:
         executor = seams.executor

@@ -17,6 +17,11 @@ class RecordedSelector(Selector):
         """Record what chooses the pages of `layer`, before its attention. False: its rows read everything."""
         raise NotImplementedError
 
+    def record_ahead(self, layer: int, to: Recorder) -> bool:
+        """Record what guesses the pages of `layer`, behind the attention of the layer before it: `to.x` still is the
+        input of that. False: there is no guess."""
+        return False
+
 
 class RecordedCodec(Codec):
     """A codec whose aliases a native program can read, where pages move between tiers."""

@@ -16,6 +16,7 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.pages import Summaries
 from dovetail.ops.rope import Rope
+from dovetail.ops.skew import TurnedKeys
 from dovetail.runtime.kv import KV
 from dovetail.runtime.recorded import RecordedSelector
 from dovetail.runtime.residency import tiers_of
@@ -37,6 +38,8 @@ class Recorder:
         self._slots: dict[tuple[str, int], int] = {}
         self._variants: dict[int, tuple[Variant, KernelVariant]] = {}
         self._sparsity = (0, 0, 0)  # of the layers that choose pages: window, budget, leading
+        self._adaptive = False  # whether they may choose fewer
+        self._guessed: set[int] = set()  # layers whose pages are chosen in the layer before
         self._positions = False  # whether a variant asks where the chosen pages lie
         self._held: list[Any] = []  # what the program's addresses point into
 
@@ -90,10 +93,21 @@ class Recorder:
             chosen = selector.record(layer, self)
         if chosen:
             self._positions |= bool(v.window or v.address)
-            self.program.sparsify(*self._sparsity, self._positions)
+            self.program.sparsify(*self._sparsity, self._positions, self._adaptive)
         if tiers_of(self.kv.k) is not None:
-            self.program.fetch(layer, v.window, chosen)
+            self.program.fetch(layer, v.window, chosen, layer in self._guessed)
         self.program.attend((self.q, self.attended, layer, chosen), v.window, v.address, v.params)
+        self._ahead(layer + 1)
+
+    def _ahead(self, layer: int) -> None:
+        """What guesses the pages of `layer`, and begins to move them."""
+        selector = self.kv.seams.selector
+        if layer == self.geometry.num_layers or layer in self.kv.own_window:
+            return
+        if isinstance(selector, RecordedSelector) and selector.record_ahead(layer, self):
+            self._guessed.add(layer)
+            if tiers_of(self.kv.k) is not None:
+                self.program.fetch_ahead(layer)
 
     def pick(self, layer: int, summaries: Summaries, window: int, budget: int) -> None:
         """Choose pages of `layer` by their summaries (`ops.pages`): a row reads `budget` pages, of which those of
@@ -119,6 +133,22 @@ class Recorder:
         )
         tiers.native.set_keys(keys)
         return keys
+
+    def turn(self, source: int, rope: Rope, norm: Norm | None, keys: TurnedKeys, layer: int) -> int:
+        """Projected queries of `source`, normed where the model does, rotated and turned (`ops.skew`) -> a slot of
+        partial queries for `layer`."""
+        to = self.slot("turned", self.geometry.num_heads * keys.width)
+        weights, eps = ([], 0.0) if norm is None else (norm.weight.float().tolist(), norm.eps)
+        self.program.turn((source, self._angles[rope], to), weights, eps, keys.basis[layer].data_ptr(), keys.width)
+        return to
+
+    def pick_partial(self, layer: int, source: int, keys: TurnedKeys, rule: tuple[float, int, int]) -> None:
+        """Choose pages of `layer` by partial queries in `source` and `keys`. rule: alpha, window, and the budget
+        of pages as in `pick`, which is the most that a row reads."""
+        alpha, window, budget = rule
+        self._sparsity, self._adaptive = (window, budget, -1), True
+        self._held.append(keys)
+        self.program.pick_partial(source, layer, keys.data.data_ptr(), keys.width, alpha)
 
     def pick_first(self, layer: int, count: int, window: int) -> None:
         """The first `count` pages of `layer` beside those of the last `window` tokens."""

@@ -86,6 +86,7 @@ class TieredStore:
 
     def __init__(self, store: TiledStore, tiers: Tiers) -> None:
         self.store = store
+        self.data = store.data  # of the cells
         self.tiers = tiers
         self.kind = store.kind
 

@@ -11,7 +11,13 @@ from dovetail.core.errors import ConfigError
 if TYPE_CHECKING:
     from dovetail.core.technique import Technique
 
-MODULES = {"ngram": "ngram", "quest": "quest", "shadowkv": "shadowkv", "sink-window": "sink_window"}
+MODULES = {
+    "infinigen": "infinigen",
+    "ngram": "ngram",
+    "quest": "quest",
+    "shadowkv": "shadowkv",
+    "sink-window": "sink_window",
+}
 
 
 def technique(spec: str) -> Technique:

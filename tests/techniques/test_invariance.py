@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
+from dovetail.models import facts
 from dovetail.techniques import MODULES, technique
-from tests.tiny import FACTS, finish, make_request, run_all, run_staggered, tiny_engine
+from tests.tiny import CHECKPOINT, OFFERED, finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
+FACTS = facts(CHECKPOINT.config) | OFFERED
 LOSSY = [
     *("sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"),
     *(
@@ -24,6 +26,10 @@ LOSSY = [
         "shadowkv:rank=3,budget=20,chunk=2,outliers=2",
         "shadowkv:rank=6,budget=12,chunk=1,outliers=0",
         "shadowkv:rank=16,budget=16,chunk=1,outliers=1,energy=0.9",
+    ),
+    *(
+        "infinigen:alpha=9,budget=12,skip_layers=1",
+        "infinigen:alpha=0.5,partial=1,skip_layers=1,norm=same,shift=false",
     ),
 ]
 

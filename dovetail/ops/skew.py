@@ -1,0 +1,107 @@
+"""Queries and keys turned so that few of their dimensions say most about their products.
+
+InfiniGen (Lee et al., OSDI 2024, arXiv 2406.19707), section 4.2: for an orthogonal A, (q A) . (k A) = q . k, and
+if A holds the right singular vectors of many queries, the first columns of q A carry most of their length. The
+turn does not commute with rotary positions, so it is applied to what is already rotated, and one A serves the
+query heads that share a KV head.
+
+    s(t)           = (q A_n) . (k_t A_n) / sqrt(d)           A_n: the first n columns of A
+    margin(page)   = max over the group's query heads of (max of s over the page - max of s over all pages)
+    count          = the pages with a margin above -alpha, averaged over KV heads and rounded up
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.runtime.store import lazy_zeros
+
+
+def skew(q: Tensor) -> Tensor:
+    """q [KV heads, n, head_dim] -> A [KV heads, head_dim, head_dim]: its right singular vectors, the largest
+    first.
+
+    They are the eigenvectors of q^T q, in float64: orthogonal whatever the queries are.
+    """
+    q = q.double()
+    return torch.linalg.eigh(q.mT @ q).eigenvectors.flip(-1)
+
+
+def kept_columns(head_dim: int, fraction: float) -> int:
+    """How many columns a fraction is: at least one."""
+    return max(1, round(fraction * head_dim))
+
+
+def margins(q: Tensor, keys: Tensor, eligible: Tensor) -> Tensor:
+    """How far each page's best token is below the best of all -> [rows, KV heads, pages], at most 0.
+
+    q [rows, KV heads, group, n], scaled; keys [rows, pages, KV heads, page_size, n]. Pages from `eligible` [rows]
+    on, and tokens whose score is NaN, count as -infinity.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("rhgn,rphtn->rhgpt", q.to(wide), keys.to(wide))
+    best = torch.where(scores.isnan(), float("-inf"), scores).amax(-1)
+    pages = torch.arange(keys.shape[1], device=q.device)
+    best = best.masked_fill(pages >= eligible[:, None, None, None], float("-inf"))
+    top = best.amax(-1, keepdim=True)
+    return torch.where(top > float("-inf"), best - top, float("-inf")).amax(2)
+
+
+def counted(margin: Tensor, alpha: float) -> Tensor:
+    """How many pages each KV head reads, for margin [rows, KV heads, pages] -> [rows], at least 1."""
+    above, heads = (margin > -alpha).sum((1, 2)), margin.shape[1]
+    return ((above + heads - 1) // heads).clamp_min(1)
+
+
+class PartialKeys:
+    """The first n columns of the turned keys of every page: `data` [layers x pages, KV heads, page_size, n], in
+    the type of the keys, or bfloat16 where these are codes."""
+
+    def __init__(self, kv: Any, basis: Tensor, first: int) -> None:
+        """basis: A_n of every layer, [layers, KV heads, head_dim, n]. Layers before `first` are left out."""
+        self.kv = kv
+        self.basis = basis
+        self.first = first
+        dtype = getattr(kv.k, "data", torch.empty(0, dtype=torch.bfloat16)).dtype
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, kv.page_size, basis.shape[-1])
+        self.data = lazy_zeros(shape, dtype, kv.device)
+
+    def seal(self, pages: Tensor) -> None:
+        """Turn the keys of the completed `pages` [n] (int64) of all layers."""
+        for layer in range(self.first, self.kv.geometry.num_layers):
+            keys = self.kv.keys(layer, pages).transpose(1, 2)  # [pages, KV heads, page_size, head_dim]
+            wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            found = wide @ self.basis[layer].to(wide.dtype)
+            self.data[layer * self.kv.pages_per_layer + pages] = found.to(self.data.dtype)
+
+    def margins(self, layer: int, q: Tensor, pages: Tensor, eligible: Tensor) -> Tensor:
+        """Rotated q [rows, heads, head_dim], physical pages [rows, n] -> [rows, KV heads, n]."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grouped = q.to(wide).unflatten(1, (self.kv.num_kv_heads, -1)) * q.shape[-1] ** -0.5
+        turned = grouped @ self.basis[layer].to(wide)
+        return margins(turned, self.data[layer * self.kv.pages_per_layer + pages], eligible)
+
+
+class TurnedKeys:
+    """`PartialKeys` as native programs keep them: tiles of 16 tokens, of an even number of dimensions.
+
+    basis: A_n of every layer, float32 [layers, KV heads, head_dim, width], which is 0 in a last odd column. data
+    [layers x pages, KV heads, tiles, width x 16] in the type of the keys.
+    """
+
+    def __init__(self, program: Any, keys: PartialKeys) -> None:
+        self.program, self.kv, self.first = program, keys.kv, keys.first
+        columns = keys.basis.shape[-1]
+        self.width = columns + columns % 2
+        self.basis = torch.nn.functional.pad(keys.basis.float(), (0, self.width - columns)).contiguous()
+        tiles = keys.kv.page_size // 16
+        shape = (len(keys.data), keys.kv.num_kv_heads, tiles, self.width * 16)
+        self.data = lazy_zeros(shape, keys.data.dtype, keys.kv.device)
+
+    def seal(self, pages: Tensor) -> None:
+        """Turn the keys of the completed `pages` [n] (int64) of all layers."""
+        layers = self.first, self.kv.geometry.num_layers
+        self.program.seal_partial(layers, self.basis.data_ptr(), self.width, self.data.data_ptr(), pages.tolist())

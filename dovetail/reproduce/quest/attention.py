@@ -1,0 +1,115 @@
+"""Self-attention alone, the estimate and the choice of pages included (Quest, section 4.3)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from dovetail.bench.attention import PAGE, Attention, Kernels, KVPool, Request
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.rounds import interleave
+from dovetail.bench.sparse_attention import Choosing, SparseAttention, drift
+from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.quest.effort import KIB, Effort
+
+PUBLISHED = (32 * KIB, 2048, 7.03)  # tokens, budget, times as fast
+OF_RAW_READ = 0.8
+PARTS = 5  # times that choosing and reading are timed apart
+
+_PAPER = "abstract and section 4.3 (Llama-2-7B's 32/32 heads, fp16, RTX 4090, against FlashInfer): "
+_BYTES = (
+    "Memory is the limit on both sides: what is not read is what is gained. Grouped heads cost nothing here, since "
+    "each KV head has a list of its own, and the estimate reads one summary for a group."
+)
+
+
+def experiment(effort: Effort, kernels: Kernels) -> Experiment:
+    names = [name for context in effort.contexts for name in (_speed(context), _share(context))]
+    return Experiment("self-attention", tuple(names), partial(measure, effort, kernels))
+
+
+def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
+    """Every context by itself, since the KV of the longest takes most of a gigabyte."""
+    for context in effort.contexts:
+        yield from _Comparison.of(context, effort, kernels).claims()
+
+
+def _speed(context: int) -> str:
+    return f"self-attention, {context // KIB}K"
+
+
+def _share(context: int) -> str:
+    return f"estimate and choice, {context // KIB}K"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Dense and sparse attention in turns. `of_raw`: of a raw read beside them, the part that each one reads."""
+
+    context: int
+    setting: str
+    ratio: Ratio
+    of_raw: tuple[float, float]
+    raw: float
+    bytes: float  # how many times fewer bytes are read
+    seconds: tuple[float, float]  # a layer's
+    parts: dict[str, float]
+    barred: bool
+
+    @classmethod
+    def of(cls, context: int, effort: Effort, kernels: Kernels) -> _Comparison:
+        torch.manual_seed(0)
+        pool = KVPool(effort.heads, "bf16", context, effort.cold)
+        drift(pool)
+        requests = [Request(context - 1, context, range(context // PAGE))]
+        budget = effort.attention_budget
+        dense = Attention(pool, requests, context, kernels)
+        sparse = SparseAttention(pool, requests, context, kernels, choosing=Choosing(budget))
+        (slow, fast), reads = interleave([dense.run, sparse.run], effort.rounds, kernels.threads)
+        gigabytes = [step.bytes * step.layers / 1e9 for step in (dense, sparse)]
+        fractions = [
+            statistics.median(size / time / read for time, read in zip(times, reads, strict=True))
+            for size, times in zip(gigabytes, (slow, fast), strict=True)
+        ]
+        return cls(
+            context,
+            f"a row behind {context} tokens, budget {budget}, {effort.heads}, bf16 KV, {dense.layers} layers of it "
+            f"in turn, {kernels.threads} threads; baseline: the dense kernel",
+            Ratio.of(slow, fast),
+            (fractions[0], fractions[1]),
+            statistics.median(reads),
+            gigabytes[0] / gigabytes[1],
+            (statistics.median(slow) / dense.layers, statistics.median(fast) / sparse.layers),
+            sparse.seconds(PARTS),
+            (context, budget) == PUBLISHED[:2],
+        )
+
+    def claims(self) -> Iterator[Claim]:
+        dense, sparse = (f"{seconds * 1e6:.0f} us" for seconds in self.seconds)
+        published = PUBLISHED[2]
+        bar = Bar(f"at least {published}", self.ratio.median >= published)
+        yield Claim(
+            _speed(self.context),
+            self.setting,
+            _PAPER + ("7.03 times as fast" if self.barred else "no figure at hand for this length"),
+            f"{self.ratio} times as fast, of {self.bytes:.2f} that the bytes allow; a layer takes {sparse} instead of "
+            f"{dense}, at {self.of_raw[1]:.0%} and {self.of_raw[0]:.0%} of a raw read of {self.raw:.1f} GB/s",
+            _BYTES,
+            ratio=self.ratio,
+            paper_ratio=(published, published) if self.barred else None,
+            bar=bar if self.barred else None,
+        )
+        choosing, reading = self.parts["pick"], self.parts["attend"]
+        yield Claim(
+            _share(self.context),
+            self.setting,
+            _PAPER + "the choice takes 5 to 10 us",
+            f"{choosing / (choosing + reading):.0%} of the time: {choosing * 1e6:.0f} us, and {reading * 1e6:.0f} us "
+            "to read what was chosen",
+            "Summaries are read from memory like the pages themselves; the choice among the scores is a few of these "
+            "microseconds.",
+        )

@@ -1,0 +1,63 @@
+"""Decoding as a whole (Quest, section 4.3)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+from dovetail.bench.attention import Kernels
+from dovetail.bench.points import Prompts, measure
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.turns import in_turns
+from dovetail.llm import LLM
+from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.quest.effort import Effort
+
+NEEDED = 1.8  # times as fast
+
+_PAPER = (
+    "section 4.3 (Llama-2-7B, 32K tokens, budget 2048, RTX 6000 Ada): a token 1.74 times as fast with fp16 weights, "
+    "2.23 with 4-bit weights"
+)
+
+
+def experiment(effort: Effort, kernels: Kernels) -> Experiment:
+    return Experiment("decoding", (_name(effort),), partial(claims, effort, kernels))
+
+
+def _name(effort: Effort) -> str:
+    return f"decoding behind {effort.decode_context} tokens"
+
+
+def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
+    """The same prompt answered with and without, in turns. RuntimeError if nothing was left unread."""
+    context, budget = effort.decode_context, effort.decode_budget
+    uses: list[list[str]] = [[], [f"quest:budget={budget}"]]
+    length = context + effort.new_tokens
+    sides = [LLM(effort.model, use=use, kv_cache_dtype="bf16", max_model_len=length) for use in uses]
+    prompt = Prompts(sides[0].session.vocab_size).take(context)
+    seconds: list[list[float]] = [[], []]
+    for side in sides:
+        measure(side, prompt, 2)  # the prompt is computed once, and found in the prefix cache from then on
+    for i in range(effort.decode_rounds):
+        for at in in_turns(range(2), i):
+            seconds[at].append(statistics.median(measure(sides[at], prompt, effort.new_tokens).waits))
+    left = sides[1].activity()["quest"]
+    if not left:
+        raise RuntimeError("quest left no page unread: its time would mean nothing")
+    ratio = Ratio.of(*seconds)
+    dense, sparse = (statistics.median(some) * 1e3 for some in seconds)
+    yield Claim(
+        _name(effort),
+        f"{effort.model}, random tokens, budget {budget}, bf16 KV, one request, {kernels.threads} threads; "
+        "baseline: the same engine without quest",
+        _PAPER,
+        f"{ratio} times as fast: {sparse:.2f} ms instead of {dense:.2f}, {1e3 / sparse:.0f} tokens/s instead of "
+        f"{1e3 / dense:.0f}",
+        "Weights, the first two layers' KV and the summaries are read as before. The context is shorter than theirs, "
+        "and the model's weights are few beside its KV.",
+        ratio=ratio,
+        paper_ratio=(1.74, 2.23),
+        bar=Bar(f"at least {NEEDED}", ratio.median >= NEEDED),
+    )

@@ -1,0 +1,36 @@
+"""How much of the reproduction is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dovetail.bench.attention import GROUPED, Heads
+
+MIB = 1 << 20
+KIB = 1 << 10
+
+
+@dataclass(frozen=True)
+class Effort:
+    """contexts: tokens behind which attention reads `attention_budget`; rounds: of each comparison of it; cold: bytes
+    of KV that a timed run goes through, at least. decode_context, decode_budget, decode_rounds: of the whole engine
+    with `model`, which generates `new_tokens` tokens in every round."""
+
+    rounds: int
+    contexts: tuple[int, ...]
+    decode_rounds: int
+    new_tokens: int
+    attention_budget: int = 2048
+    cold: int = 513 * MIB
+    heads: Heads = GROUPED[1]
+    decode_context: int = 7552
+    decode_budget: int = 512
+    model: str = "smollm2-135m"
+
+
+_CONTEXTS = (8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB)
+EFFORTS = {
+    "quick": Effort(15, _CONTEXTS[2:3], 8, 24),
+    "default": Effort(31, _CONTEXTS, 20, 32),
+    "full": Effort(61, _CONTEXTS, 40, 64),
+}
