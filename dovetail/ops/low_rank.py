@@ -47,13 +47,25 @@ def factorise(keys: Tensor, rank: int, energy: float = 0.0) -> LowRank:
     gram = torch.zeros(keys.shape[1], keys.shape[1], dtype=wide, device=keys.device)
     for some in keys.split(BLOCK):
         gram += some.to(wide).T @ some.to(wide)
-    values, vectors = (x.flip(-1) for x in torch.linalg.eigh(gram))  # the largest first
+    values, vectors = (x.flip(-1) for x in _eigen(gram))  # the largest first
     rank = min(rank, keys.shape[1], max(1, keys.shape[0]))
     if energy > 0:
         kept = values.clamp_min(0).cumsum(0)
         rank = min(rank, int((kept < energy * kept[-1]).sum()) + 1)
     basis = vectors[:, :rank]
     return LowRank(torch.cat([some.to(wide) @ basis for some in keys.split(BLOCK)]), basis.T.contiguous())
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """On one thread: its many short parallel regions gain little, and where other work has the cores each of them
+    waits for a thread that is not running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
+    finally:
+        torch.set_num_threads(threads)
 
 
 def rebuild(factors: LowRank, tokens: Tensor, head: slice, angles: tuple[Tensor, Tensor]) -> Tensor:
