@@ -205,10 +205,15 @@ class InfiniGenSelector(RecordedSelector):
         leave unread [n, KV heads, pages], and how many of these each KV head reads [n]."""
         rows = batch.sparse_rows
         eligible = batch.eligible[rows]
-        always = batch.positions[rows] // batch.page_size + 1 - eligible
         pages = batch.tables[batch.span_of_row[rows], : int(eligible.max())]
         margin = self.keys.margins(layer, q, pages, eligible)
-        return margin, counted(margin, self.rule.alpha).minimum(self.rule.budget - always)
+        return margin, self.count(margin, batch)
+
+    def count(self, margin: Tensor, batch: Any) -> Tensor:
+        """How many pages of such margins each KV head reads [n]."""
+        rows = batch.sparse_rows
+        always = batch.positions[rows] // batch.page_size + 1 - batch.eligible[rows]
+        return counted(margin, self.rule.alpha).minimum(self.rule.budget - always)
 
     def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:
         slots, found = self._guesses.pop(layer, (None, ALL))
