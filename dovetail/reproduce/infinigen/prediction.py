@@ -115,10 +115,10 @@ class _Truth:
         pages = batch.tables[batch.span_of_row[rows], : int(self.eligible.max())]
         keys = site.kv.keys(layer, pages).transpose(2, 3)
         scaled = q.unflatten(1, (keys.shape[2], -1)) * q.shape[-1] ** -0.5
-        self.margin = margins(scaled, keys, self.eligible)
+        readable = torch.arange(pages.shape[1]) < self.eligible[:, None]
+        self.margin = margins(scaled, keys, readable[:, None].expand(-1, keys.shape[2], -1))
         scores = torch.einsum("rhgd,rphtd->rhgpt", scaled.float(), keys.float())
-        absent = torch.arange(pages.shape[1]) >= self.eligible[:, None]
-        weights = scores.masked_fill(absent[:, None, None, :, None], float("-inf")).flatten(3).softmax(-1)
+        weights = scores.masked_fill(~readable[:, None, None, :, None], float("-inf")).flatten(3).softmax(-1)
         self.weight = weights.unflatten(3, scores.shape[3:]).sum(-1).mean(2)  # [n, KV heads, pages]
 
     def tally(self, selector: Any, guess: Tensor, q: Tensor) -> Tally:
