@@ -35,17 +35,16 @@ def kept_columns(head_dim: int, fraction: float) -> int:
     return max(1, round(fraction * head_dim))
 
 
-def margins(q: Tensor, keys: Tensor, eligible: Tensor) -> Tensor:
+def margins(q: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
     """How far each page's best token is below the best of all -> [rows, KV heads, pages], at most 0.
 
-    q [rows, KV heads, group, n], scaled; keys [rows, pages, KV heads, page_size, n]. Pages from `eligible` [rows]
-    on, and tokens whose score is NaN, count as -infinity.
+    q [rows, KV heads, group, n], scaled; keys [rows, pages, KV heads, page_size, n]. Pages that are not `readable`
+    [rows, KV heads, pages], and tokens whose score is NaN, count as -infinity.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("rhgn,rphtn->rhgpt", q.to(wide), keys.to(wide))
     best = torch.where(scores.isnan(), float("-inf"), scores).amax(-1)
-    pages = torch.arange(keys.shape[1], device=q.device)
-    best = best.masked_fill(pages >= eligible[:, None, None, None], float("-inf"))
+    best = best.masked_fill(~readable[:, :, None], float("-inf"))
     top = best.amax(-1, keepdim=True)
     return torch.where(top > float("-inf"), best - top, float("-inf")).amax(2)
 
@@ -77,12 +76,13 @@ class PartialKeys:
             found = wide @ self.basis[layer].to(wide.dtype)
             self.data[layer * self.kv.pages_per_layer + pages] = found.to(self.data.dtype)
 
-    def margins(self, layer: int, q: Tensor, pages: Tensor, eligible: Tensor) -> Tensor:
-        """Rotated q [rows, heads, head_dim], physical pages [rows, n] -> [rows, KV heads, n]."""
+    def margins(self, layer: int, q: Tensor, pages: Tensor, readable: Tensor) -> Tensor:
+        """Rotated q [rows, heads, head_dim], physical pages [rows, n], of which those are scored that are
+        `readable` [rows, KV heads, n] -> [rows, KV heads, n]."""
         wide = torch.promote_types(q.dtype, torch.float32)
         grouped = q.to(wide).unflatten(1, (self.kv.num_kv_heads, -1)) * q.shape[-1] ** -0.5
         turned = grouped @ self.basis[layer].to(wide)
-        return margins(turned, self.data[layer * self.kv.pages_per_layer + pages], eligible)
+        return margins(turned, self.data[layer * self.kv.pages_per_layer + pages], readable)
 
 
 class TurnedKeys:

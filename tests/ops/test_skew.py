@@ -17,6 +17,10 @@ from dovetail.runtime.kv import KV, KVConfig
 SEEDS = st.integers(0, 2**31)
 
 
+def readable(eligible: torch.Tensor, heads: int, pages: int) -> torch.Tensor:
+    return (torch.arange(pages) < eligible[:, None, None]).expand(-1, heads, -1)
+
+
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -51,7 +55,7 @@ def test_margins_by_brute_force(seed: int, pages: int, size: int, heads: int, gr
     q, keys = random(seed, 2, heads, group, 4), random(seed + 1, 2, pages, heads, size, 4)
     keys[1, 0, 0, 0] = float("nan")
     eligible = torch.tensor([pages, max(1, pages - 1)])
-    found = margins(q, keys, eligible)
+    found = margins(q, keys, readable(eligible, heads, pages))
     for r in range(2):
         for h in range(heads):
             wanted = [-math.inf] * pages
@@ -97,7 +101,7 @@ def test_partial_keys_of_all_columns_score_as_keys_do(kind: str) -> None:
     keys.seal(torch.tensor([4, 1]))
     q, pages = random(3, 2, 4, 8), torch.tensor([[1, 4], [4, 1]])
     for layer in (1, 2):
-        found = keys.margins(layer, q, pages, torch.tensor([2, 2]))
+        found = keys.margins(layer, q, pages, readable(torch.tensor([2, 2]), 2, 2))
         products = torch.einsum(
             "rhgd,rpthd->rhgpt", q.unflatten(1, (2, 2)), kv.keys(layer, pages).double()
         ) / math.sqrt(8)

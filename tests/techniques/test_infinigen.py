@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from dovetail import LLM, ConfigError, SamplingParams
+from dovetail.core.eviction import POLICIES
 from dovetail.core.seams import EVERY_ROW, Residency, RowFilter
 from dovetail.core.technique import Technique, compose
+from dovetail.core.types import StepPlan
 from dovetail.models import facts
 from dovetail.techniques import technique
 from tests.tiny import CHECKPOINT, OFFERED, TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
@@ -114,6 +117,44 @@ def test_with_all_columns_and_the_true_input_the_rule_sees_true_scores() -> None
     assert set(seen) == {1, 2}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_pool_gives_up_pages_for_good(policy: str) -> None:
+    """Each head of a layer keeps what the pool allows, and no row reads what was given up before it."""
+    spec = f"infinigen:alpha=3,budget=12,skip_layers=1,pool=24,eviction={policy}"
+    log = Log()
+    engine = tiny_engine(spec, fill(residency=log), checkpoint=DEEP)
+    selector: Any = engine.seams.selector
+    request = make_request(engine, "r", PROMPT, SamplingParams(temperature=0, max_tokens=60))
+    engine.add(request)
+    checked = 0
+    while engine.busy:
+        position = len(request.tokens) - 1
+        log.moves.clear()
+        engine.step()
+        eligible = max(0, position + 1 - 4) // 4
+        for wait, layer, pages in log.moves:
+            if not wait or layer == 0 or position < len(PROMPT):
+                continue
+            gone = selector.pools[request][0, layer].given_up(eligible)
+            if position >= len(PROMPT) + 12:
+                assert (eligible - gone.sum(1) == 6).all()
+            for head, chosen in zip(gone, pages[0], strict=True):
+                read = [p for p in chosen.tolist() if p >= 0]
+                assert len(read) and not head[read].any()
+                checked += head.any()
+    assert checked
+    assert len(selector.pools) == 1
+
+
+def test_pools_are_forgotten_with_their_requests() -> None:
+    engine = tiny_engine("infinigen:budget=12,skip_layers=1,pool=16", checkpoint=DEEP)
+    selector: Any = engine.seams.selector
+    run_all(engine, [PROMPT], PARAMS)
+    engine.last_plan = StepPlan(())  # names the requests of the last step
+    gc.collect()
+    assert not selector.pools
+
+
 def test_the_shift_is_the_mean_error_of_guesses() -> None:
     """On the calibration text itself, guesses with the shift have the mean of the true queries."""
     from dovetail.runtime.calibration import layer_inputs
@@ -166,6 +207,8 @@ def test_rows_that_stop_early_take_nobody_elses_guess() -> None:
         ("infinigen:skip_layers=0", "skip_layers >= 1"),
         ("infinigen:norm=last", "next or same"),
         ("infinigen:shift=2", "shift must be a bool"),
+        ("infinigen:eviction=random", "counter, lru or fifo"),
+        ("infinigen:budget=64,pool=63", "a pool of 63 tokens is less than the budget of 64"),
     ],
 )
 def test_wrong_options_are_refused(spec: str, words: str) -> None:

@@ -1,0 +1,161 @@
+"""How good guesses from the layer before are: how alike the inputs of neighbouring layers are, and how much of
+what a layer's own queries would choose is guessed.
+
+Everything is read while rules are watched, so all of them are judged on the same rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.core.seams import Selector, Site
+from dovetail.core.technique import Technique
+from dovetail.core.types import ALL, PageSet
+from dovetail.ops.pages import pick
+from dovetail.ops.skew import margins
+from dovetail.runtime.calibration import layer_inputs
+from dovetail.table import table
+from dovetail.techniques import technique
+
+
+def likeness(site: Site, tokens: Sequence[int]) -> list[float]:
+    """The mean cosine, over rows, of the inputs of layers i - 1 and i, for i = 1 and on."""
+    inputs = [hidden for _, hidden in layer_inputs(site, tokens)]
+    pairs = itertools.pairwise(inputs)
+    return [float(torch.cosine_similarity(a.float(), b.float(), dim=-1).mean()) for a, b in pairs]
+
+
+@dataclass
+class Tally:
+    """Sums over rows and KV heads. Pages that a row may leave unread: `chosen` by its own query through the same
+    partial keys, `found` of them by the guess; `best`, `best_found`: the same by whole keys. `weight` is the
+    attention that the best get among these pages, `weight_found` that of the guessed among them. `read`, `pages`:
+    of all pages before a row, those that are read, always-read ones included."""
+
+    chosen: int = 0
+    found: int = 0
+    best: int = 0
+    best_found: int = 0
+    weight: float = 0.0
+    weight_found: float = 0.0
+    read: int = 0
+    pages: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass
+class Prediction:
+    """What was tallied of one rule: `layers` [layer]."""
+
+    rule: str
+    layers: dict[int, Tally] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tally:
+        return sum(self.layers.values(), Tally())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fractions of 1: in all, and `by_layer`, how much of what is chosen was guessed."""
+        all_of = self.total
+        return {
+            "rule": self.rule,
+            "read": all_of.read / all_of.pages,
+            "found": all_of.found / all_of.chosen,
+            "found_of_best": all_of.best_found / all_of.best,
+            "weight_found": all_of.weight_found / all_of.weight,
+            "by_layer": {layer: t.found / t.chosen for layer, t in sorted(self.layers.items())},
+        }
+
+
+class Watch(Selector):
+    """Reads everything, and tallies what each of `selectors` guesses and would have chosen."""
+
+    def __init__(self, site: Site, rules: Sequence[str]) -> None:
+        self.site = site
+        self.window = site.page_size
+        self.selectors = [technique(rule).build(site)["selector"] for rule in rules]
+        self.predictions = [Prediction(rule) for rule in rules]
+        self._guesses: dict[int, list[Tensor]] = {}
+
+    def seal(self, pages: Tensor, kv: Any) -> None:
+        for selector in self.selectors:
+            selector.seal(pages, kv)
+
+    def ahead(self, layer: int, hidden: Tensor, batch: Any) -> PageSet:
+        self._guesses[layer] = [s.guess(layer, hidden, batch) for s in self.selectors]
+        return ALL
+
+    def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:
+        rows = batch.sparse_rows
+        if guesses := self._guesses.pop(layer, []):
+            truth = _Truth(self.site, layer, q[rows], batch)
+            for s, guess, prediction in zip(self.selectors, guesses, self.predictions, strict=True):
+                if layer >= s.rule.skip_layers:
+                    tally = truth.tally(s, guess, q[rows])
+                    prediction.layers[layer] = prediction.layers.get(layer, Tally()) + tally
+        return ALL
+
+
+class _Truth:
+    """What queries q [n, heads, head_dim] of the batch's sparse rows think of whole keys."""
+
+    def __init__(self, site: Site, layer: int, q: Tensor, batch: Any) -> None:
+        rows = batch.sparse_rows
+        self.layer, self.batch = layer, batch
+        self.eligible = batch.eligible[rows]
+        self.before = batch.positions[rows] // batch.page_size + 1
+        pages = batch.tables[batch.span_of_row[rows], : int(self.eligible.max())]
+        keys = site.kv.keys(layer, pages).transpose(2, 3)
+        scaled = q.unflatten(1, (keys.shape[2], -1)) * q.shape[-1] ** -0.5
+        readable = torch.arange(pages.shape[1]) < self.eligible[:, None]
+        self.margin = margins(scaled, keys, readable[:, None].expand(-1, keys.shape[2], -1))
+        scores = torch.einsum("rhgd,rphtd->rhgpt", scaled.float(), keys.float())
+        weights = scores.masked_fill(~readable[:, None, None, :, None], float("-inf")).flatten(3).softmax(-1)
+        self.weight = weights.unflatten(3, scores.shape[3:]).sum(-1).mean(2)  # [n, KV heads, pages]
+
+    def tally(self, selector: Any, guess: Tensor, q: Tensor) -> Tally:
+        always = self.before - self.eligible
+        guessed, count = self._chosen(selector, *selector.scored(self.layer, guess, self.batch))
+        chosen, _ = self._chosen(selector, *selector.scored(self.layer, q, self.batch))
+        best, _ = self._chosen(selector, self.margin, selector.count(self.margin, self.batch))
+        heads = guessed.shape[1]
+        return Tally(
+            int(chosen.sum()), int((chosen & guessed).sum()), int(best.sum()), int((best & guessed).sum()),
+            float(self.weight[best].sum()), float(self.weight[best & guessed].sum()),
+            int((count.minimum(self.eligible) + always).sum()) * heads, int(self.before.sum()) * heads,
+        )  # fmt: skip
+
+    def _chosen(self, selector: Any, margin: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pages [n, KV heads, pages] are picked, and the counts."""
+        picked = pick(margin, self.eligible, count)
+        found = torch.zeros(*margin.shape[:2], margin.shape[2] + 1, dtype=torch.bool)
+        found.scatter_(2, torch.where(picked < 0, margin.shape[2], picked), True)
+        return found[..., :-1], count
+
+
+def watching(rules: Sequence[str]) -> Technique:
+    """A technique that changes nothing; its selector's `predictions` are those of `rules`, specs of the
+    technique."""
+
+    def build(site: Site) -> dict[str, object]:
+        return {"selector": Watch(site, rules)}
+
+    needs = frozenset({"rotary positions"})
+    return Technique("watch", ("selector",), build, {"rules": len(rules)}, needs=needs, lossless=True)
+
+
+def report(predictions: Sequence[Prediction]) -> str:
+    """A table in percent, a line per rule."""
+    rows = []
+    for f in [p.to_dict() for p in predictions]:
+        shares = [f["read"], f["found"], f["found_of_best"], f["weight_found"], min(f["by_layer"].values())]
+        rows.append((f["rule"], *(f"{100 * x:.1f}" for x in shares)))
+    return table(("rule", "read %", "found %", "of whole keys %", "by weight %", "worst layer %"), rows)
