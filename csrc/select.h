@@ -58,6 +58,7 @@ class Selection {
     struct Scratch {
         Aligned<uint8_t> q;  // both halves of a row's queries, [query heads][2][padded dim]
         int row;             // whose they are
+        const Part* last;    // scored
     };
     void add(const Span& span, const Sparsity& sparsity);
     void halve(int row, const PickArgs& args, Scratch& mine) const;
