@@ -69,14 +69,16 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // Or landmarks: means of the page's chunks, as many as there are.
 enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
-// Queries [heads][rows][n], both halves each, against summaries [page][heads][n] of the pages listed.
+// Queries [heads][rows][n], both halves each, against summaries [page][heads][n] of the first `count` pages listed.
+// Those of the others are likely to be asked for next; `follows`: as these were.
 // out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
 struct PageScores {
     const void* q;
     int heads, rows, n;
     const uint8_t* summaries;
     const int32_t* pages;
-    int count;
+    int count, listed;
+    bool follows;
     float* out;
     size_t out_stride;
 };

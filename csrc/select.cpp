@@ -95,7 +95,7 @@ void Selection::prepare(const PickArgs& args, int threads) {
 void Selection::pick(Member& member, const Kernels& kernels, const PickArgs& args) {
     Scratch& mine = scratch_[member.id];
     const bool scored = args.summaries != nullptr;
-    mine.row = -1;
+    mine.row = -1, mine.last = nullptr;
     if (scored) member.share((int)parts_.size(), [&](int i) { score(parts_[i], kernels, args, mine); });
     member.share((int)rows_.size() * heads_.kv,
                  [&](int i) { choose(rows_[i / heads_.kv], i % heads_.kv, kernels, args); });
@@ -116,9 +116,12 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     if (args.kind == LANDMARKS) return score_landmarks(part, kernels, args, mine);
     const Row& r = rows_[part.row];
     if (mine.row != r.row) halve(r.row, args, mine);
+    const bool follows = mine.last && mine.last + 1 == &part && mine.last->row == part.row;
     kernels.page_scores[args.kv->compute()](
         {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.summaries, r.pages + part.first,
-         part.last - part.first, scores_.data() + r.scores + part.first, (size_t)r.stride()});
+         part.last - part.first, r.eligible - part.first, follows, scores_.data() + r.scores + part.first,
+         (size_t)r.stride()});
+    mine.last = &part;
 }
 
 // The queries [query heads], each as wide as a landmark.

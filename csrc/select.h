@@ -83,6 +83,7 @@ class Selection {
     struct Scratch {
         Aligned<uint8_t> q;  // of a row: both halves, [query heads][2][padded dim]; or [query heads][width]
         int row;             // whose they are
+        const Part* last;    // scored
     };
     void add(const Span& span, const Sparsity& sparsity);
     void lay_out(int row, const PickArgs& args, Scratch& mine) const;

@@ -47,15 +47,16 @@ template <bool WIDE, int P> INLINE void score_rows(const uint8_t* const* summari
     UNROLL for (int p = 0; p < P; p++) args.out[head * args.out_stride + first + p] = best[p];
 }
 
-// P pages from the first on, all heads; meanwhile those that come AHEAD pages later are fetched.
+constexpr int AHEAD = 16;  // pages whose summaries are fetched before they are needed
+
+// P pages from the first on, all heads; meanwhile later ones are fetched.
 template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int first) {
-    constexpr int AHEAD = 16;
     const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), page = args.heads * bytes;
     const uint8_t *summaries[P], *next[P];
     UNROLL for (int p = 0; p < P; p++) {
         const int later = first + p + AHEAD;
         summaries[p] = args.summaries + args.pages[first + p] * page;
-        next[p] = later < args.count ? args.summaries + args.pages[later] * page : summaries[p];
+        next[p] = later < args.listed ? args.summaries + args.pages[later] * page : summaries[p];
     }
     for (int h = 0; h < args.heads; h++) {
         UNROLL for (int p = 0; p < P; p++)
@@ -66,6 +67,9 @@ template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int 
 }
 
 template <bool WIDE> void page_scores(const PageScores& args) {
+    const size_t page = (size_t)args.heads * args.n * (WIDE ? 4 : 2);
+    for (int p = 0; !args.follows && p < AHEAD && p < args.listed; p++)
+        for (size_t b = 0; b < page; b += 64) prefetch_far(args.summaries + args.pages[p] * page + b);
     int p = 0;
     for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) score_heads<WIDE, PAGES_MANY>(args, p);
     for (; p < args.count; p++) score_heads<WIDE, 1>(args, p);

@@ -1,4 +1,4 @@
-"""Attention in which each KV head reads the pages that score highest: chosen and read in every layer, all of them cold."""
+"""Attention in which each KV head reads the pages that score highest, chosen anew in each layer."""
 
 from __future__ import annotations
 

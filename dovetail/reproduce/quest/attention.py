@@ -22,8 +22,8 @@ PARTS = 5  # times that choosing and reading are timed apart
 
 _PAPER = "abstract and section 4.3 (Llama-2-7B's 32/32 heads, fp16, RTX 4090, against FlashInfer): "
 _BYTES = (
-    "Memory is the limit on both sides: what is not read is what is gained. Grouped heads cost nothing here, since "
-    "each KV head has a list of its own, and the estimate reads one summary for a group."
+    "Memory is the limit on both sides: what is not read is what is gained. Grouped heads cost nothing: each KV "
+    "head has a list of its own, and the estimate reads one summary for a group."
 )
 
 
@@ -77,8 +77,8 @@ class _Comparison:
         ]
         return cls(
             context,
-            f"a row behind {context} tokens, budget {budget}, {effort.heads}, bf16 KV, {dense.layers} layers of it "
-            f"in turn, {kernels.threads} threads; baseline: the dense kernel",
+            f"a row behind {context} tokens, budget {budget}, {effort.heads}, bf16 KV, {dense.layers} layers of "
+            f"it in turn, {kernels.threads} threads; baseline: the dense kernel",
             Ratio.of(slow, fast),
             (fractions[0], fractions[1]),
             statistics.median(reads),
@@ -96,7 +96,7 @@ class _Comparison:
             _speed(self.context),
             self.setting,
             _PAPER + ("7.03 times as fast" if self.barred else "no figure at hand for this length"),
-            f"{self.ratio} times as fast, of {self.bytes:.2f} that the bytes allow; a layer takes {sparse} instead of "
+            f"{self.ratio} times as fast, of {self.bytes:.2f} that the bytes allow; a layer takes {sparse}, not "
             f"{dense}, at {self.of_raw[1]:.0%} and {self.of_raw[0]:.0%} of a raw read of {self.raw:.1f} GB/s",
             _BYTES,
             ratio=self.ratio,
@@ -108,8 +108,8 @@ class _Comparison:
             _share(self.context),
             self.setting,
             _PAPER + "the choice takes 5 to 10 us",
-            f"{choosing / (choosing + reading):.0%} of the time: {choosing * 1e6:.0f} us, and {reading * 1e6:.0f} us "
-            "to read what was chosen",
-            "Summaries are read from memory like the pages themselves; the choice among the scores is a few of these "
-            "microseconds.",
+            f"{choosing / (choosing + reading):.0%} of the time: {choosing * 1e6:.0f} us, and "
+            f"{reading * 1e6:.0f} us to read what was chosen",
+            "Summaries are read from memory like the pages themselves; the choice among the scores is a few of "
+            "these microseconds.",
         )

@@ -12,9 +12,9 @@ KIB = 1 << 10
 
 @dataclass(frozen=True)
 class Effort:
-    """contexts: tokens behind which attention reads `attention_budget`; rounds: of each comparison of it; cold: bytes
-    of KV that a timed run goes through, at least. decode_context, decode_budget, decode_rounds: of the whole engine
-    with `model`, which generates `new_tokens` tokens in every round."""
+    """contexts: tokens behind which attention reads `attention_budget`; rounds: of each comparison of it; cold:
+    bytes of KV that a timed run goes through, at least. decode_context, decode_budget, decode_rounds: of the whole
+    engine with `model`, which generates `new_tokens` tokens in every round, `skip_layers` layers dense."""
 
     rounds: int
     contexts: tuple[int, ...]
@@ -25,6 +25,7 @@ class Effort:
     heads: Heads = GROUPED[1]
     decode_context: int = 7552
     decode_budget: int = 512
+    skip_layers: int = 2
     model: str = "smollm2-135m"
 
 
