@@ -182,6 +182,15 @@ def test_native_text_is_the_definition_s(spec: str) -> None:
     assert native_engine.seams.selector.dropped > 0 and reference.seams.selector.dropped > 0
 
 
+def test_pools_of_limited_size_work_operation_by_operation() -> None:
+    spec, params = "infinigen:alpha=6,budget=48,skip_layers=1", SamplingParams(temperature=0, max_tokens=60)
+    small, large = (engine_of(f"{spec},pool=48", **sizes) for sizes in (tight(), {"num_kv_cells": 40 * LAYERS}))
+    assert not isinstance(small.executor, NativeExecutor)
+    found = run_all(small, PROMPTS[2:3], params)
+    assert found == run_all(large, PROMPTS[2:3], params)
+    assert found != run_all(engine_of(spec), PROMPTS[2:3], params)
+
+
 @pytest.mark.parametrize("kernels", [BEST, "torch"])
 @pytest.mark.parametrize("kv", ["float32", "bf16"])
 def test_the_device_is_too_small_and_the_text_the_same(kv: str, kernels: str) -> None:
