@@ -159,6 +159,10 @@ struct Kernels {
 
     void (*page_scores[NUM_KV])(const PageScores& args);
     void (*landmark_logits[NUM_KV])(const LandmarkLogits& args);
+    // out[i]: the highest of scores [16 i, 16 i + 16); a NaN is none.
+    void (*best_of_sixteen)(const float* scores, int n, float* out);
+    // best [rows][n], n a multiple of 16: out[p] is the highest of best[r][p] - max(best[r]); how many are above -alpha.
+    int (*margins)(const float* best, int rows, int n, float alpha, float* out);
     void (*softmax_scores)(const SoftmaxScores& args);
     // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
     void (*largest)(const float* x, int n, int count, int32_t* out);

@@ -195,7 +195,7 @@ void Selection::prepare_partial(const PartialArgs& args, int threads) {
 void Selection::pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args) {
     const int pieces = (int)rows_.size() * heads_.kv;
     member.share((int)parts_.size(), [&](int i) { score_partial(parts_[i], kernels, args); });
-    member.share(pieces, [&](int i) { rank_partial(rows_[i / heads_.kv], i % heads_.kv, args); });
+    member.share(pieces, [&](int i) { rank_partial(rows_[i / heads_.kv], i % heads_.kv, kernels, args); });
     member.share(pieces, [&](int i) { choose_partial(rows_[i / heads_.kv], i % heads_.kv, kernels); });
 }
 
@@ -224,35 +224,26 @@ void Selection::score_partial(const Part& part, const Kernels& kernels, const Pa
                 const uint8_t* q = (const uint8_t*)((const float*)args.q + (size_t)r.row * args.stride) + (h * group + g) * q_head;
                 kernels.scores[kv.compute()](q, args.width, some, args.width, keys, scores);
                 for (int i = 0; i < some; i++) {
+                    float tiles[KEY_TILES];
                     float* best = logits_.data() + ((r.scores + (size_t)h * r.stride()) * group) + (size_t)(g + i) * r.stride();
+                    kernels.best_of_sixteen(scores + i * KEYS, count, tiles);
                     for (int t = 0; t < count; t++) {
-                        float most = -INFINITY;
-                        for (int k = 0; k < 16; k++) {
-                            const float s = scores[i * KEYS + 16 * t + k];
-                            most = s > most ? s : most;
-                        }
                         float& to = best[(first + t) / per_page];
-                        to = (first + t) % per_page ? std::max(to, most) : most;
+                        to = (first + t) % per_page ? std::max(to, tiles[t]) : tiles[t];
                     }
                 }
             }
         }
 }
 
-void Selection::rank_partial(const Row& row, int head, const PartialArgs& args) {
+void Selection::rank_partial(const Row& row, int head, const Kernels& kernels, const PartialArgs& args) {
     const int stride = row.stride(), group = heads_.group();
+    float* best = logits_.data() + (row.scores + (size_t)head * stride) * group;
+    for (int g = 0; g < group; g++) std::fill(best + g * stride + row.eligible, best + (g + 1) * stride, -INFINITY);
     float* out = scores_.data() + row.scores + (size_t)head * stride;
-    std::fill(out, out + stride, -INFINITY);
-    for (int g = 0; g < group; g++) {
-        const float* best = logits_.data() + (row.scores + (size_t)head * stride) * group + (size_t)g * stride;
-        float top = -INFINITY;
-        for (int p = 0; p < row.eligible; p++) top = std::max(top, best[p]);
-        if (top == -INFINITY) continue;
-        for (int p = 0; p < row.eligible; p++) out[p] = std::max(out[p], best[p] - top);
-    }
-    int above = 0;
-    for (int p = 0; p < row.eligible; p++) above += out[p] > -args.alpha;
-    above_[(&row - rows_.data()) * heads_.kv + head] = above;
+    // What is beyond the eligible pages is -infinity, and above nothing but the -infinity of an unlimited alpha.
+    above_[(&row - rows_.data()) * heads_.kv + head] =
+        std::min(row.eligible, kernels.margins(best, group, stride, args.alpha, out));
 }
 
 void Selection::choose_partial(const Row& row, int head, const Kernels& kernels) {

@@ -93,7 +93,7 @@ class Selection {
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void score_partial(const Part& part, const Kernels& kernels, const PartialArgs& args);
-    void rank_partial(const Row& row, int head, const PartialArgs& args);
+    void rank_partial(const Row& row, int head, const Kernels& kernels, const PartialArgs& args);
     void choose_partial(const Row& row, int head, const Kernels& kernels);
     void list(const Row& row, int head, int count);
 

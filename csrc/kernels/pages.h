@@ -124,6 +124,29 @@ template <bool WIDE> void landmark_logits(const LandmarkLogits& args) {
     for (; p < args.count; p++) logits_pages<WIDE, 1>(args, p);
 }
 
+void best_of_sixteen(const float* scores, int n, float* out) {
+    const F none = all(-__builtin_inff());
+    for (int i = 0; i < n; i++) {
+        const F x = load(scores + 16 * i);
+        out[i] = highest(choose(not_nan(x), x, none));
+    }
+}
+
+int margins(const float* best, int rows, int n, float alpha, float* out) {
+    const F none = all(-__builtin_inff()), least = all(-alpha);
+    for (int i = 0; i < n; i += 16) store(out + i, none);
+    for (int r = 0; r < rows; r++, best += n) {
+        F high = none;
+        for (int i = 0; i < n; i += 16) high = max(high, load(best + i));
+        const F top = all(highest(high));
+        if (highest(high) == -__builtin_inff()) continue;
+        for (int i = 0; i < n; i += 16) store(out + i, max(load(out + i), sub(load(best + i), top)));
+    }
+    int above = 0;
+    for (int i = 0; i < n; i += 16) above += __builtin_popcount(bits(not_less_equal(load(out + i), least)));
+    return above;
+}
+
 // The softmax of each row of logits, and the best of it for each page. A NaN is none.
 void softmax_scores(const SoftmaxScores& args) {
     const F none = all(-__builtin_inff());
@@ -279,6 +302,7 @@ template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stri
 
 inline void add_pages(dovetail::Kernels& k) {
     k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
+    k.best_of_sixteen = best_of_sixteen, k.margins = margins;
     k.landmark_logits[dovetail::KV_F32] = landmark_logits<true>;
     k.landmark_logits[dovetail::KV_BF16] = landmark_logits<false>;
     k.largest = largest, k.softmax_scores = softmax_scores;
