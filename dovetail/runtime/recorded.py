@@ -18,8 +18,8 @@ class RecordedSelector(Selector):
         raise NotImplementedError
 
     def record_ahead(self, layer: int, to: Recorder) -> bool:
-        """Record what guesses the pages of `layer`, behind the attention of the layer before it: `to.x` still is the
-        input of that. False: there is no guess."""
+        """Record what guesses the pages of `layer`, behind the attention of the layer before it: `to.x` still is
+        the input of that. False: there is no guess."""
         return False
 
 
