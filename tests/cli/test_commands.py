@@ -135,7 +135,7 @@ def test_help_does_not_cut_summaries():
 
 def test_help_lists_techniques_and_types():
     text = " ".join(invoke("run", "--help").stdout.split())
-    assert "Switch on ngram, quest, sink-window" in text
+    assert "Switch on infinigen, ngram, quest, shadowkv, sink-window" in text
     assert "auto, float32, bf16, float16, int8 or int4." in text
 
 
