@@ -64,17 +64,18 @@ struct KeyBlock {
 using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t q_pos, int32_t head,
                          const float* params);
 
-// What is kept of a page: maximum and minimum of its keys, or mean and standard deviation, [2][n] values. A query is
-// scored by its positive and negative part against the one, by itself and its magnitude against the other.
-// Or landmarks: means of the page's chunks, as many as there are.
+// What is kept of each chunk of a page: maximum and minimum of its keys, or mean and weighted standard deviation, [2][n]
+// values. A query is scored by its positive and negative part against the one, by itself and its magnitude against the
+// other.
+// Or landmarks: means.
 enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
-// Queries [heads][rows][n], both halves each, against summaries [page][heads][n] of the first `count` pages listed.
+// Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
 // Those of the others are likely to be asked for next; `follows`: as these were.
-// out[h * out_stride + p]: the highest product of the rows of head h with page p; a NaN is none.
+// out[h * out_stride + p]: the highest product of the rows of head h with a chunk of page p; a NaN is none.
 struct PageScores {
     const void* q;
-    int heads, rows, n;
+    int heads, rows, n, chunks;
     const uint8_t* summaries;
     const int32_t* pages;
     int count, listed;
@@ -108,6 +109,7 @@ struct PageTiles {
     const uint8_t* keys;
     size_t tile_bytes;
     int tiles, n;
+    float deviations;  // what a standard deviation is multiplied with
 };
 
 // Sixteen keys [16][n], of which `dim` count: coefficients [16][rank] times a basis; [rank][n] in float32, in bfloat16 pairs
@@ -166,7 +168,7 @@ struct Kernels {
     void (*softmax_scores)(const SoftmaxScores& args);
     // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
     void (*largest)(const float* x, int n, int count, int32_t* out);
-    void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, void* out);  // [2][n] in the compute type
+    void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, int chunks, void* out);  // [chunks][2][n], compute type
     void (*landmarks[NUM_KV])(const PageTiles& page, int vectors, int stride, void* out);  // [vectors][stride]
 
     // Sixteen keys of a tile [dim] times a basis [dim][width]: a tile of `width` dimensions, an even number.

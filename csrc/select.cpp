@@ -9,6 +9,7 @@ namespace dovetail {
 namespace {
 
 constexpr int PART = 64;  // pages that one piece of work scores
+constexpr float DEVIATIONS = 4;  // of the products of independent dimensions: |q| . std is at most sqrt(dim) of one
 
 size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.element(); }
 
@@ -118,9 +119,9 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     if (mine.row != r.row) halve(r.row, args, mine);
     const bool follows = mine.last && mine.last + 1 == &part && mine.last->row == part.row;
     kernels.page_scores[args.kv->compute()](
-        {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.summaries, r.pages + part.first,
-         part.last - part.first, r.eligible - part.first, follows, scores_.data() + r.scores + part.first,
-         (size_t)r.stride()});
+        {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.vectors / 2, args.summaries,
+         r.pages + part.first, part.last - part.first, r.eligible - part.first, follows,
+         scores_.data() + r.scores + part.first, (size_t)r.stride()});
     mine.last = &part;
 }
 
@@ -260,14 +261,15 @@ void Selection::choose_partial(const Row& row, int head, const Kernels& kernels)
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,
                const std::vector<int64_t>& pages, uint8_t* out, int vectors) {
     const int n = (int)pages.size(), width = landmark_width(kv);
-    const size_t bytes = kind == LANDMARKS ? (size_t)vectors * width * kv.element() : summary_bytes(kv);
+    const size_t bytes = kind == LANDMARKS ? (size_t)vectors * width * kv.element() : summary_bytes(kv) * (vectors / 2);
     member.share(n * layers, [&](int i) {
         const int64_t page = pages[i % n] + (i / n) * kv.pages_per_layer;
         for (int h = 0; h < kv.heads; h++) {
-            const PageTiles tiles{kv.k + kv.tile(page, h, 0), kv.tile_bytes(), kv.page_size / 16, kv.padded()};
+            const PageTiles tiles{kv.k + kv.tile(page, h, 0), kv.tile_bytes(), kv.page_size / 16, kv.padded(),
+                                  DEVIATIONS / std::sqrt((float)kv.dim)};
             uint8_t* to = out + ((size_t)page * kv.heads + h) * bytes;
             if (kind == LANDMARKS) kernels.landmarks[kv.compute()](tiles, vectors, width, to);
-            else kernels.summarise[kind][kv.compute()](tiles, to);
+            else kernels.summarise[kind][kv.compute()](tiles, vectors / 2, to);
         }
     });
 }

@@ -42,8 +42,8 @@ struct PartialArgs {
 struct PickArgs {
     const KVMemory* kv;
     const void* q;             // [rows][query heads][padded dim] in the compute type
-    const uint8_t* summaries;  // of the layer's first page: [pages][KV heads][2][padded dim] in the compute type;
-                               // null: the first pages are chosen
+    const uint8_t* summaries;  // of the layer's first page: [pages][KV heads][vectors][padded dim] in the compute
+                               // type; null: the first pages are chosen
     Summary kind;
     int vectors;               // of a summary
     int64_t first_page;        // of the layer
@@ -111,7 +111,7 @@ class Selection {
     int64_t unread_ = 0;
 };
 
-// Summaries of whole pages of all layers: `out` is [layers x pages][KV heads][2][padded dim] in the compute type.
+// Summaries of whole pages of all layers: `out` is [layers x pages][KV heads][vectors][padded dim] in the compute type.
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,
                const std::vector<int64_t>& pages, uint8_t* out, int vectors);
 

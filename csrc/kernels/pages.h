@@ -31,12 +31,10 @@ INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n
     best_sums(acc, best);
 }
 
-template <bool WIDE, int P> INLINE void score_rows(const uint8_t* const* summaries, const PageScores& args, int head,
-                                                   int first) {
+// The rows of a head, raising best[p] where a chunk has more; the summaries move on to the next chunk.
+template <bool WIDE, int P> INLINE void score_chunk(const uint8_t** summaries, const PageScores& args, const uint8_t* q,
+                                                    float* best) {
     const size_t row = (size_t)args.n * (WIDE ? 4 : 2);
-    const uint8_t* q = (const uint8_t*)args.q + head * args.rows * row;
-    float best[P];
-    UNROLL for (int p = 0; p < P; p++) best[p] = -__builtin_inff();
     int r = 0;
     for (; r + 4 <= args.rows; r += 4) score_pages<WIDE, P, 4>(summaries, q + r * row, args.n, best);
     switch (args.rows - r) {
@@ -44,14 +42,14 @@ template <bool WIDE, int P> INLINE void score_rows(const uint8_t* const* summari
         case 2: score_pages<WIDE, P, 2>(summaries, q + r * row, args.n, best); break;
         case 1: score_pages<WIDE, P, 1>(summaries, q + r * row, args.n, best); break;
     }
-    UNROLL for (int p = 0; p < P; p++) args.out[head * args.out_stride + first + p] = best[p];
+    UNROLL for (int p = 0; p < P; p++) summaries[p] += row;
 }
 
 constexpr int AHEAD = 16;  // pages whose summaries are fetched before they are needed
 
 // P pages from the first on, all heads; meanwhile later ones are fetched.
 template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int first) {
-    const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), page = args.heads * bytes;
+    const size_t row = (size_t)args.n * (WIDE ? 4 : 2), bytes = args.chunks * row, page = args.heads * bytes;
     const uint8_t *summaries[P], *next[P];
     UNROLL for (int p = 0; p < P; p++) {
         const int later = first + p + AHEAD;
@@ -61,13 +59,16 @@ template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int 
     for (int h = 0; h < args.heads; h++) {
         UNROLL for (int p = 0; p < P; p++)
             for (size_t b = 0; b < bytes; b += 64) prefetch_far(next[p] + h * bytes + b);
-        score_rows<WIDE, P>(summaries, args, h, first);
-        UNROLL for (int p = 0; p < P; p++) summaries[p] += bytes;
+        float best[P];
+        UNROLL for (int p = 0; p < P; p++) best[p] = -__builtin_inff();
+        for (int c = 0; c < args.chunks; c++)
+            score_chunk<WIDE, P>(summaries, args, (const uint8_t*)args.q + h * args.rows * row, best);
+        UNROLL for (int p = 0; p < P; p++) args.out[h * args.out_stride + first + p] = best[p];
     }
 }
 
 template <bool WIDE> void page_scores(const PageScores& args) {
-    const size_t page = (size_t)args.heads * args.n * (WIDE ? 4 : 2);
+    const size_t page = (size_t)args.heads * args.chunks * args.n * (WIDE ? 4 : 2);
     for (int p = 0; !args.follows && p < AHEAD && p < args.listed; p++)
         for (size_t b = 0; b < page; b += 64) prefetch_far(args.summaries + args.pages[p] * page + b);
     int p = 0;
@@ -235,8 +236,38 @@ template <bool WIDE> INLINE void put(void* to, int d, float x) {
     }
 }
 
-// Maximum and minimum of each dimension over the tiles' keys, first [n] and then [n].
-template <bool WIDE> void page_bounds(const PageTiles& page, void* out) {
+// Dimension d of a page's keys, a tile at a time.
+template <bool WIDE> struct Dimension {
+    const PageTiles& page;
+    const int d;
+    int tile = -1;
+    alignas(64) float keys[16];
+    INLINE float operator()(int t) {
+        if (t / 16 != tile) tile = t / 16, store(keys, keys_at<WIDE>(page.keys + tile * page.tile_bytes, d));
+        return keys[t % 16];
+    }
+};
+
+// f(keys, first, count, c * 2 * n + d): each dimension d of each chunk c.
+template <bool WIDE, class Each> INLINE void each_chunk(const PageTiles& page, int chunks, const Each& f) {
+    const int count = 16 * page.tiles / chunks;
+    for (int d = 0; d < page.n; d++) {
+        Dimension<WIDE> keys{page, d};
+        for (int c = 0; c < chunks; c++) f(keys, c * count, count, 2 * c * page.n + d);
+    }
+}
+
+// Maximum and minimum of each dimension over a chunk's keys, first [n] and then [n].
+template <bool WIDE> void page_bounds(const PageTiles& page, int chunks, void* out) {
+    if (chunks > 1)
+        return each_chunk<WIDE>(page, chunks, [&](Dimension<WIDE>& key, int first, int count, int to) {
+            float high = key(first), low = high;
+            for (int t = first + 1; t < first + count; t++) {
+                const float x = key(t);
+                high = high > x ? high : x, low = low < x ? low : x;
+            }
+            put<WIDE>(out, to, high), put<WIDE>(out, to + page.n, low);
+        });
     for (int d = 0; d < page.n; d++) {
         F high = keys_at<WIDE>(page.keys, d), low = high;
         for (int i = 1; i < page.tiles; i++) {
@@ -248,8 +279,16 @@ template <bool WIDE> void page_bounds(const PageTiles& page, void* out) {
     }
 }
 
-// Mean and standard deviation.
-template <bool WIDE> void page_moments(const PageTiles& page, void* out) {
+// Mean and weighted standard deviation.
+template <bool WIDE> void page_moments(const PageTiles& page, int chunks, void* out) {
+    if (chunks > 1)
+        return each_chunk<WIDE>(page, chunks, [&](Dimension<WIDE>& key, int first, int count, int to) {
+            float total = 0, squares = 0;
+            for (int t = first; t < first + count; t++) total += key(t);
+            const float mean = total / (float)count;
+            for (int t = first; t < first + count; t++) squares += (key(t) - mean) * (key(t) - mean);
+            put<WIDE>(out, to, mean), put<WIDE>(out, to + page.n, page.deviations * __builtin_sqrtf(squares / (float)count));
+        });
     const float each = 1.0f / (float)(16 * page.tiles);
     for (int d = 0; d < page.n; d++) {
         F total = zero(), squares = zero();
@@ -260,7 +299,7 @@ template <bool WIDE> void page_moments(const PageTiles& page, void* out) {
             squares = fma(x, x, squares);
         }
         put<WIDE>(out, d, mean);
-        put<WIDE>(out, page.n + d, __builtin_sqrtf(sum(squares) * each));
+        put<WIDE>(out, page.n + d, page.deviations * __builtin_sqrtf(sum(squares) * each));
     }
 }
 

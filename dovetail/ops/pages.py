@@ -2,14 +2,19 @@
 
 The torch functions define what the native operations `summarise` and `pick` (csrc/select.h) do:
 
-    summary(page) = (max_t k_t, min_t k_t)                     "bound"
-                  = (mean_t k_t, std_t k_t)                    "mean_std"
-    score(q, page) = sum_i max(q_i, 0) first_i + min(q_i, 0) second_i      "bound": no key of the page has a
+    summary(chunk) = (max_t k_t, min_t k_t)                    "bound"
+                   = (mean_t k_t, 4 / sqrt(head_dim) std_t k_t)        "mean_std"
+    score(q, page) = max over its chunks of
+                     sum_i max(q_i, 0) first_i + min(q_i, 0) second_i      "bound": no key of the page has a
                                                                            larger product with q
-                   = sum_i q_i first_i + |q_i| second_i                    "mean_std"
+                     sum_i q_i first_i + |q_i| second_i                    "mean_std"
 
-Landmarks (ShadowKV, arXiv 2410.21465, section 4), which have no native operation yet, are means of the chunks of a
-page's keys, and a page's score is the largest softmax weight of one of them among those of all competing pages.
+If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t, and
+mean_std stays within `DEVIATIONS` of them above the mean. The bound does not: it adds up maxima that lie in
+different tokens, and the more tokens a chunk has, the less it says.
+
+Landmarks (ShadowKV, arXiv 2410.21465, section 4) are means of the chunks of a page's keys, and a page's score is the
+largest softmax weight of one of them among those of all competing pages.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from torch import Tensor
 
 from dovetail.runtime.store import lazy_zeros, padded
 
-KINDS = ("bound", "mean_std")  # of two vectors each
+KINDS = ("bound", "mean_std")  # two vectors for each chunk
+DEVIATIONS = 4.0
 
 
 class Summaries:
     """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
-    or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks" of chunks of `chunk`
-    tokens."""
+    or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks", for each chunk of `chunk`
+    tokens; 0 for whole pages."""
 
     def __init__(self, kv: Any, kind: str, chunk: int = 0) -> None:
         self.kv = kv
@@ -35,7 +41,7 @@ class Summaries:
         self.chunk = chunk
         self.program: Any = None  # summarises pages in its layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
-        self.vectors = kv.page_size // chunk if kind == "landmarks" else 2
+        self.vectors = kv.page_size // (chunk or kv.page_size) * (1 if kind == "landmarks" else 2)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
         shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
         self.data = lazy_zeros(shape, dtype, kv.device)
@@ -48,7 +54,8 @@ class Summaries:
             return
         for layer in range(layers):
             keys = self.kv.keys(layer, pages)
-            found = landmarks(keys, self.chunk) if self.kind == "landmarks" else summary(keys, self.kind)
+            chunk = self.chunk or keys.shape[1]
+            found = landmarks(keys, chunk) if self.kind == "landmarks" else summary(keys, self.kind, chunk)
             self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found.to(self.data.dtype)
 
     def scores(self, layer: int, q: Tensor, pages: Tensor) -> Tensor:
@@ -60,24 +67,28 @@ class Summaries:
         return self.data[layer * self.kv.pages_per_layer + pages][..., : self.kv.head_dim]
 
 
-def summary(keys: Tensor, kind: str) -> Tensor:
-    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, 2, head_dim]."""
+def summary(keys: Tensor, kind: str, chunk: int) -> Tensor:
+    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, tokens / chunk * 2, head_dim]."""
+    chunks = keys.unflatten(1, (-1, chunk)).transpose(
+        1, 3
+    )  # [pages, KV heads, tokens of a chunk, chunks, head_dim]
     if kind == "bound":
-        return torch.stack([keys.amax(1), keys.amin(1)], 2)
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-    return torch.stack([keys.mean(1), keys.std(1, correction=0)], 2)
+        return torch.stack([chunks.amax(2), chunks.amin(2)], 3).flatten(2, 3)
+    chunks = chunks.to(torch.promote_types(keys.dtype, torch.float32))
+    spread = chunks.std(2, correction=0) * (DEVIATIONS / keys.shape[-1] ** 0.5)
+    return torch.stack([chunks.mean(2), spread], 3).flatten(2, 3)
 
 
 def page_scores(q: Tensor, summaries: Tensor, kind: str) -> Tensor:
-    """q [rows, heads, head_dim], summaries [rows, pages, KV heads, 2, head_dim] -> [rows, KV heads, pages]: the
-    highest score over the query heads of each KV head's group. NaN is -infinity."""
+    """q [rows, heads, head_dim], summaries [rows, pages, KV heads, vectors, head_dim] -> [rows, KV heads, pages]:
+    the highest score over a page's chunks and the query heads of each KV head's group. NaN is -infinity."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.unflatten(1, (summaries.shape[2], -1)).to(wide)
     pair = (q.clamp_min(0), q.clamp_max(0)) if kind == "bound" else (q, q.abs())
-    halves = summaries.to(wide).unbind(3)
-    products = [torch.einsum("rhgd,rphd->rhgp", a, x) for a, x in zip(pair, halves, strict=True)]
+    halves = summaries.to(wide).unflatten(3, (-1, 2)).unbind(4)
+    products = [torch.einsum("rhgd,rphcd->rhgpc", a, x) for a, x in zip(pair, halves, strict=True)]
     scores = products[0] + products[1]
-    return torch.where(scores.isnan(), float("-inf"), scores).amax(2)
+    return torch.where(scores.isnan(), float("-inf"), scores).amax((2, 4))
 
 
 def landmarks(keys: Tensor, chunk: int) -> Tensor:

@@ -114,7 +114,7 @@ class Recorder:
         the last `window` tokens are not chosen but given. Both are the same in all layers."""
         self._sparsity = (window, budget, -1)
         self._held.append(summaries)
-        self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr())
+        self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr(), summaries.vectors)
 
     def pick_landmarks(self, layer: int, landmarks: Summaries, window: int, budget: int) -> None:
         """As `pick`, by landmarks (`ops.pages.landmark_scores`); pages whose keys are kept apart from the low-rank

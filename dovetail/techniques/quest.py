@@ -3,8 +3,8 @@
 When a page seals, the elementwise maximum M and minimum m of its rotated keys are kept per layer and KV head. For
 a query q, no key of the page has a larger product with it than sum_i max(q_i M_i, q_i m_i) (section 3.3). Each KV
 head reads the pages with the highest bounds, over the query heads of its group, and always the current one;
-attention over what is read is exact. `score="mean_std"` ranks by q . mean + |q| . std instead: the bound is loose
-where keys have outliers.
+attention over what is read is exact. `score="mean_std"` ranks by q . mean + 4 / sqrt(head_dim) |q| . std instead (`ops.pages`): the bound is so loose that
+it loses pages that matter. Summaries of smaller chunks of a page help either.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dovetail.runtime.recorded import RecordedSelector
 class QuestSelector(RecordedSelector):
     """Chooses pages so that a row and KV head reads `budget` of them, those that are always read included."""
 
-    def __init__(self, site: Site, budget: int, skip_layers: int, score: str) -> None:
+    def __init__(self, site: Site, budget: int, skip_layers: int, kind: tuple[str, int]) -> None:
         self.site = site
         self.budget = budget
         self.skip_layers = skip_layers
-        self.score = score
+        self.kind = kind  # of summary, and of how many tokens
         self.window = site.page_size
         self._dropped = 0
         self._summaries: Summaries | None = None
@@ -37,7 +37,7 @@ class QuestSelector(RecordedSelector):
     @property
     def summaries(self) -> Summaries:
         if self._summaries is None:
-            self._summaries = Summaries(self.site.kv, self.score)
+            self._summaries = Summaries(self.site.kv, *self.kind)
         return self._summaries
 
     @property
@@ -69,17 +69,21 @@ class QuestSelector(RecordedSelector):
         return PageSet(pick(self.summaries.scores(layer, q[rows], pages), eligible, count))
 
 
-def quest(page: int = 0, budget: int = 1024, skip_layers: int = 2, score: str = "bound") -> Technique:
+def quest(
+    page: int = 0, budget: int = 1024, skip_layers: int = 2, score: str = "bound", chunk: int = 0
+) -> Technique:
     """Read `budget` tokens, rounded up to whole pages; a budget of the whole context is exactly the plain engine.
 
     page: tokens, which must be the KV's block size; 0 takes that. skip_layers: the first layers read everything
-    (the paper's default is 2).
+    (the paper's default is 2). chunk: tokens that a summary is of, a divisor of the page; a page is read for the
+    best of its chunks. 0 is the whole page, as in the paper.
     """
     if score not in KINDS:
         raise ConfigError(f"quest: score must be {' or '.join(KINDS)}, got '{score}'")
-    if page < 0 or skip_layers < 0 or budget < 1:
+    if page < 0 or skip_layers < 0 or budget < 1 or chunk < 0:
         raise ConfigError(
-            f"quest needs page >= 0, skip_layers >= 0 and budget >= 1, got {page}, {skip_layers} and {budget}"
+            "quest needs page >= 0, skip_layers >= 0, budget >= 1 and chunk >= 0, "
+            f"got {page}, {skip_layers}, {budget} and {chunk}"
         )
 
     def build(site: Site) -> dict[str, object]:
@@ -91,15 +95,20 @@ def quest(page: int = 0, budget: int = 1024, skip_layers: int = 2, score: str = 
                 f"quest: a budget of {budget} tokens leaves nothing to choose: the page of {size} that is being "
                 f"filled and the one before it are always read; give at least {2 * size}"
             )
+        if size % (chunk or size):
+            raise ConfigError(
+                f"quest: chunk={chunk} does not divide the KV's block size, {size}; "
+                f"use a divisor, or another --block-size"
+            )
         if skip_layers >= layers:
             raise ConfigError(f"quest: skip_layers={skip_layers} skips all of the model's {layers} layers")
-        return {"selector": QuestSelector(site, pages_for(budget, size), skip_layers, score)}
+        return {"selector": QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))}
 
     return Technique(
         name="quest",
         fills=("selector",),
         build=build,
-        options={"page": page, "budget": budget, "skip_layers": skip_layers, "score": score},
+        options={"page": page, "budget": budget, "skip_layers": skip_layers, "score": score, "chunk": chunk},
         exact_at={"budget": 2**30, "skip_layers": 0},
         activity=_activity,
     )

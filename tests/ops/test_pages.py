@@ -23,23 +23,30 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 
 @settings(deadline=None)
-@given(SEEDS, st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
-def test_the_bound_is_above_every_product(seed: int, tokens: int, heads: int, group: int) -> None:
-    keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
-    scores = page_scores(q, summary(keys, "bound").expand(2, -1, -1, -1, -1), "bound")
+@given(SEEDS, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_the_bound_is_above_every_product(seed: int, chunk: int, chunks: int, heads: int, group: int) -> None:
+    keys, q = random(seed, 5, chunk * chunks, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
+    scores = page_scores(q, summary(keys, "bound", chunk).expand(2, -1, -1, -1, -1), "bound")
     products = torch.einsum("rhgd,pthd->rhgpt", q.unflatten(1, (heads, group)), keys)
     assert (scores >= products.amax((2, 4)) - 1e-12).all()
-    if tokens == 1:  # pages of one token: exact
+    whole = page_scores(q, summary(keys, "bound", chunk * chunks).expand(2, -1, -1, -1, -1), "bound")
+    assert (scores <= whole + 1e-12).all()  # the smaller the chunks, the tighter
+    if chunk == 1:  # exact
         torch.testing.assert_close(scores, products.amax((2, 4)))
 
 
 @settings(deadline=None)
-@given(SEEDS, st.integers(1, 20))
-def test_mean_and_deviation_are_the_tokens(seed: int, tokens: int) -> None:
-    keys = random(seed, 3, tokens, 2, 8).double()
-    mean, std = summary(keys, "mean_std").unbind(2)
-    torch.testing.assert_close(mean, keys.mean(1))
-    torch.testing.assert_close(std, ((keys - keys.mean(1, keepdim=True)) ** 2).mean(1).sqrt())
+@given(SEEDS, st.integers(1, 20), st.integers(1, 3))
+def test_mean_and_deviation_are_the_tokens(seed: int, chunk: int, chunks: int) -> None:
+    keys = random(seed, 3, chunk * chunks, 2, 8).double()
+    found = summary(keys, "mean_std", chunk)
+    assert found.shape == (3, 2, 2 * chunks, 8)
+    for c in range(chunks):
+        mean, std = found[:, :, 2 * c], found[:, :, 2 * c + 1]
+        some = keys[:, c * chunk : (c + 1) * chunk]
+        torch.testing.assert_close(mean, some.mean(1))
+        deviation = ((some - some.mean(1, keepdim=True)) ** 2).mean(1).sqrt()
+        torch.testing.assert_close(std, 4 / 8**0.5 * deviation)
 
 
 chunked = st.sampled_from([(1, 1), (4, 2), (8, 8), (6, 3), (4, 1)])  # tokens of a page and of a chunk
@@ -132,11 +139,14 @@ def test_larger_budgets_read_what_smaller_ones_do(seed: int, pages: int) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("block", [16, 32, 8])
-def test_native_summaries_are_the_definitions(tiny_model: Path, kind: str, kv: str, block: int) -> None:
+@pytest.mark.parametrize(("block", "chunk"), [(16, 0), (32, 0), (8, 0), (16, 4), (32, 8), (48, 24)])
+def test_native_summaries_are_the_definitions(
+    tiny_model: Path, kind: str, kv: str, block: int, chunk: int
+) -> None:
     if not isas():
         pytest.skip("the native kernels were not built")
-    llm = LLM(tiny_model, use=f"quest:budget=64,skip_layers=0,score={kind}", kv_cache_dtype=kv, block_size=block)
+    use = f"quest:budget=96,skip_layers=0,score={kind},chunk={chunk}"
+    llm = LLM(tiny_model, use=use, kv_cache_dtype=kv, block_size=block)
     llm.generate([[i % 250 for i in range(200)]], SamplingParams(temperature=0, max_tokens=9), progress=False)
     executor: Any = llm.engine.executor
     summaries, cache = llm.engine.seams.selector.summaries, executor.kv  # type: ignore[attr-defined]
@@ -144,7 +154,7 @@ def test_native_summaries_are_the_definitions(tiny_model: Path, kind: str, kv: s
     sealed = torch.arange(200 // block)  # the last ones are summarised in the next step
     for layer in range(2):
         got = summaries.data[layer * cache.pages_per_layer + sealed]
-        want = summary(cache.keys(layer, sealed), kind).to(got.dtype)
+        want = summary(cache.keys(layer, sealed), kind, chunk or block).to(got.dtype)
         torch.testing.assert_close(
             got[..., : cache.head_dim], want, rtol=0.01 if kv == "bf16" else 1e-5, atol=1e-5
         )
@@ -165,7 +175,14 @@ def texts(model: Path, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("isa", [*isas(), *emulated()])
-@pytest.mark.parametrize("use", ["quest:budget=64,skip_layers=0", "quest:budget=96,skip_layers=1,score=mean_std"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        "quest:budget=64,skip_layers=0",
+        "quest:budget=96,skip_layers=1,score=mean_std",
+        "quest:budget=64,skip_layers=0,chunk=4",
+    ],
+)
 def test_every_instruction_set_reads_what_the_reference_reads(tiny_model: Path, isa: str, use: str) -> None:
     assert texts(tiny_model, use=use, kernels=isa) == texts(tiny_model, use=use, kernels="torch")
 

@@ -94,7 +94,7 @@ def test_the_step_reads_what_the_definitions_choose(
     q = q.to(torch.bfloat16).float() if dtype == "bf16" else q
     eligible = max(0, stop - 16) // 16
     found = step.summaries[order][None, ..., : heads.dim].double()
-    torch.testing.assert_close(found[0].float(), summary(k, kind), rtol=0.01, atol=1e-5)
+    torch.testing.assert_close(found[0].float(), summary(k, kind, 16), rtol=0.01, atol=1e-5)
     count = torch.tensor([max(0, listed - (-(-stop // 16) - eligible))])
     chosen = pick(page_scores(q.double(), found, kind).float(), torch.tensor([eligible]), count)[0]
     readable = torch.zeros(heads.kv, tokens, dtype=torch.bool)
