@@ -34,7 +34,7 @@ template <class T> T choice(const std::string& name, std::initializer_list<const
     throw std::invalid_argument("unknown choice '" + name + "'");
 }
 
-Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bound", "mean_std", "landmarks"}); }
+Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bound", "mean_std", "codes", "landmarks"}); }
 
 KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tuple addresses, nb::tuple sizes) {
     KVMemory kv{};

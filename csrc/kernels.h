@@ -67,8 +67,10 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // What is kept of each chunk of a page: maximum and minimum of its keys, or mean and weighted standard deviation, [2][n]
 // values. A query is scored by its positive and negative part against the one, by itself and its magnitude against the
 // other.
-// Or landmarks: means.
-enum Summary : int { BOUND, MEAN_STD, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
+// Or codes: of a page, minimum and a third of the range of its keys, [2][n] values, and where in that range each key lies,
+// 0 to 3, in tiles of sixteen keys: bits 2 i and 2 i + 1 of the halves of lane t of vector b are those of dimensions
+// 16 b + 2 i and 16 b + 2 i + 1 of key t. Or landmarks: means.
+enum Summary : int { BOUND, MEAN_STD, CODES, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
 // Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
 // Those of the others are likely to be asked for next; `follows`: as these were.
@@ -80,6 +82,17 @@ struct PageScores {
     const int32_t* pages;
     int count, listed;
     bool follows;
+    float* out;
+    size_t out_stride;
+};
+
+// Queries [heads][rows][n] in float32 against codes [page][heads]; the rest is as in PageScores.
+struct CodeScores {
+    const float* q;
+    int heads, rows, n, tiles;
+    const uint8_t* summaries;
+    const int32_t* pages;
+    int count, listed;
     float* out;
     size_t out_stride;
 };
@@ -123,6 +136,7 @@ struct RebuildArgs {
     uint8_t* out;  // a tile
 };
 
+constexpr int MAX_DIM = 512;  // of a head
 constexpr int LOGITS = 64;  // whose maximum, or sum of odds, is kept together
 
 // How odds are made of logits: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
@@ -160,6 +174,7 @@ struct Kernels {
     void (*scale)(const float* x, float by, int n, float* y);
 
     void (*page_scores[NUM_KV])(const PageScores& args);
+    void (*code_scores[NUM_KV])(const CodeScores& args);
     void (*landmark_logits[NUM_KV])(const LandmarkLogits& args);
     // out[i]: the highest of scores [16 i, 16 i + 16); a NaN is none.
     void (*best_of_sixteen)(const float* scores, int n, float* out);
@@ -168,7 +183,8 @@ struct Kernels {
     void (*softmax_scores)(const SoftmaxScores& args);
     // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
     void (*largest)(const float* x, int n, int count, int32_t* out);
-    void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, int chunks, void* out);  // [chunks][2][n], compute type
+    // Bounds and moments: [chunks][2][n] in the compute type. Codes are of whole pages.
+    void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, int chunks, void* out);
     void (*landmarks[NUM_KV])(const PageTiles& page, int vectors, int stride, void* out);  // [vectors][stride]
 
     // Sixteen keys of a tile [dim] times a basis [dim][width]: a tile of `width` dimensions, an even number.

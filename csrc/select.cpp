@@ -85,7 +85,9 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
 void Selection::prepare(const PickArgs& args, int threads) {
     const KVMemory& kv = *args.kv;
     const bool landmarks = args.kind == LANDMARKS;
-    const size_t each = landmarks ? (size_t)landmark_width(kv) * kv.element() : summary_bytes(kv);
+    const size_t each = landmarks          ? (size_t)landmark_width(kv) * kv.element()
+                        : args.kind == CODES ? kv.padded() * sizeof(float)
+                                             : summary_bytes(kv);
     scratch_.resize(threads);
     for (Scratch& s : scratch_)
         if (s.q.size() < heads_.query * each) s.q.resize(heads_.query * each);
@@ -115,6 +117,7 @@ void Selection::halve(int row, const PickArgs& args, Scratch& mine) const {
 
 void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
     if (args.kind == LANDMARKS) return score_landmarks(part, kernels, args, mine);
+    if (args.kind == CODES) return score_codes(part, kernels, args, mine);
     const Row& r = rows_[part.row];
     if (mine.row != r.row) halve(r.row, args, mine);
     const bool follows = mine.last && mine.last + 1 == &part && mine.last->row == part.row;
@@ -123,6 +126,28 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
          r.pages + part.first, part.last - part.first, r.eligible - part.first, follows,
          scores_.data() + r.scores + part.first, (size_t)r.stride()});
     mine.last = &part;
+}
+
+// The queries [query heads][padded dim] as floats.
+void Selection::widen(int row, const PickArgs& args, Scratch& mine) const {
+    const size_t n = (size_t)heads_.query * args.kv->padded(), from = row * n;
+    float* to = (float*)mine.q.data();
+    if (args.kv->compute() == KV_BF16)
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t bits = (uint32_t)((const uint16_t*)args.q)[from + i] << 16;
+            memcpy(to + i, &bits, 4);
+        }
+    else memcpy(to, (const float*)args.q + from, n * sizeof(float));
+    mine.row = row;
+}
+
+void Selection::score_codes(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
+    const Row& r = rows_[part.row];
+    if (mine.row != r.row) widen(r.row, args, mine);
+    kernels.code_scores[args.kv->compute()](
+        {(const float*)mine.q.data(), heads_.kv, heads_.group(), args.kv->padded(), page_size_ / 16, args.summaries,
+         r.pages + part.first, part.last - part.first, r.eligible - part.first, scores_.data() + r.scores + part.first,
+         (size_t)r.stride()});
 }
 
 // The queries [query heads], each as wide as a landmark.
@@ -261,7 +286,7 @@ void Selection::choose_partial(const Row& row, int head, const Kernels& kernels)
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,
                const std::vector<int64_t>& pages, uint8_t* out, int vectors) {
     const int n = (int)pages.size(), width = landmark_width(kv);
-    const size_t bytes = kind == LANDMARKS ? (size_t)vectors * width * kv.element() : summary_bytes(kv) * (vectors / 2);
+    const size_t bytes = (size_t)vectors * (kind == LANDMARKS ? width : kv.padded()) * kv.element();
     member.share(n * layers, [&](int i) {
         const int64_t page = pages[i % n] + (i / n) * kv.pages_per_layer;
         for (int h = 0; h < kv.heads; h++) {

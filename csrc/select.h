@@ -87,8 +87,10 @@ class Selection {
     };
     void add(const Span& span, const Sparsity& sparsity);
     void lay_out(int row, const PickArgs& args, Scratch& mine) const;
+    void widen(int row, const PickArgs& args, Scratch& mine) const;
     void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
+    void score_codes(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
+from dovetail.core.technique import Beside, Composition
 from dovetail.ops.cpu import MAX_HEAD_DIM, native
 from dovetail.options import Options
 
@@ -18,6 +20,7 @@ GIB = 1 << 30
 TORCH = "torch"  # the reference kernels
 PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # stored formats without blocks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # of a key's value as techniques keep it; else 4
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
@@ -209,49 +212,64 @@ def resolve_slow_tier(options: Options, kv_dtype: str, default: Path) -> str:
     return str(place)
 
 
-def resolve_kv(options: Options, model: ModelConfig, token_bytes: int, free_memory: int) -> KVBudget:
-    """How many pages KV gets, and so how long a sequence can be.
-
-    Asked numbers are kept or refused (CapacityError); only defaults are lowered to what fits.
-    """
+def _block_size(options: Options) -> int:
     size = positive("block_size", options.block_size, 16)
     if size > MAX_BLOCK_SIZE:
         raise ConfigError(f"block_size must be at most {MAX_BLOCK_SIZE}, got {size}")
+    return size
+
+
+def resolve_kv(options: Options, model: ModelConfig, sizes: KVSizes, free_memory: int) -> KVBudget:
+    """How many pages KV gets, and so how long a sequence can be.
+
+    What techniques keep beside KV is within its memory. Asked numbers are kept or refused (CapacityError); only
+    defaults are lowered to what fits.
+    """
     trained = model.max_position_embeddings
     asked = options.max_model_len
     if asked is not None and not 1 < positive("max_model_len", asked, 0) <= trained:
         raise ConfigError(f"max_model_len must be between 2 and the model's {trained}, got {asked}")
-    length = asked or trained
-    page_bytes = token_bytes * size
-    seqs = positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS)
+    size, page_bytes, seqs = sizes.block_size, sizes.page_bytes, _seqs(options)
+    paged = page_bytes + sizes.beside.page
     memory = positive("kv_memory", options.kv_memory, 0)
     if options.kv_memory is None:
-        wanted = seqs * pages_for(length, size) * page_bytes
-        memory = min(wanted, max(free_memory // 4, page_bytes), 4 * GIB)
+        wanted = seqs * (pages_for(sizes.length, size) * paged + sizes.beside.request)
+        memory = min(wanted, max(free_memory // 4, paged), 4 * GIB)
     elif memory > free_memory:
         raise CapacityError(
             f"kv_memory of {memory} bytes was asked for, but {free_memory} bytes are free; lower --kv-memory"
         )
     if options.kv_offloading_size is not None:
-        return _with_slow_tier(options, KVSizes(size, length, page_bytes, model.num_layers), memory)
-    pages = memory // page_bytes
+        return _with_slow_tier(options, sizes, memory)
+    pages = max(0, memory - seqs * sizes.beside.request) // paged
     if pages < 1:
         raise CapacityError(
-            f"{memory} bytes of KV memory hold no page: one page of {size} tokens takes {page_bytes} bytes; "
-            f"raise --kv-memory or lower --block-size"
+            f"{memory} bytes of KV memory hold no page: one page of {size} tokens takes {page_bytes} bytes"
+            f"{_and_beside(sizes, 1, seqs)}; raise --kv-memory or lower --block-size"
         )
-    length = _length(options, KVSizes(size, length, page_bytes, model.num_layers), pages, "--kv-memory")
-    return KVBudget(size, pages, pages * page_bytes, length)
+    return KVBudget(size, pages, pages * page_bytes, _length(options, sizes, pages, "--kv-memory"))
+
+
+def _seqs(options: Options) -> int:
+    return positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS)
+
+
+def _and_beside(sizes: KVSizes, pages: int, seqs: int) -> str:
+    """What techniques keep beside so many pages, in words; nothing where they keep nothing."""
+    bytes_beside = pages * sizes.beside.page + seqs * sizes.beside.request
+    return f", and {bytes_beside} bytes of what techniques keep beside KV" if bytes_beside else ""
 
 
 @dataclass(frozen=True)
 class KVSizes:
-    """Tokens per page, the longest sequence wanted, bytes of a page over all layers, and layers."""
+    """Tokens per page, the longest sequence wanted, bytes of a page over all layers, layers, and what techniques
+    keep beside KV."""
 
     block_size: int
     length: int
     page_bytes: int
     num_layers: int
+    beside: Beside
 
 
 def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
@@ -277,16 +295,17 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
     length = _length(options, sizes, pages, "--kv-offloading-size")
     cell = sizes.page_bytes // sizes.num_layers
     tokens = positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS)
-    written = pages_for(tokens, sizes.block_size) + min(
-        tokens, positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS)
-    )
+    seqs = _seqs(options)
+    written = pages_for(tokens, sizes.block_size) + min(tokens, seqs)
     needed = pages + min(written, pages) * sizes.num_layers
-    cells = min(memory // cell, pages * sizes.num_layers)
+    left = max(0, memory - pages * sizes.beside.page - seqs * sizes.beside.request)
+    cells = min(left // cell, pages * sizes.num_layers)
     if cells < min(needed, pages * sizes.num_layers):
         raise CapacityError(
             f"{memory} bytes of KV memory are too few for a slow tier of {asked}: one layer of its {pages} pages, "
-            f"and all layers of the {written} pages that a step writes, take {needed * cell} bytes; raise "
-            f"--kv-memory, or lower --kv-offloading-size, --max-num-batched-tokens or --max-num-seqs"
+            f"and all layers of the {written} pages that a step writes, take {needed * cell} bytes"
+            f"{_and_beside(sizes, pages, seqs)}; raise --kv-memory, or lower --kv-offloading-size, "
+            f"--max-num-batched-tokens or --max-num-seqs"
         )
     return KVBudget(sizes.block_size, pages, cells * cell, length, cells)
 
@@ -329,7 +348,15 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
     native_page = 0 if kernels == TORCH else positive("block_size", options.block_size, 16)
     folder = resolve_slow_tier(options, kv_dtype, found.folder)
-    kv = resolve_kv(options, model, found.token_bytes(geometry, kv_dtype, native_page), machine.free_memory)
+    size = _block_size(options)
+    sizes = KVSizes(
+        size,
+        options.max_model_len or model.max_position_embeddings,
+        found.token_bytes(geometry, kv_dtype, native_page) * size,
+        model.num_layers,
+        found.beside(geometry, size, KEY_BYTES.get(kv_dtype, 4)),
+    )
+    kv = resolve_kv(options, model, sizes, machine.free_memory)
     return Config(
         model=found.name,
         architecture=model.architecture,
@@ -351,7 +378,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         max_num_batched_tokens=positive(
             "max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS
         ),
-        max_num_seqs=positive("max_num_seqs", options.max_num_seqs, DEFAULT_SEQS),
+        max_num_seqs=_seqs(options),
         enable_prefix_caching=_flag("enable_prefix_caching", options.enable_prefix_caching),
         seed=_seed(options.seed),
     )
@@ -369,3 +396,5 @@ class Found:
     # (Geometry, kv_cache_dtype, page size of the native kernels or 0) -> bytes of K and V of one token
     token_bytes: Any
     folder: Path = Path()
+    # (Geometry, tokens of a page, bytes of a value) -> `technique.Beside`
+    beside: Callable[[Geometry, int, int], Beside] = Composition().beside

@@ -71,6 +71,7 @@ class LLM:
                 _machine(asked.device),
                 bytes_per_token,
                 home() / "kv",
+                composition.beside,
             ),
         )
         self.checkpoint = checkpoint

@@ -5,6 +5,7 @@
 
 namespace {
 
+using dovetail::CodeScores;
 using dovetail::LandmarkLogits;
 using dovetail::PageScores;
 using dovetail::PageTiles;
@@ -74,6 +75,100 @@ template <bool WIDE> void page_scores(const PageScores& args) {
     int p = 0;
     for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) score_heads<WIDE, PAGES_MANY>(args, p);
     for (; p < args.count; p++) score_heads<WIDE, 1>(args, p);
+}
+
+// ---- codes
+
+// Sixteen values of the compute type.
+template <bool WIDE> INLINE F values(const void* p, int at) {
+    if (WIDE) return load((const float*)p + at);
+    return bf16((const uint16_t*)p + at);
+}
+
+// Codes at bit FROM of each lane, and at FROM + 16, as bfloat16 (or, with the mask of the upper ones, as floats): 2 + code / 2.
+template <int FROM, int TO> INLINE I codes_at(I x, I mask, I two) {
+    constexpr int BY = TO - FROM;
+    if constexpr (BY >= 0) return ior(iand(left32<BY>(x), mask), two);
+    else return ior(iand(right32<-BY>(x), mask), two);
+}
+
+// acc[r] += the products of a vector of codes with 16 values of row r, in the compute type.
+template <bool WIDE, int R, int J> INLINE void code_pair(I x, const uint8_t* q, size_t row, F* acc) {
+    if constexpr (WIDE) {
+        const I mask = iall(0x00600000), two = iall(0x40000000);
+        const F even = as_float(codes_at<2 * J, 21>(x, mask, two)), odd = as_float(codes_at<2 * J, 5>(x, mask, two));
+        UNROLL for (int r = 0; r < R; r++) {
+            const float* at = (const float*)(q + r * row) + 2 * J;
+            acc[r] = fma(odd, all(at[1]), fma(even, all(at[0]), acc[r]));
+        }
+    } else {
+        const I pair = codes_at<2 * J, 5>(x, iall(0x00600060), iall(0x40004000));
+        UNROLL for (int r = 0; r < R; r++) {
+            int32_t both;
+            __builtin_memcpy(&both, q + r * row + 4 * J, 4);
+            acc[r] = dot_bf16(acc[r], pair, iall(both));
+        }
+    }
+}
+
+template <bool WIDE, int R> INLINE void code_vector(I x, const uint8_t* q, size_t row, F* acc) {
+    code_pair<WIDE, R, 0>(x, q, row, acc), code_pair<WIDE, R, 1>(x, q, row, acc);
+    code_pair<WIDE, R, 2>(x, q, row, acc), code_pair<WIDE, R, 3>(x, q, row, acc);
+    code_pair<WIDE, R, 4>(x, q, row, acc), code_pair<WIDE, R, 5>(x, q, row, acc);
+    code_pair<WIDE, R, 6>(x, q, row, acc), code_pair<WIDE, R, 7>(x, q, row, acc);
+}
+
+// The highest product of R queries with a page's keys. Since a code's value is 2 + code / 2, queries times twice the step
+// are what it is multiplied with, and twice their sum, as it was rounded, is taken off.
+template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const float* q, const CodeScores& args) {
+    constexpr int ELEMENT = WIDE ? 4 : 2;
+    constexpr size_t ROW = dovetail::MAX_DIM * ELEMENT;
+    alignas(64) uint8_t scaled[R * ROW];
+    const uint8_t *low = page, *step = page + (size_t)args.n * ELEMENT, *codes = step + (size_t)args.n * ELEMENT;
+    F constant[R], best = all(-__builtin_inff());
+    UNROLL for (int r = 0; r < R; r++) constant[r] = zero();
+    for (int at = 0; at < args.n; at += 16) {
+        const F from = values<WIDE>(low, at), twice = add(values<WIDE>(step, at), values<WIDE>(step, at));
+        UNROLL for (int r = 0; r < R; r++) {
+            const F x = load(q + (size_t)r * args.n + at), y = mul(x, twice);
+            uint8_t* to = scaled + r * ROW + (size_t)at * ELEMENT;
+            if (WIDE) store((float*)to, y);
+            else store_bf16(to, y);
+            const F rounded = values<WIDE>(to, 0);
+            constant[r] = sub(fma(x, from, constant[r]), add(rounded, rounded));
+        }
+    }
+    for (int t = 0; t < args.tiles; t++) {
+        F acc[R];
+        UNROLL for (int r = 0; r < R; r++) acc[r] = all(sum(constant[r]));
+        for (int b = 0; b < args.n / 16; b++, codes += 64)
+            code_vector<WIDE, R>(iload(codes), scaled + (size_t)16 * b * ELEMENT, ROW, acc);
+        UNROLL for (int r = 0; r < R; r++) best = max(choose(not_nan(acc[r]), acc[r], best), best);
+    }
+    return highest(best);
+}
+
+template <bool WIDE> void code_scores(const CodeScores& args) {
+    const size_t head = (size_t)args.n * (2 * (WIDE ? 4 : 2) + 4 * args.tiles);
+    for (int p = 0; p < args.count; p++) {
+        const int later = p + AHEAD < args.listed ? p + AHEAD : p;
+        const uint8_t* page = args.summaries + args.pages[p] * args.heads * head;
+        const uint8_t* next = args.summaries + args.pages[later] * args.heads * head;
+        for (int h = 0; h < args.heads; h++, page += head, next += head) {
+            for (size_t b = 0; b < head; b += 64) prefetch_far(next + b);
+            const float* q = args.q + (size_t)h * args.rows * args.n;
+            float best = -__builtin_inff();
+            for (int r = 0; r < args.rows; r += 4, q += 4 * args.n) {
+                const int rows = args.rows - r;
+                const float x = rows == 1   ? code_best<WIDE, 1>(page, q, args)
+                                : rows == 2 ? code_best<WIDE, 2>(page, q, args)
+                                : rows == 3 ? code_best<WIDE, 3>(page, q, args)
+                                            : code_best<WIDE, 4>(page, q, args);
+                best = x > best ? x : best;
+            }
+            args.out[h * args.out_stride + p] = best;
+        }
+    }
 }
 
 // Logits of P vectors, `step` values apart in `out`, and R queries of a head, `row` apart.
@@ -241,7 +336,7 @@ template <bool WIDE> struct Dimension {
     const PageTiles& page;
     const int d;
     int tile = -1;
-    alignas(64) float keys[16];
+    alignas(64) float keys[16] = {};
     INLINE float operator()(int t) {
         if (t / 16 != tile) tile = t / 16, store(keys, keys_at<WIDE>(page.keys + tile * page.tile_bytes, d));
         return keys[t % 16];
@@ -303,6 +398,36 @@ template <bool WIDE> void page_moments(const PageTiles& page, int chunks, void* 
     }
 }
 
+// 0 to 3. A range of nothing is all 0.
+INLINE I code_of(F key, float low, float step) {
+    if (!(step > 0)) return izero();
+    const F at = round_even(div(sub(key, all(low)), all(step)));
+    return to_int(min(max(at, zero()), all(3.0f)));
+}
+
+// Where each key lies between the page's extremes.
+template <bool WIDE> void page_codes(const PageTiles& page, int, void* out) {
+    uint8_t* codes = (uint8_t*)out + (size_t)2 * page.n * (WIDE ? 4 : 2);
+    page_bounds<WIDE>(page, 1, out);
+    for (int d = 0; d < page.n; d += 16) {
+        alignas(64) float low[16], step[16];
+        const F least = values<WIDE>(out, page.n + d), range = sub(values<WIDE>(out, d), least);
+        const F third = div(range, all(3.0f));
+        for (int i = 0; i < 16; i++) put<WIDE>(out, d + i, lane(least, i)), put<WIDE>(out, page.n + d + i, lane(third, i));
+        store(low, values<WIDE>(out, d)), store(step, values<WIDE>(out, page.n + d));
+        for (int t = 0; t < page.tiles; t++) {
+            I packed = izero();
+            for (int i = 14; i >= 0; i -= 2) {
+                const uint8_t* tile = page.keys + t * page.tile_bytes;
+                const I even = code_of(keys_at<WIDE>(tile, d + i), low[i], step[i]);
+                const I odd = code_of(keys_at<WIDE>(tile, d + i + 1), low[i + 1], step[i + 1]);
+                packed = ior(left32<2>(packed), ior(even, left32<16>(odd)));
+            }
+            istore(codes + ((size_t)t * (page.n / 16) + d / 16) * 64, packed);
+        }
+    }
+}
+
 template <bool WIDE> void turn_keys(const uint8_t* tile, int dim, const float* basis, int width, uint8_t* out) {
     alignas(64) uint16_t low[16], high[16];
     for (int c = 0; c < width; c += 2) {
@@ -341,6 +466,9 @@ template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stri
 
 inline void add_pages(dovetail::Kernels& k) {
     k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
+    k.code_scores[dovetail::KV_F32] = code_scores<true>, k.code_scores[dovetail::KV_BF16] = code_scores<false>;
+    k.summarise[dovetail::CODES][dovetail::KV_F32] = page_codes<true>;
+    k.summarise[dovetail::CODES][dovetail::KV_BF16] = page_codes<false>;
     k.best_of_sixteen = best_of_sixteen, k.margins = margins;
     k.landmark_logits[dovetail::KV_F32] = landmark_logits<true>;
     k.landmark_logits[dovetail::KV_BF16] = landmark_logits<false>;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.bench.attention import KV_DTYPES, Attention, Kernels, KVPool, Request
 from dovetail.core.pages import pages_for
+from dovetail.ops.pages import num_vectors
 from dovetail.runtime.store import lazy_zeros, padded
 
 SPAN = 16  # pages
@@ -60,13 +61,16 @@ class SparseAttention(Attention):
     def _record(self, pages: int) -> None:
         program, choosing, pool = self.program, self.choosing, self.pool
         size, heads = pool.pages.size, pool.heads
-        shape = (self.layers * pages, heads.kv, 2, padded(heads.dim))
-        self.summaries = lazy_zeros(shape, KV_DTYPES[pool.kind], torch.device("cpu"))
+        dtype = KV_DTYPES[pool.kind]
+        vectors = num_vectors(choosing.kind, size, 0, dtype.itemsize)
+        self.summaries = lazy_zeros(
+            (self.layers * pages, heads.kv, vectors, padded(heads.dim)), dtype, torch.device("cpu")
+        )
         at = self.summaries.data_ptr()
         program.sparsify(size, pages_for(choosing.budget, size), -1, False)
-        program.summarise(choosing.kind, self.layers, list(range(pages)), at)
+        program.summarise(choosing.kind, self.layers, list(range(pages)), at, vectors)
         for layer in range(self.layers):
-            program.pick(self._q, layer, choosing.kind, at)
+            program.pick(self._q, layer, choosing.kind, at, vectors)
             program.attend((self._q, self._out, layer, True), 0, 0, [])
 
     @property

@@ -7,7 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.seams import SEAMS, Seams, Site
+from dovetail.core.seams import SEAMS, Geometry, Seams, Site
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes that are kept on the device beside K and V: for each page over all layers, and for each request."""
+
+    page: int = 0
+    request: int = 0
+
+    def __add__(self, other: Beside) -> Beside:
+        return Beside(self.page + other.page, self.request + other.request)
+
+
+def _nothing(shape: Geometry, page_size: int, value: int) -> Beside:
+    return Beside()
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,8 @@ class Technique:
     `build(site)` makes the seams' objects, one set per engine, so a record can be used many times.
     `needs` and `provides` are facts, never names. `excludes` are facts it cannot live with.
     `lossless`: greedy text is the plain engine's at every setting. `exact_at`: options at which a lossy
-    technique must equal the plain engine token for token. `activity(seams)` counts what it did.
+    technique must equal the plain engine token for token. `activity(seams)` counts what it did. `beside(geometry,
+    tokens of a page, bytes of a value of a key)` is what it keeps on the device.
     """
 
     name: str
@@ -30,6 +46,7 @@ class Technique:
     lossless: bool = False
     exact_at: Mapping[str, Any] = field(default_factory=dict)
     activity: Callable[[Seams], int] = lambda seams: 0
+    beside: Callable[[Geometry, int, int], Beside] = _nothing
 
     @property
     def spec(self) -> str:
@@ -52,6 +69,10 @@ class Composition:
                 raise ConfigError(f"{t.name} says it fills {sorted(t.fills)} but built {sorted(built)}")
             parts.update(built)
         return Seams(**parts)
+
+    def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
+        """What all of them keep."""
+        return sum((t.beside(shape, page_size, value) for t in self.techniques), Beside())
 
     @property
     def specs(self) -> list[str]:

@@ -9,12 +9,18 @@ The torch functions define what the native operations `summarise` and `pick` (cs
                                                                            larger product with q
                      sum_i q_i first_i + |q_i| second_i                    "mean_std"
 
+Or a page's keys are rounded to `LEVELS` between its extremes, and a page scores as its best rounded key:
+
+    low = min_t k_t,  step = (max_t k_t - low) / 3,  code_t = round((k_t - low) / step) in 0..3
+    score(q, page) = max_t q . (low + step code_t)                         "codes": wrong by sum_i |q_i| step_i / 2
+                                                                           at most
+
 If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t, and
 mean_std stays within `DEVIATIONS` of them above the mean. The bound does not: it adds up maxima that lie in
-different tokens, and the more tokens a chunk has, the less it says.
+different tokens, and the more tokens a chunk has, the less it says. Codes tell tokens apart, at 2 bits a value.
 
-Landmarks (ShadowKV, arXiv 2410.21465, section 4) are means of the chunks of a page's keys, and a page's score is the
-largest softmax weight of one of them among those of all competing pages.
+Landmarks (ShadowKV, arXiv 2410.21465, section 4) are means of the chunks of a page's keys, and a page's score is
+the largest softmax weight of one of them among those of all competing pages.
 """
 
 from __future__ import annotations
@@ -24,24 +30,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.core.seams import Geometry
 from dovetail.runtime.store import lazy_zeros, padded
 
-KINDS = ("bound", "mean_std")  # two vectors for each chunk
+KINDS = ("bound", "mean_std", "codes")
+LEVELS = 4
 DEVIATIONS = 4.0
 
 
 class Summaries:
     """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
     or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks", for each chunk of `chunk`
-    tokens; 0 for whole pages."""
+    tokens; 0 for whole pages, which codes are of. `native`: as a program keeps them; without one, codes are kept
+    as the rounded keys in float32."""
 
-    def __init__(self, kv: Any, kind: str, chunk: int = 0) -> None:
+    def __init__(self, kv: Any, kind: str, chunk: int = 0, program: Any = None) -> None:
         self.kv = kv
         self.kind = kind
         self.chunk = chunk
-        self.program: Any = None  # summarises pages in its layout
+        self.program = program  # summarises pages in its layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
-        self.vectors = kv.page_size // (chunk or kv.page_size) * (1 if kind == "landmarks" else 2)
+        self.vectors = num_vectors(kind, kv.page_size, chunk, dtype.itemsize)
+        if kind == "codes" and not self._native:
+            self.vectors, dtype = kv.page_size, torch.promote_types(dtype, torch.float32)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
         shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
         self.data = lazy_zeros(shape, dtype, kv.device)
@@ -49,7 +60,7 @@ class Summaries:
     def seal(self, pages: Tensor) -> None:
         """Summarise the completed `pages` [n] (int64) of all layers."""
         layers = self.kv.geometry.num_layers
-        if self.program is not None and self.kv.k.layout == "tiled":
+        if self._native:
             self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr(), self.vectors)
             return
         for layer in range(layers):
@@ -57,6 +68,10 @@ class Summaries:
             chunk = self.chunk or keys.shape[1]
             found = landmarks(keys, chunk) if self.kind == "landmarks" else summary(keys, self.kind, chunk)
             self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found.to(self.data.dtype)
+
+    @property
+    def _native(self) -> bool:
+        return self.program is not None and bool(self.kv.k.layout == "tiled")
 
     def scores(self, layer: int, q: Tensor, pages: Tensor) -> Tensor:
         """q [rows, heads, head_dim], physical pages [rows, n] -> scores [rows, KV heads, n]."""
@@ -67,8 +82,34 @@ class Summaries:
         return self.data[layer * self.kv.pages_per_layer + pages][..., : self.kv.head_dim]
 
 
+def summary_bytes(shape: Geometry, value: int, vectors: int, pad: int = 16) -> int:
+    """Of `vectors` for a page and KV head, over all layers; `value` bytes each of their values."""
+    width = -(-shape.head_dim // pad) * pad
+    return shape.num_layers * shape.num_kv_heads * vectors * width * value
+
+
+def num_vectors(kind: str, page_size: int, chunk: int, value: int) -> int:
+    """How many vectors of the keys' type, whose values take `value` bytes, native programs keep for a page."""
+    if kind == "codes":
+        return 2 + page_size * 2 // (8 * value)
+    return page_size // (chunk or page_size) * (1 if kind == "landmarks" else 2)
+
+
+def rounded(keys: Tensor) -> Tensor:
+    """keys [pages, tokens, KV heads, head_dim] -> what codes say of them [pages, KV heads, tokens, head_dim] in
+    float32 or float64."""
+    wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+    low, high = wide.amin(1, keepdim=True), wide.amax(1, keepdim=True)
+    step = ((high - low) / (LEVELS - 1)).to(keys.dtype).to(wide.dtype)
+    codes = ((wide - low) / step).round().clamp(0, LEVELS - 1)
+    return (low + torch.where(step > 0, step * codes, 0.0)).transpose(1, 2)
+
+
 def summary(keys: Tensor, kind: str, chunk: int) -> Tensor:
-    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, tokens / chunk * 2, head_dim]."""
+    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, tokens / chunk * 2, head_dim]; codes are
+    `rounded`."""
+    if kind == "codes":
+        return rounded(keys)
     chunks = keys.unflatten(1, (-1, chunk)).transpose(
         1, 3
     )  # [pages, KV heads, tokens of a chunk, chunks, head_dim]
@@ -84,6 +125,9 @@ def page_scores(q: Tensor, summaries: Tensor, kind: str) -> Tensor:
     the highest score over a page's chunks and the query heads of each KV head's group. NaN is -infinity."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.unflatten(1, (summaries.shape[2], -1)).to(wide)
+    if kind == "codes":
+        scores = torch.einsum("rhgd,rphcd->rhgpc", q, summaries.to(wide))
+        return torch.where(scores.isnan(), float("-inf"), scores).amax((2, 4))
     pair = (q.clamp_min(0), q.clamp_max(0)) if kind == "bound" else (q, q.abs())
     halves = summaries.to(wide).unflatten(3, (-1, 2)).unbind(4)
     products = [torch.einsum("rhgd,rphcd->rhgpc", a, x) for a, x in zip(pair, halves, strict=True)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.core.seams import Geometry
 from dovetail.runtime.store import lazy_zeros
 
 
@@ -33,6 +34,12 @@ def skew(q: Tensor) -> Tensor:
 def kept_columns(head_dim: int, fraction: float) -> int:
     """How many columns a fraction is: at least one."""
     return max(1, round(fraction * head_dim))
+
+
+def partial_bytes(shape: Geometry, page_size: int, value: int, fraction: float) -> int:
+    """Of the partial keys of a page, over all layers; `value` bytes each of their values."""
+    columns = kept_columns(shape.head_dim, fraction)
+    return shape.num_layers * shape.num_kv_heads * page_size * (columns + columns % 2) * value
 
 
 def margins(q: Tensor, keys: Tensor, readable: Tensor) -> Tensor:

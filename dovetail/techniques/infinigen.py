@@ -28,10 +28,10 @@ from dovetail.core.errors import ConfigError
 from dovetail.core.eviction import POLICIES, Evictions
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Seams, Selector, Site
-from dovetail.core.technique import Technique
+from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet, Request
 from dovetail.ops.pages import pick
-from dovetail.ops.skew import PartialKeys, TurnedKeys, counted, kept_columns
+from dovetail.ops.skew import PartialKeys, TurnedKeys, counted, kept_columns, partial_bytes
 from dovetail.progress import note
 from dovetail.runtime.calibration import kept
 from dovetail.runtime.guess import NORMS, Guesser, calibrate
@@ -272,6 +272,7 @@ def infinigen(
         needs=frozenset({"a slow tier", "rotary positions"}),
         exact_at={"alpha": float("inf"), "budget": 2**30, "skip_layers": 1},
         activity=_activity,
+        beside=lambda shape, size, value: Beside(partial_bytes(shape, size, value, partial)),
     )  # fmt: skip
 
 

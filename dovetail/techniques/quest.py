@@ -3,8 +3,9 @@
 When a page seals, the elementwise maximum M and minimum m of its rotated keys are kept per layer and KV head. For
 a query q, no key of the page has a larger product with it than sum_i max(q_i M_i, q_i m_i) (section 3.3). Each KV
 head reads the pages with the highest bounds, over the query heads of its group, and always the current one;
-attention over what is read is exact. `score="mean_std"` ranks by q . mean + 4 / sqrt(head_dim) |q| . std instead (`ops.pages`): the bound is so loose that
-it loses pages that matter. Summaries of smaller chunks of a page help either.
+attention over what is read is exact. `score="mean_std"` ranks by q . mean + 4 / sqrt(head_dim) |q| . std instead
+(`ops.pages`): the bound is so loose that it loses pages that matter. Summaries of smaller chunks of a page help
+either.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Seams, Site
-from dovetail.core.technique import Technique
+from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet
-from dovetail.ops.pages import KINDS, Summaries, pick
+from dovetail.ops.pages import KINDS, Summaries, num_vectors, pick, summary_bytes
 from dovetail.runtime.recorded import RecordedSelector
 
 
@@ -32,24 +33,24 @@ class QuestSelector(RecordedSelector):
         self.kind = kind  # of summary, and of how many tokens
         self.window = site.page_size
         self._dropped = 0
+        self._program: Any = None
         self._summaries: Summaries | None = None
 
     @property
     def summaries(self) -> Summaries:
         if self._summaries is None:
-            self._summaries = Summaries(self.site.kv, *self.kind)
+            self._summaries = Summaries(self.site.kv, *self.kind, self._program)
         return self._summaries
 
     @property
     def dropped(self) -> int:
         """Pages that rows left unread, in one layer and for one head."""
-        program = self.summaries.program
-        return self._dropped if program is None else program.unread()
+        return self._dropped if self._program is None else int(self._program.unread())
 
     def record(self, layer: int, to: Any) -> bool:
         if layer < self.skip_layers:
             return False
-        self.summaries.program = to.program
+        self._program = to.program
         to.pick(layer, self.summaries, self.window, self.budget)
         return True
 
@@ -79,7 +80,9 @@ def quest(
     best of its chunks. 0 is the whole page, as in the paper.
     """
     if score not in KINDS:
-        raise ConfigError(f"quest: score must be {' or '.join(KINDS)}, got '{score}'")
+        raise ConfigError(f"quest: score must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got '{score}'")
+    if chunk and score == "codes":
+        raise ConfigError(f"quest: codes are of single tokens; drop chunk={chunk}, or choose another score")
     if page < 0 or skip_layers < 0 or budget < 1 or chunk < 0:
         raise ConfigError(
             "quest needs page >= 0, skip_layers >= 0, budget >= 1 and chunk >= 0, "
@@ -111,6 +114,9 @@ def quest(
         options={"page": page, "budget": budget, "skip_layers": skip_layers, "score": score, "chunk": chunk},
         exact_at={"budget": 2**30, "skip_layers": 0},
         activity=_activity,
+        beside=lambda shape, size, value: Beside(
+            summary_bytes(shape, value, num_vectors(score, size, chunk, value))
+        ),
     )
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import IntArray, pages_for
 from dovetail.core.seams import Geometry, Seams, Site
-from dovetail.core.technique import Technique
+from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import PageSet, Request
-from dovetail.ops.pages import Summaries, landmark_scores, pick
+from dovetail.ops.pages import Summaries, landmark_scores, pick, summary_bytes
 from dovetail.runtime.prompt_keys import KeyFormat, PromptKeys
 from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
 
@@ -119,6 +119,15 @@ class Options:
         """The most pages that the recent tokens of a row lie in."""
         return (LOCAL * self.chunk - 1) // page_size + 2
 
+    def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
+        """Landmarks and coefficients of every page, marks of outliers, and a basis for every request."""
+        width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers
+        rank = self.rank or width
+        marks, coefficients = layers * shape.num_kv_heads, layers * page_size * (rank + rank % 2) * value
+        vectors = page_size // self.chunk
+        found = summary_bytes(shape, value, vectors, pad=32)
+        return Beside(found + coefficients + marks, layers * (rank + rank % 2) * width * value)
+
     def check(self, shape: Geometry, page_size: int) -> None:
         """Raise ConfigError if this does not fit a model or its pages."""
         width = shape.num_kv_heads * shape.head_dim
@@ -174,6 +183,7 @@ def shadowkv(
         needs=frozenset({"a slow tier", "rotary positions"}),
         exact_at={"rank": 0, "chunk": 1, "budget": 2**30},
         activity=_activity,
+        beside=options.beside,
     )
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dovetail import LLM, SamplingParams
 from dovetail.ops.cpu import emulated, isas
-from dovetail.ops.pages import KINDS, landmark_scores, landmarks, outliers, page_scores, pick, summary
+from dovetail.ops.pages import landmark_scores, landmarks, outliers, page_scores, pick, rounded, summary
+from tests.helpers.codes import unpacked
 
 SEEDS = st.integers(0, 2**31)
 
@@ -137,7 +138,50 @@ def test_larger_budgets_read_what_smaller_ones_do(seed: int, pages: int) -> None
             assert set(small[0, head].tolist()) - {-1} <= set(large[0, head].tolist())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(SEEDS, st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
+def test_codes_are_wrong_by_half_a_step_at_most(seed: int, tokens: int, heads: int, group: int) -> None:
+    keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
+    found = rounded(keys)
+    step = (keys.amax(1) - keys.amin(1)) / 3  # [pages, KV heads, head_dim]
+    assert ((found - keys.transpose(1, 2)).abs() <= step[:, :, None] / 2 + 1e-12).all()
+    assert all(len(set(column.tolist())) <= 4 for page in found for head in page for column in head.T)
+    if tokens <= 2:  # both extremes are there
+        torch.testing.assert_close(found, keys.transpose(1, 2))
+    scores = page_scores(q, found.expand(2, -1, -1, -1, -1), "codes")
+    products = torch.einsum("rhgd,pthd->rhgpt", q.unflatten(1, (heads, group)), keys).amax((2, 4))
+    worst = torch.einsum("rhgd,phd->rhgp", q.unflatten(1, (heads, group)).abs(), step / 2).amax(2)
+    assert ((scores - products).abs() <= worst + 1e-12).all()
+
+
+def test_keys_without_a_range_are_themselves() -> None:
+    keys = random(0, 2, 1, 2, 8).expand(-1, 16, -1, -1)
+    assert torch.equal(rounded(keys), keys.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("block", [16, 48, 8])
+def test_native_codes_are_the_definition(tiny_model: Path, kv: str, block: int) -> None:
+    if not isas():
+        pytest.skip("the native kernels were not built")
+    llm = LLM(
+        tiny_model, use="quest:budget=96,skip_layers=0,score=codes", kv_cache_dtype=kv, block_size=block,
+        kv_memory="64MiB",
+    )  # fmt: skip
+    llm.generate([[i * i % 250 for i in range(200)]], SamplingParams(temperature=0, max_tokens=9), progress=False)
+    executor: Any = llm.engine.executor
+    summaries, cache = llm.engine.seams.selector.summaries, executor.kv  # type: ignore[attr-defined]
+    sealed = torch.arange(200 // block)
+    for layer in range(2):
+        got = summaries.data[layer * cache.pages_per_layer + sealed]
+        keys = cache.keys(layer, sealed)
+        packed = cache.k.layout == "tiled"
+        found = unpacked(got, cache.head_dim, block // 16) if packed else got[..., : cache.head_dim].float()
+        torch.testing.assert_close(found, rounded(keys).float(), rtol=1e-5, atol=1e-5)
+        assert packed == (block != 8 and kv in ("float32", "bf16"))
+
+
+@pytest.mark.parametrize("kind", ["bound", "mean_std"])
 @pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize(("block", "chunk"), [(16, 0), (32, 0), (8, 0), (16, 4), (32, 8), (48, 24)])
 def test_native_summaries_are_the_definitions(
@@ -181,6 +225,7 @@ def texts(model: Path, **options: Any) -> list[list[int]]:
         "quest:budget=64,skip_layers=0",
         "quest:budget=96,skip_layers=1,score=mean_std",
         "quest:budget=64,skip_layers=0,chunk=4",
+        "quest:budget=64,skip_layers=0,score=codes",
     ],
 )
 def test_every_instruction_set_reads_what_the_reference_reads(tiny_model: Path, isa: str, use: str) -> None:

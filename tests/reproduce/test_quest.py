@@ -18,6 +18,7 @@ from dovetail.ops.pages import KINDS, page_scores, pick, summary
 from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.quest import EFFORTS, Effort, experiments
 from dovetail.reproduce.runner import measure
+from tests.helpers.codes import unpacked
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
 SMALL = Heads(6, 2, 16)
@@ -37,7 +38,7 @@ def claims(tiny_model: Path) -> dict[str, Claim]:
 
 
 def test_every_claim_says_everything(claims: dict[str, Claim]) -> None:
-    assert len(claims) == 2 * 2 + 1
+    assert len(claims) == 2 * 2 + 2
     for claim in claims.values():
         assert all((claim.setting, claim.paper, claim.ours, claim.why))
         assert claim.kind == "run" and "baseline: " in claim.setting and "section" in claim.paper
@@ -94,7 +95,9 @@ def test_the_step_reads_what_the_definitions_choose(
     q = q.to(torch.bfloat16).float() if dtype == "bf16" else q
     eligible = max(0, stop - 16) // 16
     found = step.summaries[order][None, ..., : heads.dim].double()
-    torch.testing.assert_close(found[0].float(), summary(k, kind, 16), rtol=0.01, atol=1e-5)
+    if kind == "codes":
+        found = unpacked(step.summaries[order], heads.dim, 1)[None].double()
+    torch.testing.assert_close(found[0].float(), summary(k.to(step.summaries.dtype), kind, 16).float(), rtol=0.01, atol=1e-5)
     count = torch.tensor([max(0, listed - (-(-stop // 16) - eligible))])
     chosen = pick(page_scores(q.double(), found, kind).float(), torch.tensor([eligible]), count)[0]
     readable = torch.zeros(heads.kv, tokens, dtype=torch.bool)

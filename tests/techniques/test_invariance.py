@@ -22,7 +22,8 @@ LOSSY = [
     *(
         "quest:budget=8,skip_layers=0",
         "quest:budget=16,skip_layers=1",
-        "quest:budget=12,skip_layers=0,score=mean_std",
+        "quest:budget=12,skip_layers=0,score=mean_std,chunk=2",
+        "quest:budget=12,skip_layers=0,score=codes",
         "shadowkv:rank=3,budget=20,chunk=2,outliers=2",
         "shadowkv:rank=6,budget=12,chunk=1,outliers=0",
         "shadowkv:rank=16,budget=16,chunk=1,outliers=1,energy=0.9",

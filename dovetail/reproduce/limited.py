@@ -1,0 +1,118 @@
+"""Decoding of a batch under one limit of device memory, with and without a technique."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dovetail import hub
+from dovetail.bench.limited import Batch, Decoded
+from dovetail.bench.ratio import Ratio
+from dovetail.bench.turns import in_turns
+from dovetail.checkpoint import open_checkpoint
+from dovetail.core.pages import pages_for
+from dovetail.evals.corpus import DEFAULT, corpus
+from dovetail.llm import LLM
+from dovetail.models import geometry
+from dovetail.runtime.kv import bytes_per_token
+
+BLOCK = 16
+BATCHED = 256  # tokens of a step: what a step writes takes device memory too
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`requests` prompts of `context` tokens of text at once, each to be answered with `tokens` tokens; `memory`
+    bytes of the device for KV and what techniques keep beside it; `link`: GB/s of the slow tier where that is the
+    host's memory. `rounds` of `steps` timed steps of each side, in turns."""
+
+    model: str
+    memory: int
+    context: int
+    requests: int
+    rounds: int
+    steps: int
+    tokens: int = 400
+    link: float = 25.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.requests} prompts of {self.context} tokens at once, bf16 KV, "
+            f"{self.memory / 1e6:.0f} MB of device memory for KV and what is kept beside it"
+        )
+
+    @property
+    def pages(self) -> int:
+        return self.requests * pages_for(self.context + self.tokens, BLOCK)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Techniques, and where KV goes that the device has no room for: nowhere, "host" or "disk"."""
+
+    use: tuple[str, ...]
+    backend: str = ""
+
+    def start(self, limit: Limit) -> LLM:
+        """An engine. CapacityError if the limit is too low for it."""
+        options: dict[str, Any] = {}
+        if self.backend:
+            shape = geometry(open_checkpoint(hub.resolve(limit.model)).config)
+            size = limit.pages * BLOCK * bytes_per_token(shape, "bf16", BLOCK)
+            options = {"kv_offloading_size": size, "kv_offloading_backend": self.backend}
+        if self.backend == "host":
+            options["emulate_link"] = limit.link
+        return LLM(
+            limit.model, use=self.use, kv_cache_dtype="bf16", kv_memory=limit.memory, block_size=BLOCK,
+            max_model_len=limit.context + limit.tokens, max_num_seqs=limit.requests,
+            max_num_batched_tokens=BATCHED, enable_prefix_caching=False, **options,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens per second of ours to the baseline's, and the median round of each."""
+
+    ratio: Ratio
+    baseline: Decoded
+    ours: Decoded
+
+    def __str__(self) -> str:
+        a, b = self.baseline, self.ours
+        return (
+            f"{self.ratio} times as fast: {b.rate:.0f} tokens/s of {b.batch} requests instead of {a.rate:.0f} of "
+            f"{a.batch}, {b.bytes_in / 1e6:.2f} MB a token from the slow tier instead of {a.bytes_in / 1e6:.2f}"
+        )
+
+
+def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
+    """Decode the same prompts on both sides in turns. RuntimeError if a technique of ours did nothing."""
+    found: tuple[list[Decoded], list[Decoded]] = ([], [])
+    engines = [side.start(limit) for side in (baseline, ours)]
+    text = prompts(engines[0], limit)
+    batches = [Batch(llm, text, limit.tokens) for llm in engines]
+    for batch in batches:
+        batch.settle()
+    for i in range(limit.rounds):
+        for at in in_turns(range(2), i):
+            found[at].append(batches[at].decode(limit.steps))
+    for name, did in engines[1].activity().items():
+        if not did:
+            raise RuntimeError(f"{name} did nothing: its speed would mean nothing")
+    for batch in batches:
+        batch.close()
+    slow, fast = found
+    ratio = Ratio.of_rounds([b.rate / a.rate for a, b in zip(slow, fast, strict=True)])
+    return Comparison(ratio, _median(slow), _median(fast))
+
+
+def prompts(llm: LLM, limit: Limit) -> list[list[int]]:
+    """Text that every Python ships, one part after the other."""
+    tokens = llm.tokenizer.encode(corpus(DEFAULT).text, add_special_tokens=False)
+    cut = range(0, limit.requests * limit.context, limit.context)
+    return [[tokens[(at + i) % len(tokens)] for i in range(limit.context)] for at in cut]
+
+
+def _median(some: Sequence[Decoded]) -> Decoded:
+    return sorted(some, key=lambda d: d.rate)[len(some) // 2]
