@@ -3,9 +3,11 @@
 When a page seals, the elementwise maximum M and minimum m of its rotated keys are kept per layer and KV head. For
 a query q, no key of the page has a larger product with it than sum_i max(q_i M_i, q_i m_i) (section 3.3). Each KV
 head reads the pages with the highest bounds, over the query heads of its group, and always the current one;
-attention over what is read is exact. `score="mean_std"` ranks by q . mean + 4 / sqrt(head_dim) |q| . std instead
-(`ops.pages`): the bound is so loose that it loses pages that matter. Summaries of smaller chunks of a page help
-either.
+attention over what is read is exact.
+
+That bound is so loose that it loses pages that matter. By default 2 bits a value say where the keys of a page lie
+between m and M, `score="codes"` (`ops.pages`), for twice the bytes. "mean_std" ranks by q . mean and the deviation
+from it; summaries of smaller chunks of a page help it and the bound.
 """
 
 from __future__ import annotations
@@ -71,13 +73,14 @@ class QuestSelector(RecordedSelector):
 
 
 def quest(
-    page: int = 0, budget: int = 1024, skip_layers: int = 2, score: str = "bound", chunk: int = 0
+    page: int = 0, budget: int = 1024, skip_layers: int = 2, score: str = "codes", chunk: int = 0
 ) -> Technique:
     """Read `budget` tokens, rounded up to whole pages; a budget of the whole context is exactly the plain engine.
 
     page: tokens, which must be the KV's block size; 0 takes that. skip_layers: the first layers read everything
-    (the paper's default is 2). chunk: tokens that a summary is of, a divisor of the page; a page is read for the
-    best of its chunks. 0 is the whole page, as in the paper.
+    (the paper's default is 2). score: by which pages are chosen, "codes", "bound" (the paper's) or "mean_std".
+    chunk: tokens that a bound or mean is of, a divisor of the page; a page is read for the best of its chunks. 0
+    is the whole page, as in the paper.
     """
     if score not in KINDS:
         raise ConfigError(f"quest: score must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got '{score}'")

@@ -3,6 +3,7 @@
 1. Self-attention is faster by what it does not read, the estimate included (abstract and section 4.3):
    `attention`, on random keys, which are cold.
 2. So is decoding as a whole (section 4.3): `decode`, the whole engine on a real model.
+3. And what matters is found (section 4.2): `quality`, at the setting of 2.
 
 Everything is run, nothing simulated. The paper's figures are of a GPU and of models with as many KV heads as query
 heads, so both sides are ratios to their own dense attention.
@@ -15,7 +16,7 @@ from dovetail.bench.attention import Kernels
 from dovetail.core.errors import ConfigError
 from dovetail.ops import cpu
 from dovetail.reproduce.claim import Experiment
-from dovetail.reproduce.quest import attention, decode
+from dovetail.reproduce.quest import attention, decode, quality
 from dovetail.reproduce.quest.effort import EFFORTS, Effort
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
@@ -26,4 +27,8 @@ def experiments(effort: Effort) -> list[Experiment]:
     if not cpu.isas():
         raise ConfigError("reproducing quest needs the native kernels, which were not built: `pip install .`")
     kernels = Kernels(cpu.isas()[0], machine.cpu_budget())
-    return [attention.experiment(effort, kernels), decode.experiment(effort, kernels)]
+    return [
+        attention.experiment(effort, kernels),
+        decode.experiment(effort, kernels),
+        quality.experiment(effort),
+    ]

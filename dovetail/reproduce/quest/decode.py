@@ -33,7 +33,7 @@ def _name(effort: Effort) -> str:
 def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     """The same prompt answered with and without, in turns. RuntimeError if nothing was left unread."""
     context, budget = effort.decode_context, effort.decode_budget
-    uses: list[list[str]] = [[], [f"quest:budget={budget},skip_layers={effort.skip_layers}"]]
+    uses: list[list[str]] = [[], [f"quest:budget={budget},skip_layers={effort.skip_layers},score={effort.score}"]]
     length = context + effort.new_tokens
     sides = [LLM(effort.model, use=use, kv_cache_dtype="bf16", max_model_len=length) for use in uses]
     prompt = Prompts(sides[0].session.vocab_size).take(context)
@@ -50,8 +50,8 @@ def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     dense, sparse = (statistics.median(some) * 1e3 for some in seconds)
     yield Claim(
         _name(effort),
-        f"{effort.model}, random tokens, budget {budget}, bf16 KV, one request, {kernels.threads} threads; "
-        "baseline: the same engine without quest",
+        f"{effort.model}, random tokens, budget {budget}, chosen by {effort.score}, bf16 KV, one request, "
+        f"{kernels.threads} threads; baseline: the same engine without quest",
         _PAPER,
         f"{ratio} times as fast: {sparse:.2f} ms instead of {dense:.2f}, {1e3 / sparse:.0f} tokens/s instead "
         f"of {1e3 / dense:.0f}",

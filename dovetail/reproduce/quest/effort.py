@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dovetail.bench.attention import GROUPED, Heads
+from dovetail.reproduce.needles import Needles
 
 MIB = 1 << 20
 KIB = 1 << 10
+
+
+_NEEDLES = Needles("smollm2-135m", "2048,4096", "10,50,90", 3)
 
 
 @dataclass(frozen=True)
 class Effort:
     """contexts: tokens behind which attention reads `attention_budget`; rounds: of each comparison of it; cold:
     bytes of KV that a timed run goes through, at least. decode_context, decode_budget, decode_rounds: of the whole
-    engine with `model`, which generates `new_tokens` tokens in every round, `skip_layers` layers dense."""
+    engine with `model`, which generates `new_tokens` tokens in every round, `skip_layers` layers dense, pages
+    chosen by `score`; needles: the grid at that setting."""
 
     rounds: int
     contexts: tuple[int, ...]
@@ -26,12 +31,16 @@ class Effort:
     decode_context: int = 7552
     decode_budget: int = 512
     skip_layers: int = 2
+    score: str = "codes"
     model: str = "smollm2-135m"
+    needles: Needles = _NEEDLES
 
 
 _CONTEXTS = (8 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB)
 EFFORTS = {
-    "quick": Effort(15, _CONTEXTS[2:3], 8, 24),
+    "quick": Effort(15, _CONTEXTS[2:3], 8, 24, needles=Needles("smollm2-135m", "2048", "10,90", 2)),
     "default": Effort(31, _CONTEXTS, 20, 32),
-    "full": Effort(61, _CONTEXTS, 40, 64),
+    "full": Effort(
+        61, _CONTEXTS, 40, 64, needles=Needles("smollm2-135m", "1024,2048,4096,7424", "10,30,50,70,90", 5)
+    ),
 }

@@ -1,0 +1,70 @@
+"""Whether a technique finds what reading everything finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dovetail.evals.needle import Needle
+from dovetail.llm import LLM
+from dovetail.units import parse_size
+
+NEEDED = 0.95  # of what the plain engine finds
+
+
+@dataclass(frozen=True)
+class Needles:
+    """A grid of `lengths` by `depths` (as in `dovetail eval --suite needle`) with `trials` trials in each cell."""
+
+    model: str
+    lengths: str
+    depths: str
+    trials: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, one needle in text that every Python ships, {self.lengths} tokens, depths "
+            f"{self.depths} %, {self.trials} trials a cell; the question is read through the technique too"
+        )
+
+    def found(self, use: Sequence[str] = (), slow_tier: bool = False) -> Found:
+        """RuntimeError for a technique that did nothing."""
+        options: dict[str, Any] = {}
+        longest = max(map(int, self.lengths.split(","))) + ROOM
+        if slow_tier:
+            options = {
+                "kv_offloading_size": parse_size("1GiB"), "kv_offloading_backend": "host",
+                "kv_memory": parse_size("1100MiB"), "max_num_seqs": 8,
+            }  # fmt: skip
+        llm = LLM(self.model, use=use, max_model_len=longest, kv_cache_dtype="bf16", **options)
+        suite = Needle(lengths=self.lengths, depths=self.depths, trials=self.trials)
+        result = suite.measure(llm, None)
+        for name, did in llm.activity().items():
+            if not did:
+                raise RuntimeError(f"{name} did nothing: what it finds would mean nothing")
+        grid = result["grid"]
+        return Found(sum(c["correct"] for c in grid), sum(c["trials"] for c in grid))
+
+
+ROOM = 64  # tokens of an answer, at least
+
+
+@dataclass(frozen=True)
+class Found:
+    """Needles found in so many trials."""
+
+    correct: int
+    trials: int
+
+    def __str__(self) -> str:
+        return f"{self.correct} of {self.trials}"
+
+    def of(self, other: Found) -> float:
+        """The share of what another one found, 0 where that is nothing."""
+        return self.correct / other.correct if other.correct else 0.0
+
+
+def sink_window(budget: int) -> str:
+    """The baseline that reads the first and the last tokens, as many as `budget` in all."""
+    return f"sink-window:sink=16,window={budget - 16}"
