@@ -67,9 +67,10 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // What is kept of each chunk of a page: maximum and minimum of its keys, or mean and weighted standard deviation, [2][n]
 // values. A query is scored by its positive and negative part against the one, by itself and its magnitude against the
 // other.
-// Or codes: of a page, minimum and a third of the range of its keys, [2][n] values, and where in that range each key lies,
-// 0 to 3, in tiles of sixteen keys: bits 2 i and 2 i + 1 of the halves of lane t of vector b are those of dimensions
-// 16 b + 2 i and 16 b + 2 i + 1 of key t. Or landmarks: means.
+// Or codes: of a page, the minimum of its keys, n values; a third of their range in each dimension, in 255ths of the
+// largest, n bytes, and the largest as a float, in the space of n values; and how many thirds each key lies above the
+// minimum, 2 bits, in tiles of sixteen keys: bits 2 j and 2 j + 1 of byte i of lane t of vector b are dimension
+// 16 b + 4 j + i of key t. Or landmarks: means.
 enum Summary : int { BOUND, MEAN_STD, CODES, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
 // Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
@@ -86,7 +87,8 @@ struct PageScores {
     size_t out_stride;
 };
 
-// Queries [heads][rows][n] in float32 against codes [page][heads]; the rest is as in PageScores.
+// Queries [heads][rows] against codes [page][heads]; the rest is as in PageScores. A query has n values, the same times
+// 127 / 255 of the inverse of the largest magnitude, and 16 values of which the first is a 127th of that magnitude.
 struct CodeScores {
     const float* q;
     int heads, rows, n, tiles;

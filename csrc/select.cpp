@@ -16,6 +16,9 @@ size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.e
 // Values of a landmark, as products of bfloat16 take them.
 int landmark_width(const KVMemory& kv) { return (kv.dim + 31) / 32 * 32; }
 
+// Floats of a query in CodeScores.
+size_t code_query(int n) { return 2 * (size_t)n + 16; }
+
 // Both halves of a query [n], one after the other: see Summary.
 template <class T> void halve_query(const T* q, int n, Summary kind, T* out) {
     constexpr T SIGN = (T)1 << (sizeof(T) * 8 - 1);
@@ -86,7 +89,7 @@ void Selection::prepare(const PickArgs& args, int threads) {
     const KVMemory& kv = *args.kv;
     const bool landmarks = args.kind == LANDMARKS;
     const size_t each = landmarks          ? (size_t)landmark_width(kv) * kv.element()
-                        : args.kind == CODES ? kv.padded() * sizeof(float)
+                        : args.kind == CODES ? code_query(kv.padded()) * sizeof(float)
                                              : summary_bytes(kv);
     scratch_.resize(threads);
     for (Scratch& s : scratch_)
@@ -128,16 +131,26 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     mine.last = &part;
 }
 
-// The queries [query heads][padded dim] as floats.
+// The queries [query heads] as CodeScores takes them.
 void Selection::widen(int row, const PickArgs& args, Scratch& mine) const {
-    const size_t n = (size_t)heads_.query * args.kv->padded(), from = row * n;
+    const int n = args.kv->padded();
     float* to = (float*)mine.q.data();
-    if (args.kv->compute() == KV_BF16)
-        for (size_t i = 0; i < n; i++) {
-            const uint32_t bits = (uint32_t)((const uint16_t*)args.q)[from + i] << 16;
-            memcpy(to + i, &bits, 4);
+    for (int h = 0; h < heads_.query; h++, to += code_query(n)) {
+        const size_t from = ((size_t)row * heads_.query + h) * n;
+        float most = 0;
+        for (int i = 0; i < n; i++) {
+            if (args.kv->compute() == KV_BF16) {
+                const uint32_t bits = (uint32_t)((const uint16_t*)args.q)[from + i] << 16;
+                memcpy(to + i, &bits, 4);
+            } else {
+                to[i] = ((const float*)args.q)[from + i];
+            }
+            most = std::max(most, std::fabs(to[i]));
         }
-    else memcpy(to, (const float*)args.q + from, n * sizeof(float));
+        const float by = most > 0 ? 127.0f / 255.0f / most : 0.0f;
+        for (int i = 0; i < n; i++) to[n + i] = to[i] * by;
+        to[2 * n] = most / 127.0f;
+    }
     mine.row = row;
 }
 

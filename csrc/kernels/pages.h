@@ -85,65 +85,41 @@ template <bool WIDE> INLINE F values(const void* p, int at) {
     return bf16((const uint16_t*)p + at);
 }
 
-// Codes at bit FROM of each lane, and at FROM + 16, as bfloat16 (or, with the mask of the upper ones, as floats): 2 + code / 2.
-template <int FROM, int TO> INLINE I codes_at(I x, I mask, I two) {
-    constexpr int BY = TO - FROM;
-    if constexpr (BY >= 0) return ior(iand(left32<BY>(x), mask), two);
-    else return ior(iand(right32<-BY>(x), mask), two);
-}
-
-// acc[r] += the products of a vector of codes with 16 values of row r, in the compute type.
-template <bool WIDE, int R, int J> INLINE void code_pair(I x, const uint8_t* q, size_t row, F* acc) {
-    if constexpr (WIDE) {
-        const I mask = iall(0x00600000), two = iall(0x40000000);
-        const F even = as_float(codes_at<2 * J, 21>(x, mask, two)), odd = as_float(codes_at<2 * J, 5>(x, mask, two));
-        UNROLL for (int r = 0; r < R; r++) {
-            const float* at = (const float*)(q + r * row) + 2 * J;
-            acc[r] = fma(odd, all(at[1]), fma(even, all(at[0]), acc[r]));
-        }
-    } else {
-        const I pair = codes_at<2 * J, 5>(x, iall(0x00600060), iall(0x40004000));
-        UNROLL for (int r = 0; r < R; r++) {
-            int32_t both;
-            __builtin_memcpy(&both, q + r * row + 4 * J, 4);
-            acc[r] = dot_bf16(acc[r], pair, iall(both));
-        }
-    }
-}
-
-template <bool WIDE, int R> INLINE void code_vector(I x, const uint8_t* q, size_t row, F* acc) {
-    code_pair<WIDE, R, 0>(x, q, row, acc), code_pair<WIDE, R, 1>(x, q, row, acc);
-    code_pair<WIDE, R, 2>(x, q, row, acc), code_pair<WIDE, R, 3>(x, q, row, acc);
-    code_pair<WIDE, R, 4>(x, q, row, acc), code_pair<WIDE, R, 5>(x, q, row, acc);
-    code_pair<WIDE, R, 6>(x, q, row, acc), code_pair<WIDE, R, 7>(x, q, row, acc);
-}
-
-// The highest product of R queries with a page's keys. Since a code's value is 2 + code / 2, queries times twice the step
-// are what it is multiplied with, and twice their sum, as it was rounded, is taken off.
+// The highest product of R queries with a page's keys. Queries times steps are rounded to bytes, so that what is multiplied
+// with codes is summed exactly.
 template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const float* q, const CodeScores& args) {
-    constexpr int ELEMENT = WIDE ? 4 : 2;
-    constexpr size_t ROW = dovetail::MAX_DIM * ELEMENT;
-    alignas(64) uint8_t scaled[R * ROW];
-    const uint8_t *low = page, *step = page + (size_t)args.n * ELEMENT, *codes = step + (size_t)args.n * ELEMENT;
-    F constant[R], best = all(-__builtin_inff());
-    UNROLL for (int r = 0; r < R; r++) constant[r] = zero();
+    const uint8_t *steps = page + (size_t)args.n * (WIDE ? 4 : 2), *codes = steps + (size_t)args.n * (WIDE ? 4 : 2);
+    const size_t row = 2 * (size_t)args.n + 16;
+    alignas(64) int8_t scaled[R][dovetail::MAX_DIM];
+    F low[R], best = all(-__builtin_inff());
+    UNROLL for (int r = 0; r < R; r++) low[r] = zero();
     for (int at = 0; at < args.n; at += 16) {
-        const F from = values<WIDE>(low, at), twice = add(values<WIDE>(step, at), values<WIDE>(step, at));
+        const F step = unsigned_bytes(steps + at), from = values<WIDE>(page, at);
         UNROLL for (int r = 0; r < R; r++) {
-            const F x = load(q + (size_t)r * args.n + at), y = mul(x, twice);
-            uint8_t* to = scaled + r * ROW + (size_t)at * ELEMENT;
-            if (WIDE) store((float*)to, y);
-            else store_bf16(to, y);
-            const F rounded = values<WIDE>(to, 0);
-            constant[r] = sub(fma(x, from, constant[r]), add(rounded, rounded));
+            low[r] = fma(load(q + r * row + at), from, low[r]);
+            store_bytes(scaled[r] + at, to_int(mul(load(q + r * row + args.n + at), step)));
         }
     }
+    float largest;
+    __builtin_memcpy(&largest, steps + args.n, 4);
     for (int t = 0; t < args.tiles; t++) {
-        F acc[R];
-        UNROLL for (int r = 0; r < R; r++) acc[r] = all(sum(constant[r]));
-        for (int b = 0; b < args.n / 16; b++, codes += 64)
-            code_vector<WIDE, R>(iload(codes), scaled + (size_t)16 * b * ELEMENT, ROW, acc);
-        UNROLL for (int r = 0; r < R; r++) best = max(choose(not_nan(acc[r]), acc[r], best), best);
+        I acc[R];
+        UNROLL for (int r = 0; r < R; r++) acc[r] = izero();
+        for (int b = 0; b < args.n; b += 16, codes += 64) {
+            const I x = iload(codes), few = iall(0x03030303);
+            const I fours[4] = {iand(x, few), iand(right32<2>(x), few), iand(right32<4>(x), few), iand(right32<6>(x), few)};
+            UNROLL for (int j = 0; j < 4; j++)
+                UNROLL for (int r = 0; r < R; r++) {
+                    int32_t bytes;
+                    __builtin_memcpy(&bytes, scaled[r] + b + 4 * j, 4);
+                    acc[r] = dot_small(acc[r], fours[j], iall(bytes));
+                }
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            const F unit = all(largest * q[r * row + 2 * args.n]);
+            const F x = fma(to_float(acc[r]), unit, all(sum(low[r])));
+            best = max(choose(not_nan(x), x, best), best);
+        }
     }
     return highest(best);
 }
@@ -156,9 +132,10 @@ template <bool WIDE> void code_scores(const CodeScores& args) {
         const uint8_t* next = args.summaries + args.pages[later] * args.heads * head;
         for (int h = 0; h < args.heads; h++, page += head, next += head) {
             for (size_t b = 0; b < head; b += 64) prefetch_far(next + b);
-            const float* q = args.q + (size_t)h * args.rows * args.n;
+            const size_t row = 2 * (size_t)args.n + 16;
+            const float* q = args.q + (size_t)h * args.rows * row;
             float best = -__builtin_inff();
-            for (int r = 0; r < args.rows; r += 4, q += 4 * args.n) {
+            for (int r = 0; r < args.rows; r += 4, q += 4 * row) {
                 const int rows = args.rows - r;
                 const float x = rows == 1   ? code_best<WIDE, 1>(page, q, args)
                                 : rows == 2 ? code_best<WIDE, 2>(page, q, args)
@@ -171,46 +148,50 @@ template <bool WIDE> void code_scores(const CodeScores& args) {
     }
 }
 
-// Logits of P vectors, `step` values apart in `out`, and R queries of a head, `row` apart.
+// Logits of P vectors, one of each page, and R queries of a head, `row` bytes apart.
 template <bool WIDE, int P, int R>
-INLINE void logits_of(const uint8_t* const* vectors, const uint8_t* q, const LandmarkLogits& args, float* const* out) {
+INLINE void logits_of(const uint8_t* const* vectors, const uint8_t* q, int n, float* const* out) {
     constexpr int STEP = WIDE ? 16 : 32;
-    const size_t row = (size_t)args.n * (WIDE ? 4 : 2);
-    F acc[P][R];
+    const size_t row = (size_t)n * (WIDE ? 4 : 2);
+    F acc[P][4];
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
-    for (int at = 0; at < args.n; at += STEP)
+    for (int at = 0; at < n; at += STEP)
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], vectors[p], q + r * row, at);
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int p = 0; p < P; p++) out[p][r * args.vectors * args.stride] = sum(acc[p][r]);
+    UNROLL for (int p = 0; p < P; p++)
+        UNROLL for (int r = R; r < 4; r++) acc[p][r] = acc[p][0];
+    all_sums<P, R>(acc, out);
 }
 
-// P pages of all heads.
+// P pages of all heads; meanwhile later ones are fetched.
 template <bool WIDE, int P> INLINE void logits_pages(const LandmarkLogits& args, int first) {
     const size_t bytes = (size_t)args.n * (WIDE ? 4 : 2), head = args.vectors * bytes, page = args.heads * head;
-    for (int h = 0; h < args.heads; h++)
+    const uint8_t *at[P], *next[P];
+    UNROLL for (int p = 0; p < P; p++) {
+        const int later = first + p + AHEAD;
+        at[p] = args.landmarks + args.pages[first + p] * page;
+        next[p] = later < args.count ? args.landmarks + args.pages[later] * page : at[p];
+    }
+    for (int h = 0; h < args.heads; h++) {
+        UNROLL for (int p = 0; p < P; p++)
+            for (size_t b = 0; b < head; b += 64) prefetch_far(next[p] + h * head + b);
         for (int v = 0; v < args.vectors; v++) {
-            const uint8_t* vectors[P];
             for (int r = 0; r < args.rows; r += 4) {
-                float* out[P];
-                UNROLL for (int p = 0; p < P; p++) {
-                    vectors[p] = args.landmarks + args.pages[first + p] * page + h * head + v * bytes;
-                    out[p] = args.out + ((size_t)(h * args.rows + r) * args.vectors + v) * args.stride + first + p;
-                }
+                float* out[4];
+                const int rows = args.rows - r < 4 ? args.rows - r : 4;
+                for (int i = 0; i < rows; i++)
+                    out[i] = args.out + ((size_t)(h * args.rows + r + i) * args.vectors + v) * args.stride + first;
                 const uint8_t* q = (const uint8_t*)args.q + (size_t)(h * args.rows + r) * bytes;
-                switch (args.rows - r) {
-                    case 1: logits_of<WIDE, P, 1>(vectors, q, args, out); break;
-                    case 2: logits_of<WIDE, P, 2>(vectors, q, args, out); break;
-                    case 3: logits_of<WIDE, P, 3>(vectors, q, args, out); break;
-                    default: logits_of<WIDE, P, 4>(vectors, q, args, out);
+                switch (rows) {
+                    case 1: logits_of<WIDE, P, 1>(at, q, args.n, out); break;
+                    case 2: logits_of<WIDE, P, 2>(at, q, args.n, out); break;
+                    case 3: logits_of<WIDE, P, 3>(at, q, args.n, out); break;
+                    default: logits_of<WIDE, P, 4>(at, q, args.n, out);
                 }
             }
+            UNROLL for (int p = 0; p < P; p++) at[p] += bytes;
         }
-    for (int p = 0; p < P; p++) {
-        const int later = first + p + 16;
-        if (later < args.count)
-            for (size_t b = 0; b < page; b += 64) prefetch_far(args.landmarks + args.pages[later] * page + b);
     }
 }
 
@@ -407,25 +388,36 @@ INLINE I code_of(F key, float low, float step) {
 
 // Where each key lies between the page's extremes.
 template <bool WIDE> void page_codes(const PageTiles& page, int, void* out) {
-    uint8_t* codes = (uint8_t*)out + (size_t)2 * page.n * (WIDE ? 4 : 2);
+    alignas(64) float low[dovetail::MAX_DIM], step[dovetail::MAX_DIM];
+    uint8_t *steps = (uint8_t*)out + (size_t)page.n * (WIDE ? 4 : 2), *codes = steps + (size_t)page.n * (WIDE ? 4 : 2);
+    F most = zero();
     page_bounds<WIDE>(page, 1, out);
     for (int d = 0; d < page.n; d += 16) {
-        alignas(64) float low[16], step[16];
-        const F least = values<WIDE>(out, page.n + d), range = sub(values<WIDE>(out, d), least);
-        const F third = div(range, all(3.0f));
-        for (int i = 0; i < 16; i++) put<WIDE>(out, d + i, lane(least, i)), put<WIDE>(out, page.n + d + i, lane(third, i));
-        store(low, values<WIDE>(out, d)), store(step, values<WIDE>(out, page.n + d));
-        for (int t = 0; t < page.tiles; t++) {
-            I packed = izero();
-            for (int i = 14; i >= 0; i -= 2) {
-                const uint8_t* tile = page.keys + t * page.tile_bytes;
-                const I even = code_of(keys_at<WIDE>(tile, d + i), low[i], step[i]);
-                const I odd = code_of(keys_at<WIDE>(tile, d + i + 1), low[i + 1], step[i + 1]);
-                packed = ior(left32<2>(packed), ior(even, left32<16>(odd)));
-            }
-            istore(codes + ((size_t)t * (page.n / 16) + d / 16) * 64, packed);
-        }
+        const F least = values<WIDE>(out, page.n + d), third = div(sub(values<WIDE>(out, d), least), all(3.0f));
+        store(low + d, least), store(step + d, third);
+        most = max(third, most);
     }
+    const float largest = highest(most), part = largest / 255.0f;
+    for (int d = 0; d < page.n; d += 16) {
+        const F bytes = largest > 0 ? round_even(mul(div(load(step + d), all(largest)), all(255.0f))) : zero();
+        for (int i = 0; i < 16; i++) put<WIDE>(out, d + i, low[d + i]), steps[d + i] = (uint8_t)lane(bytes, i);
+        store(step + d, mul(bytes, all(part)));
+    }
+    __builtin_memcpy(steps + page.n, &largest, 4);
+    for (int t = 0; t < page.tiles; t++)
+        for (int d = 0; d < page.n; d += 16, codes += 64) {
+            I packed = izero();
+            for (int j = 3; j >= 0; j--) {
+                I four = izero();
+                for (int i = 3; i >= 0; i--) {
+                    const int at = d + 4 * j + i;
+                    const F key = keys_at<WIDE>(page.keys + t * page.tile_bytes, at);
+                    four = ior(left32<8>(four), code_of(key, low[at], step[at]));
+                }
+                packed = ior(left32<2>(packed), four);
+            }
+            istore(codes, packed);
+        }
 }
 
 template <bool WIDE> void turn_keys(const uint8_t* tile, int dim, const float* basis, int width, uint8_t* out) {

@@ -164,6 +164,11 @@ template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
             best[p] = s > best[p] ? s : best[p];
         }
 }
+// out[r][p] = the sum of x[p][r], for R rows.
+template <int P, int R> INLINE void all_sums(const F (&x)[P][4], float* const* out) {
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) out[r][p] = sum(x[p][r]);
+}
 INLINE float highest(F x) {
     const __m256 h = _mm256_max_ps(x.a, x.b);
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

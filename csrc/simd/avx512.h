@@ -130,7 +130,7 @@ template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
             best[p] = s > best[p] ? s : best[p];
         }
 }
-template <> INLINE void best_sums<4>(const F (&x)[4][4], float* best) {  // all 16 at once, in the order of `sum`
+INLINE F sixteen_sums(const F (&x)[4][4]) {  // in the order of `sum`; lane 4 r + p: of x[p][r]
     F fours[4], twos[2];
     UNROLL for (int p = 0; p < 4; p++) {
         const F *y = x[p], a = add(_mm512_shuffle_f32x4(y[0], y[1], 0x44), _mm512_shuffle_f32x4(y[0], y[1], 0xee)),
@@ -141,12 +141,28 @@ template <> INLINE void best_sums<4>(const F (&x)[4][4], float* best) {  // all 
         const __m512d a = _mm512_castps_pd(fours[2 * i]), b = _mm512_castps_pd(fours[2 * i + 1]);
         twos[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    const F sums = add(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
-    __m128 most = _mm_loadu_ps(best);  // lane 4 r + p: of x[p][r]
+    return add(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+}
+template <> INLINE void best_sums<4>(const F (&x)[4][4], float* best) {
+    const F sums = sixteen_sums(x);
+    __m128 most = _mm_loadu_ps(best);
     most = _mm_max_ps(_mm512_castps512_ps128(sums), most);
     most = _mm_max_ps(_mm512_extractf32x4_ps(sums, 1), most);
     most = _mm_max_ps(_mm512_extractf32x4_ps(sums, 2), most);
     _mm_storeu_ps(best, _mm_max_ps(_mm512_extractf32x4_ps(sums, 3), most));
+}
+// out[r][p] = the sum of x[p][r], for R rows.
+template <int P, int R> INLINE void all_sums(const F (&x)[P][4], float* const* out) {
+    if constexpr (P == 4) {
+        const F sums = sixteen_sums(x);
+        _mm_storeu_ps(out[0], _mm512_castps512_ps128(sums));
+        if (R > 1) _mm_storeu_ps(out[1], _mm512_extractf32x4_ps(sums, 1));
+        if (R > 2) _mm_storeu_ps(out[2], _mm512_extractf32x4_ps(sums, 2));
+        if (R > 3) _mm_storeu_ps(out[3], _mm512_extractf32x4_ps(sums, 3));
+    } else {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < P; p++) out[r][p] = sum(x[p][r]);
+    }
 }
 INLINE float highest(F a) { return _mm512_reduce_max_ps(a); }
 INLINE I sum_fours(I a) {  // of each four lanes, in each of them

@@ -153,6 +153,11 @@ template <int P> INLINE void best_sums(const F (&x)[P][4], float* best) {
             best[p] = s > best[p] ? s : best[p];
         }
 }
+// out[r][p] = the sum of x[p][r], for R rows.
+template <int P, int R> INLINE void all_sums(const F (&x)[P][4], float* const* out) {
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) out[r][p] = sum(x[p][r]);
+}
 INLINE float highest(F x) {
     float m = x.v[0];
     for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;

@@ -11,13 +11,15 @@ The torch functions define what the native operations `summarise` and `pick` (cs
 
 Or a page's keys are rounded to `LEVELS` between its extremes, and a page scores as its best rounded key:
 
-    low = min_t k_t,  step = (max_t k_t - low) / 3,  code_t = round((k_t - low) / step) in 0..3
-    score(q, page) = max_t q . (low + step code_t)                         "codes": wrong by sum_i |q_i| step_i / 2
-                                                                           at most
+    low = min_t k_t,  r = (max_t k_t - low) / 3,  S = max_i r_i,  b = round(255 r / S),  step = b S / 255
+    code_t = round((k_t - low) / step) in 0..3
+    score(q, page) = max_t q . low + (S A / 127) sum_i round(q_i b_i 127 / (255 A)) code_ti       A = max_i |q_i|
+                   ~ max_t q . (low + step code_t)                         "codes"
 
 If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t, and
 mean_std stays within `DEVIATIONS` of them above the mean. The bound does not: it adds up maxima that lie in
-different tokens, and the more tokens a chunk has, the less it says. Codes tell tokens apart, at 2 bits a value.
+different tokens, and the more tokens a chunk has, the less it says. Codes tell tokens apart, at 2 bits a value;
+their products with queries are of bytes, whose sums are exact.
 
 Landmarks (ShadowKV, arXiv 2410.21465, section 4) are means of the chunks of a page's keys, and a page's score is
 the largest softmax weight of one of them among those of all competing pages.
@@ -41,8 +43,8 @@ DEVIATIONS = 4.0
 class Summaries:
     """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
     or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks", for each chunk of `chunk`
-    tokens; 0 for whole pages, which codes are of. `native`: as a program keeps them; without one, codes are kept
-    as the rounded keys in float32."""
+    tokens; 0 for whole pages, which codes are of. Without a program, codes are kept in float32 as `codes` has
+    them."""
 
     def __init__(self, kv: Any, kind: str, chunk: int = 0, program: Any = None) -> None:
         self.kv = kv
@@ -52,7 +54,7 @@ class Summaries:
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
         self.vectors = num_vectors(kind, kv.page_size, chunk, dtype.itemsize)
         if kind == "codes" and not self._native:
-            self.vectors, dtype = kv.page_size, torch.promote_types(dtype, torch.float32)
+            self.vectors, dtype = 3 + kv.page_size, torch.promote_types(dtype, torch.float32)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
         shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
         self.data = lazy_zeros(shape, dtype, kv.device)
@@ -95,21 +97,41 @@ def num_vectors(kind: str, page_size: int, chunk: int, value: int) -> int:
     return page_size // (chunk or page_size) * (1 if kind == "landmarks" else 2)
 
 
-def rounded(keys: Tensor) -> Tensor:
-    """keys [pages, tokens, KV heads, head_dim] -> what codes say of them [pages, KV heads, tokens, head_dim] in
-    float32 or float64."""
+def codes(keys: Tensor) -> Tensor:
+    """keys [pages, tokens, KV heads, head_dim] -> low, b, S in all its values, and codes of each token
+    [pages, KV heads, 3 + tokens, head_dim] in float32 or float64."""
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
     low, high = wide.amin(1, keepdim=True), wide.amax(1, keepdim=True)
-    step = ((high - low) / (LEVELS - 1)).to(keys.dtype).to(wide.dtype)
-    codes = ((wide - low) / step).round().clamp(0, LEVELS - 1)
-    return (low + torch.where(step > 0, step * codes, 0.0)).transpose(1, 2)
+    thirds = (high - low) / (LEVELS - 1)
+    largest = thirds.amax(-1, keepdim=True)
+    parts = torch.where(largest > 0, (thirds / largest * 255).round(), 0.0)
+    step = parts * (largest / 255)
+    found = torch.where(step > 0, ((wide - low) / step).round().clamp(0, LEVELS - 1), 0.0)
+    return torch.cat([low, parts, largest.expand_as(low), found], 1).transpose(1, 2)
+
+
+def decoded(found: Tensor) -> Tensor:
+    """What `codes` stand for: [pages, KV heads, tokens, head_dim]."""
+    low, parts, largest = (found[..., i : i + 1, :] for i in range(3))
+    return low + parts * (largest / 255) * found[..., 3:, :]
+
+
+def _code_scores(q: Tensor, found: Tensor) -> Tensor:
+    """q [rows, KV heads, group, head_dim], codes [rows, pages, KV heads, 3 + tokens, head_dim] -> scores of each
+    token [rows, KV heads, group, pages, tokens]."""
+    low, parts, largest = (found[..., i, :] for i in range(3))
+    most = q.abs().amax(-1, keepdim=True)
+    scaled = q * torch.where(most > 0, 127 / 255 / most, 0.0)
+    whole = (scaled[:, :, :, None] * parts.transpose(1, 2)[:, :, None]).round()
+    sums = torch.einsum("rhgpd,rphtd->rhgpt", whole, found[..., 3:, :])
+    unit = largest[..., 0].transpose(1, 2)[:, :, None] * (most / 127)
+    return torch.einsum("rhgd,rphd->rhgp", q, low)[..., None] + unit[..., None] * sums
 
 
 def summary(keys: Tensor, kind: str, chunk: int) -> Tensor:
-    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, tokens / chunk * 2, head_dim]; codes are
-    `rounded`."""
+    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, tokens / chunk * 2, head_dim], or `codes`."""
     if kind == "codes":
-        return rounded(keys)
+        return codes(keys)
     chunks = keys.unflatten(1, (-1, chunk)).transpose(
         1, 3
     )  # [pages, KV heads, tokens of a chunk, chunks, head_dim]
@@ -126,7 +148,7 @@ def page_scores(q: Tensor, summaries: Tensor, kind: str) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.unflatten(1, (summaries.shape[2], -1)).to(wide)
     if kind == "codes":
-        scores = torch.einsum("rhgd,rphcd->rhgpc", q, summaries.to(wide))
+        scores = _code_scores(q, summaries.to(wide))
         return torch.where(scores.isnan(), float("-inf"), scores).amax((2, 4))
     pair = (q.clamp_min(0), q.clamp_max(0)) if kind == "bound" else (q, q.abs())
     halves = summaries.to(wide).unflatten(3, (-1, 2)).unbind(4)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dovetail.evals.corpus import DEFAULT
 from dovetail.evals.needle import Needle
 from dovetail.llm import LLM
 from dovetail.units import parse_size
@@ -21,10 +22,11 @@ class Needles:
     lengths: str
     depths: str
     trials: int
+    corpus: str = DEFAULT
 
     def __str__(self) -> str:
         return (
-            f"{self.model}, one needle in text that every Python ships, {self.lengths} tokens, depths "
+            f"{self.model}, one needle in {self.corpus}, {self.lengths} tokens, depths "
             f"{self.depths} %, {self.trials} trials a cell; the question is read through the technique too"
         )
 
@@ -38,7 +40,7 @@ class Needles:
                 "kv_memory": parse_size("1100MiB"), "max_num_seqs": 8,
             }  # fmt: skip
         llm = LLM(self.model, use=use, max_model_len=longest, kv_cache_dtype="bf16", **options)
-        suite = Needle(lengths=self.lengths, depths=self.depths, trials=self.trials)
+        suite = Needle(corpus=self.corpus, lengths=self.lengths, depths=self.depths, trials=self.trials)
         result = suite.measure(llm, None)
         for name, did in llm.activity().items():
             if not did:

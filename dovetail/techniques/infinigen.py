@@ -219,17 +219,17 @@ class PooledSpeculation(Speculation):
 
 
 def infinigen(
-    alpha: float = 5.0, partial: float = 0.3, budget: int = 1024, skip_layers: int = 2, norm: str = "next",
+    alpha: float = 5.0, partial: float = 0.5, budget: int = 1024, skip_layers: int = 2, norm: str = "next",
     shift: bool = True, calibration: str = "", pool: int = 0, eviction: str = "counter",
 ) -> Technique:  # fmt: skip
     """Read what scores within `alpha` (logits) of the best, at most `budget` tokens, rounded up to whole pages.
 
-    partial: fraction of the head's dimensions that is scored. skip_layers: the first layers read everything; at
-    least 1, because nothing comes before the first. norm: a guess goes through the norm of the `next` layer or of
-    the `same` (the published program). shift: add the mean error of guesses. calibration: a file of text, or a
-    corpus by name, to measure the model on; by default what every Python ships. pool: tokens that each layer and
-    KV head of a request keeps of those it may leave unread, 0 for all; it holds once a page of generated tokens is
-    full. eviction: which page is given up.
+    partial: fraction of the head's dimensions that is scored (the paper's choice is 0.3). skip_layers: the first
+    layers read everything; at least 1, because nothing comes before the first. norm: a guess goes through the norm
+    of the `next` layer or of the `same` (the published program). shift: add the mean error of guesses. calibration:
+    a file of text, or a corpus by name, to measure the model on; by default what every Python ships. pool: tokens
+    that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds once a page of
+    generated tokens is full. eviction: which page is given up.
     """
     if norm not in NORMS:
         raise ConfigError(f"infinigen: norm must be {' or '.join(NORMS)}, got '{norm}'")

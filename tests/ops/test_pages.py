@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dovetail import LLM, SamplingParams
 from dovetail.ops.cpu import emulated, isas
-from dovetail.ops.pages import landmark_scores, landmarks, outliers, page_scores, pick, rounded, summary
+from dovetail.ops.pages import codes, decoded, landmark_scores, landmarks, outliers, page_scores, pick, summary
 from tests.helpers.codes import unpacked
 
 SEEDS = st.integers(0, 2**31)
@@ -142,21 +142,28 @@ def test_larger_budgets_read_what_smaller_ones_do(seed: int, pages: int) -> None
 @given(SEEDS, st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
 def test_codes_are_wrong_by_half_a_step_at_most(seed: int, tokens: int, heads: int, group: int) -> None:
     keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
-    found = rounded(keys)
-    step = (keys.amax(1) - keys.amin(1)) / 3  # [pages, KV heads, head_dim]
-    assert ((found - keys.transpose(1, 2)).abs() <= step[:, :, None] / 2 + 1e-12).all()
-    assert all(len(set(column.tolist())) <= 4 for page in found for head in page for column in head.T)
-    if tokens <= 2:  # both extremes are there
-        torch.testing.assert_close(found, keys.transpose(1, 2))
+    found = codes(keys)
+    assert found.shape == (5, heads, 3 + tokens, 8)
+    assert set(found[:, :, 3:].unique().tolist()) <= {0, 1, 2, 3}
+    back, parts, largest = decoded(found), found[:, :, 1], found[:, :, 2]
+    step = parts * largest / 255  # [pages, KV heads, head_dim]
+    lost = largest / 255 / 2 * 3  # of a range, whose third is rounded to 255ths
+    assert ((back - keys.transpose(1, 2)).abs() <= (step / 2 + lost)[:, :, None] + 1e-12).all()
     scores = page_scores(q, found.expand(2, -1, -1, -1, -1), "codes")
-    products = torch.einsum("rhgd,pthd->rhgpt", q.unflatten(1, (heads, group)), keys).amax((2, 4))
-    worst = torch.einsum("rhgd,phd->rhgp", q.unflatten(1, (heads, group)).abs(), step / 2).amax(2)
-    assert ((scores - products).abs() <= worst + 1e-12).all()
+    grouped = q.unflatten(1, (heads, group))
+    products = torch.einsum("rhgd,phtd->rhgpt", grouped, back)
+    # Half a byte's unit in each dimension, three times at most.
+    unit = grouped.abs().amax(-1)[..., None] / 127 * largest[None, :, :, 0].transpose(1, 2)[:, :, None] / 2 * 3 * 8
+    assert ((scores - products.amax((2, 4))).abs() <= unit.amax(2) + 1e-9).all()
 
 
 def test_keys_without_a_range_are_themselves() -> None:
     keys = random(0, 2, 1, 2, 8).expand(-1, 16, -1, -1)
-    assert torch.equal(rounded(keys), keys.transpose(1, 2))
+    assert torch.equal(decoded(codes(keys)), keys.transpose(1, 2))
+    q = random(1, 1, 4, 8)
+    scores = page_scores(q, codes(keys)[None], "codes")
+    torch.testing.assert_close(scores, torch.einsum("rhgd,phd->rhgp", q.unflatten(1, (2, 2)), keys[:, 0]).amax(2))
+    assert page_scores(q * 0, codes(keys)[None], "codes").count_nonzero() == 0
 
 
 @pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
@@ -177,7 +184,7 @@ def test_native_codes_are_the_definition(tiny_model: Path, kv: str, block: int) 
         keys = cache.keys(layer, sealed)
         packed = cache.k.layout == "tiled"
         found = unpacked(got, cache.head_dim, block // 16) if packed else got[..., : cache.head_dim].float()
-        torch.testing.assert_close(found, rounded(keys).float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, codes(keys).float(), rtol=1e-6, atol=0)
         assert packed == (block != 8 and kv in ("float32", "bf16"))
 
 
@@ -224,7 +231,7 @@ def texts(model: Path, **options: Any) -> list[list[int]]:
     [
         "quest:budget=64,skip_layers=0",
         "quest:budget=96,skip_layers=1,score=mean_std",
-        "quest:budget=64,skip_layers=0,chunk=4",
+        "quest:budget=64,skip_layers=0,score=bound,chunk=4",
         "quest:budget=64,skip_layers=0,score=codes",
     ],
 )
