@@ -28,10 +28,11 @@ void put_column(const Column& to, const KVMemory& kv, const float* k, const floa
     const int n = kv.padded(), t = to.t;
     if (to.type == KV_F32) {
         for (int d = 0; d < kv.dim; d++) ((float*)to.k)[d * 16 + t] = k[d];
+        for (int d = kv.dim; d < n; d++) ((float*)to.k)[d * 16 + t] = 0;  // whatever lay here before
         memcpy((float*)to.v + (size_t)t * n, v, (size_t)kv.dim * 4);
         return;
     }
-    for (int d = 0; d < kv.dim; d++) ((uint16_t*)to.k)[(d / 2) * 32 + t * 2 + d % 2] = to_bf16(k[d]);
+    for (int d = 0; d < n; d++) ((uint16_t*)to.k)[(d / 2) * 32 + t * 2 + d % 2] = d < kv.dim ? to_bf16(k[d]) : 0;
     for (int d = 0; d < kv.dim; d++) ((uint16_t*)to.v)[(size_t)(t / 2) * 2 * n + d * 2 + t % 2] = to_bf16(v[d]);
 }
 

@@ -158,7 +158,7 @@ void Selection::score_codes(const Part& part, const Kernels& kernels, const Pick
     const Row& r = rows_[part.row];
     if (mine.row != r.row) widen(r.row, args, mine);
     kernels.code_scores[args.kv->compute()](
-        {(const float*)mine.q.data(), heads_.kv, heads_.group(), args.kv->padded(), page_size_ / 16, args.summaries,
+        {(const float*)mine.q.data(), heads_.kv, heads_.group(), args.kv->padded(), (page_size_ + 15) / 16, args.summaries,
          r.pages + part.first, part.last - part.first, r.eligible - part.first, scores_.data() + r.scores + part.first,
          (size_t)r.stride()});
 }

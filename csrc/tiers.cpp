@@ -93,7 +93,7 @@ void Tiers::want(int head, const int32_t* pages, int count, int64_t first, int h
         } else {
             const int taken = take(head);
             if (taken < 0) {
-                h.full = true;
+                h.full |= !hold;  // a guess that finds no room is asked for again when it is needed
                 continue;
             }
             place = taken;

@@ -177,8 +177,10 @@ def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
     return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
 
 
-def resolve_slow_tier(options: Options, kv_dtype: str, default: Path) -> str:
-    """The folder of a slow tier on disk, or nothing. ConfigError for what cannot be had, or would be ignored."""
+def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> str:
+    """The folder of a slow tier on disk, or nothing, for KV on a device in a type. ConfigError for what cannot be
+    had, or would be ignored."""
+    device, kv_dtype = kv
     backend, folder, link = options.kv_offloading_backend, options.kv_offloading_path, options.emulate_link
     if backend not in ("disk", "host"):
         raise ConfigError(f"kv_offloading_backend '{backend}' is unknown; the known ones are disk and host")
@@ -191,6 +193,8 @@ def resolve_slow_tier(options: Options, kv_dtype: str, default: Path) -> str:
         return ""
     if link is not None and not (isinstance(link, int | float) and 0 < link < 1e6):
         raise ConfigError(f"emulate_link must be a number of GB/s above 0, got {link!r}")
+    if device != "cpu":
+        raise ConfigError(f"a slow tier is behind the CPU's memory, and KV is on {device}; use --device cpu")
     if native() is None:
         raise ConfigError("a slow tier for KV needs the native library, which this installation or CPU lacks")
     from dovetail.runtime.store import fits_tiles
@@ -279,7 +283,8 @@ def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
     if needed > pages:
         if options.max_model_len is not None:
             raise CapacityError(
-                f"max_model_len {length} needs {needed} pages ({needed * page_bytes} bytes) of KV, "
+                f"max_model_len {length} needs {needed} pages ({needed * page_bytes} bytes) of KV"
+                f"{_and_beside(sizes, needed, _seqs(options))}, "
                 f"but {pages * page_bytes} bytes hold {pages}; raise {option} or lower --max-model-len"
             )
         length = pages * size
@@ -347,7 +352,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
     native_page = 0 if kernels == TORCH else positive("block_size", options.block_size, 16)
-    folder = resolve_slow_tier(options, kv_dtype, found.folder)
+    folder = resolve_slow_tier(options, (device, kv_dtype), found.folder)
     size = _block_size(options)
     sizes = KVSizes(
         size,

@@ -37,14 +37,14 @@ from dovetail.runtime.store import lazy_zeros, padded
 
 KINDS = ("bound", "mean_std", "codes")
 LEVELS = 4
+TILE = 16  # tokens whose codes lie together
 DEVIATIONS = 4.0
 
 
 class Summaries:
     """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
     or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks", for each chunk of `chunk`
-    tokens; 0 for whole pages, which codes are of. Without a program, codes are kept in float32 as `codes` has
-    them."""
+    tokens; 0 for whole pages, which codes are of, and `packed`."""
 
     def __init__(self, kv: Any, kind: str, chunk: int = 0, program: Any = None) -> None:
         self.kv = kv
@@ -53,8 +53,6 @@ class Summaries:
         self.program = program  # summarises pages in its layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
         self.vectors = num_vectors(kind, kv.page_size, chunk, dtype.itemsize)
-        if kind == "codes" and not self._native:
-            self.vectors, dtype = 3 + kv.page_size, torch.promote_types(dtype, torch.float32)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
         shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
         self.data = lazy_zeros(shape, dtype, kv.device)
@@ -69,6 +67,9 @@ class Summaries:
             keys = self.kv.keys(layer, pages)
             chunk = self.chunk or keys.shape[1]
             found = landmarks(keys, chunk) if self.kind == "landmarks" else summary(keys, self.kind, chunk)
+            if self.kind == "codes":
+                self.data[layer * self.kv.pages_per_layer + pages] = packed(found, self.data)
+                continue
             self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found.to(self.data.dtype)
 
     @property
@@ -80,8 +81,12 @@ class Summaries:
         return page_scores(q, self.of(layer, pages), self.kind)
 
     def of(self, layer: int, pages: Tensor) -> Tensor:
-        """Physical pages [rows, n] -> their summaries [rows, n, KV heads, vectors, head_dim]."""
-        return self.data[layer * self.kv.pages_per_layer + pages][..., : self.kv.head_dim]
+        """Physical pages [rows, n] -> their summaries [rows, n, KV heads, vectors, head_dim], or `codes`."""
+        found = self.data[layer * self.kv.pages_per_layer + pages]
+        if self.kind == "codes":
+            flat = unpacked(found.flatten(0, 1), self.kv.head_dim, self.kv.page_size)
+            return flat.unflatten(0, pages.shape)
+        return found[..., : self.kv.head_dim]
 
 
 def summary_bytes(shape: Geometry, value: int, vectors: int, pad: int = 16) -> int:
@@ -93,7 +98,7 @@ def summary_bytes(shape: Geometry, value: int, vectors: int, pad: int = 16) -> i
 def num_vectors(kind: str, page_size: int, chunk: int, value: int) -> int:
     """How many vectors of the keys' type, whose values take `value` bytes, native programs keep for a page."""
     if kind == "codes":
-        return 2 + page_size * 2 // (8 * value)
+        return 2 + -(-(-(-page_size // TILE) * TILE * 2) // (8 * value))
     return page_size // (chunk or page_size) * (1 if kind == "landmarks" else 2)
 
 
@@ -103,7 +108,7 @@ def codes(keys: Tensor) -> Tensor:
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
     low, high = wide.amin(1, keepdim=True), wide.amax(1, keepdim=True)
     thirds = (high - low) / (LEVELS - 1)
-    largest = thirds.amax(-1, keepdim=True)
+    largest = thirds.amax(-1, keepdim=True).float().to(wide.dtype)  # as it is kept
     parts = torch.where(largest > 0, (thirds / largest * 255).round(), 0.0)
     step = parts * (largest / 255)
     found = torch.where(step > 0, ((wide - low) / step).round().clamp(0, LEVELS - 1), 0.0)
@@ -114,6 +119,42 @@ def decoded(found: Tensor) -> Tensor:
     """What `codes` stand for: [pages, KV heads, tokens, head_dim]."""
     low, parts, largest = (found[..., i : i + 1, :] for i in range(3))
     return low + parts * (largest / 255) * found[..., 3:, :]
+
+
+def packed(found: Tensor, like: Tensor) -> Tensor:
+    """`codes` [pages, KV heads, 3 + tokens, head_dim] as native programs keep them (csrc/kernels.h), in the type
+    and shape of pages of `like` [.., KV heads, vectors, width]. The last token fills what a tile has left."""
+    n, heads, rows, dim = found.shape
+    vectors, width = like.shape[-2:]
+    tiles = -(-(rows - 3) // TILE)
+    rest = found[:, :, -1:].expand(-1, -1, tiles * TILE - (rows - 3), -1)
+    wide = torch.nn.functional.pad(torch.cat([found, rest], 2), (0, width - dim))
+    low = wide[:, :, 0].to(like.dtype).contiguous().view(torch.uint8)
+    parts = wide[:, :, 1].to(torch.uint8)
+    largest = wide[:, :, 2, :1].float().contiguous().view(torch.uint8)
+    fours = wide[:, :, 3:].long().view(n, heads, tiles, TILE, width // 16, 4, 4)  # vector, bits, byte
+    at = 8 * torch.arange(4, device=found.device) + 2 * torch.arange(4, device=found.device)[:, None]
+    lanes = (fours << at).sum((-2, -1)).transpose(3, 4)
+    lanes = torch.where(lanes >= 2**31, lanes - 2**32, lanes).to(torch.int32)
+    second = torch.nn.functional.pad(torch.cat([parts, largest], -1), (0, low.shape[-1] - width - 4))
+    data = torch.cat([low, second, lanes.flatten(2).contiguous().view(torch.uint8)], -1)
+    data = torch.nn.functional.pad(data, (0, vectors * low.shape[-1] - data.shape[-1]))
+    return data.view(like.dtype).view(n, heads, vectors, width)
+
+
+def unpacked(data: Tensor, dim: int, tokens: int) -> Tensor:
+    """What `packed` made of `codes`, in float32 or float64."""
+    n, heads, _, width = data.shape
+    wide = torch.promote_types(data.dtype, torch.float32)
+    second = data[:, :, 1].contiguous().view(torch.uint8)
+    largest = second[..., width : width + 4].contiguous().view(torch.float32).to(wide).expand(n, heads, dim)
+    head = torch.stack([data[:, :, 0, :dim].to(wide), second[..., :dim].to(wide), largest], 2)
+    tiles = -(-tokens // TILE)
+    lanes = data[:, :, 2:].flatten(2).contiguous().view(torch.int32)[..., : tiles * width]
+    lanes = lanes.view(n, heads, tiles, width // 16, TILE).transpose(3, 4).long()
+    at = 8 * torch.arange(4, device=data.device) + 2 * torch.arange(4, device=data.device)[:, None]
+    found = (lanes[..., None, None] >> at & LEVELS - 1).flatten(4).flatten(2, 3)
+    return torch.cat([head, found[:, :, :tokens, :dim].to(wide)], 2)
 
 
 def _code_scores(q: Tensor, found: Tensor) -> Tensor:

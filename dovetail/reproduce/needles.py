@@ -9,6 +9,7 @@ from typing import Any
 from dovetail.evals.corpus import DEFAULT
 from dovetail.evals.needle import Needle
 from dovetail.llm import LLM
+from dovetail.reproduce.claim import Bar
 from dovetail.units import parse_size
 
 NEEDED = 0.95  # of what the plain engine finds
@@ -62,9 +63,12 @@ class Found:
     def __str__(self) -> str:
         return f"{self.correct} of {self.trials}"
 
-    def of(self, other: Found) -> float:
-        """The share of what another one found, 0 where that is nothing."""
-        return self.correct / other.correct if other.correct else 0.0
+    def bar(self, dense: Found) -> Bar | None:
+        """Nothing can be said where `dense`, which reads everything, found nothing."""
+        if not dense.correct:
+            return None
+        needs = f"at least {NEEDED:.0%} of what reading everything finds"
+        return Bar(needs, self.correct >= NEEDED * dense.correct)
 
 
 def sink_window(budget: int) -> str:

@@ -42,6 +42,7 @@ class Prompt:
     aliases: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     keys: dict[int, LowRank] = field(default_factory=dict)
     users: int = 0
+    whole: bool = True  # False: a read failed, and the pages stay as they are
 
 
 class PromptKeys:
@@ -65,10 +66,13 @@ class PromptKeys:
 
     def add(self, request: Request) -> IntArray:
         """Keep the dense part of `request`, which is committed -> aliases of its pages, or none."""
+        if request.id in self._of:
+            return self._of[request.id].aliases
         pages = tuple(request.table.ids[: request.dense_until // self.site.page_size])
-        if pages not in self._by_pages:
-            self._by_pages[pages] = self._make(pages)
-        prompt = self._of[request.id] = self._by_pages[pages]
+        prompt = self._by_pages.get(pages) or self._make(pages)
+        if prompt.whole:
+            self._by_pages[pages] = prompt
+        self._of[request.id] = prompt
         prompt.users += 1
         return prompt.aliases
 
@@ -78,7 +82,8 @@ class PromptKeys:
             return
         prompt.users -= 1
         if prompt.users == 0:
-            del self._by_pages[prompt.pages]
+            if prompt.whole:
+                del self._by_pages[prompt.pages]
             if len(prompt.aliases):
                 names = (prompt.aliases - self.site.kv.num_pages).tolist()
                 del self._by_alias[names[0]]
@@ -135,6 +140,8 @@ class PromptKeys:
             if i % layers in kv.own_window:
                 continue
             keys = kv.keys(i % layers, torch.tensor(pages, device=kv.device) + i // layers * kv.stage_pages)
+            if not bool(keys.isfinite().all()):
+                return Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device), whole=False)
             prompt.outliers[i] = outliers(keys, how.chunk, how.outliers)
             prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
         self._name(prompt)

@@ -226,10 +226,10 @@ def infinigen(
 
     partial: fraction of the head's dimensions that is scored (the paper's choice is 0.3). skip_layers: the first
     layers read everything; at least 1, because nothing comes before the first. norm: a guess goes through the norm
-    of the `next` layer or of the `same` (the published program). shift: add the mean error of guesses. calibration:
-    a file of text, or a corpus by name, to measure the model on; by default what every Python ships. pool: tokens
-    that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds once a page of
-    generated tokens is full. eviction: which page is given up.
+    of the `next` layer or of the `same` (the published program). shift: add the mean error of guesses.
+    calibration: a file of text, or a corpus by name, to measure the model on; by default what every Python ships.
+    pool: tokens that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds
+    once a page of generated tokens is full. eviction: which page is given up.
     """
     if norm not in NORMS:
         raise ConfigError(f"infinigen: norm must be {' or '.join(NORMS)}, got '{norm}'")
@@ -237,6 +237,8 @@ def infinigen(
         raise ConfigError(
             f"infinigen: eviction must be {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got '{eviction}'"
         )
+    if eviction != POLICIES[0] and not pool:
+        raise ConfigError(f"infinigen: eviction={eviction} means nothing without a pool; give pool=TOKENS")
     if pool and pool < budget:
         raise ConfigError(
             f"infinigen: a pool of {pool} tokens is less than the budget of {budget} that a row may read"

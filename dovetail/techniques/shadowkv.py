@@ -122,7 +122,7 @@ class Options:
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
         """Landmarks and coefficients of every page, marks of outliers, and a basis for every request."""
         width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers
-        rank = self.rank or width
+        rank = min(self.rank or width, width)
         marks, coefficients = layers * shape.num_kv_heads, layers * page_size * (rank + rank % 2) * value
         vectors = page_size // self.chunk
         found = summary_bytes(shape, value, vectors, pad=32)

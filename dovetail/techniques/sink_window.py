@@ -14,7 +14,7 @@ import torch
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import pages_for
-from dovetail.core.seams import Seams, Site
+from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import PageSet
 from dovetail.runtime.recorded import RecordedSelector
@@ -23,10 +23,11 @@ from dovetail.runtime.recorded import RecordedSelector
 class SinkWindowSelector(RecordedSelector):
     """Chooses the sink's pages; the core adds the window."""
 
-    def __init__(self, sink_pages: int, window: int, num_kv_heads: int) -> None:
+    def __init__(self, sink_pages: int, window: int, shape: Geometry) -> None:
         self.window = window
         self.sink_pages = sink_pages
-        self.num_kv_heads = num_kv_heads
+        self.num_kv_heads = shape.num_kv_heads
+        self._first = next((i for i in range(shape.num_layers) if i not in shape.sliding_layers), 0)
         self._dropped = 0
         self._program: Any = None
 
@@ -42,7 +43,7 @@ class SinkWindowSelector(RecordedSelector):
 
     def select(self, layer: int, q: Any, batch: Any) -> PageSet:
         rows = batch.sparse_rows
-        if layer == 0:
+        if layer == self._first:
             self._dropped += int((batch.eligible[rows] - self.sink_pages).clamp_min(0).sum())
         pages = torch.arange(self.sink_pages, device=q.device)
         return PageSet(pages.expand(len(rows), self.num_kv_heads, -1))
@@ -55,7 +56,7 @@ def sink_window(sink: int = 4, window: int = 1024) -> Technique:
 
     def build(site: Site) -> dict[str, object]:
         pages = pages_for(sink, site.page_size)
-        return {"selector": SinkWindowSelector(pages, window, site.geometry.num_kv_heads)}
+        return {"selector": SinkWindowSelector(pages, window, site.geometry)}
 
     return Technique(
         name="sink-window",

@@ -14,12 +14,11 @@ from dovetail.bench.attention import Attention, Heads, Kernels, KVPool, Request
 from dovetail.bench.sparse_attention import Choosing, SparseAttention, drift
 from dovetail.core.errors import ConfigError
 from dovetail.ops import cpu
-from dovetail.ops.pages import KINDS, page_scores, pick, summary
+from dovetail.ops.pages import KINDS, page_scores, pick, summary, unpacked
 from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.needles import Needles
 from dovetail.reproduce.quest import EFFORTS, Effort, experiments
 from dovetail.reproduce.runner import measure
-from tests.helpers.codes import unpacked
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
 SMALL = Heads(6, 2, 16)
@@ -51,7 +50,7 @@ def test_every_claim_says_everything(claims: dict[str, Claim]) -> None:
 
 def test_bars_are_on_the_published_setting_and_on_decoding(claims: dict[str, Claim]) -> None:
     barred = [name for name, claim in claims.items() if claim.bar is not None]
-    assert barred == ["decoding behind 200 tokens", "needles"]
+    assert barred == ["decoding behind 200 tokens"]  # this model finds no needle, so that there is nothing to lose
     for effort in EFFORTS.values():
         assert 32 * 1024 in effort.contexts and effort.attention_budget == 2048
         assert str(effort.heads) == "32/8 d128" and effort.cold > 512 << 20
@@ -101,7 +100,7 @@ def test_the_step_reads_what_the_definitions_choose(
     eligible = max(0, stop - 16) // 16
     found = step.summaries[order][None, ..., : heads.dim].double()
     if kind == "codes":
-        found = unpacked(step.summaries[order], heads.dim, 1)[None].double()
+        found = unpacked(step.summaries[order], heads.dim, 16)[None].double()
     torch.testing.assert_close(
         found[0].float(), summary(k.to(step.summaries.dtype), kind, 16).float(), rtol=0.01, atol=1e-5
     )

@@ -51,5 +51,8 @@ def claims(effort: Effort) -> Iterator[Claim]:
         f"{found['found']:.1%} of them, {found['weight_found']:.1%} by their weight as whole keys have it, "
         f"and {found['read']:.1%} of KV is read",
         "The guess is made a layer early, from a part of the dimensions.",
-        bar=Bar(f"at least {FOUND:.0%}", found["found"] >= FOUND),
+        bar=Bar(
+            f"at least {FOUND:.0%} found, at most {READ:.0%} read",
+            found["found"] >= FOUND and found["read"] <= READ,
+        ),
     )

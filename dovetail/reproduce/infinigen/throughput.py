@@ -12,10 +12,11 @@ from dovetail.reproduce.limited import Side, compare
 
 NEEDED, FETCHED = 3.0, 0.1  # times as fast; of KV
 EMULATED, DISK, MOVED = "decoding with KV in slow memory", "decoding with KV on disk", "KV fetched for a token"
+PLAIN = "decoding, beside the plain engine"
 
 
 def experiment(effort: Effort) -> Experiment:
-    return Experiment("decoding with KV in slow memory", (EMULATED, MOVED, DISK), partial(claims, effort))
+    return Experiment("decoding with KV in slow memory", (EMULATED, MOVED, PLAIN, DISK), partial(claims, effort))
 
 
 def claims(effort: Effort) -> Iterator[Claim]:
@@ -47,6 +48,21 @@ def claims(effort: Effort) -> Iterator[Claim]:
                 kind="emulated",
                 bar=Bar(f"at most {FETCHED:.0%}", share <= FETCHED),
             )
+            yield plain(effort, setting)
+
+
+def plain(effort: Effort, setting: str) -> Claim:
+    """The other way to serve these requests: as many at a time as fit."""
+    found = compare(effort.limit, Side(()), Side((effort.use,), "host"))
+    return Claim(
+        PLAIN,
+        f"{setting}; baseline: the same engine without technique and slow tier, where the other requests wait",
+        "not compared",
+        str(found),
+        "On this model the weights are few, so that a small batch loses little.",
+        kind="emulated",
+        ratio=found.ratio,
+    )
 
 
 def token_bytes(model: str) -> int:
