@@ -109,8 +109,9 @@ def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
 
 def prompts(llm: LLM, limit: Limit) -> list[list[int]]:
     """Text that every Python ships, one part after the other."""
-    tokens = llm.tokenizer.encode(corpus(DEFAULT).text, add_special_tokens=False)
     cut = range(0, limit.requests * limit.context, limit.context)
+    text = corpus(DEFAULT).text[: 8 * cut.stop]
+    tokens = llm.tokenizer.encode(text, add_special_tokens=False)
     return [[tokens[(at + i) % len(tokens)] for i in range(limit.context)] for at in cut]
 
 

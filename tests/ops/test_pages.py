@@ -260,6 +260,16 @@ def test_every_instruction_set_reads_what_the_reference_reads(tiny_model: Path, 
     assert texts(tiny_model, use=use, kernels=isa) == texts(tiny_model, use=use, kernels="torch")
 
 
+@pytest.mark.parametrize(("kv", "block"), [("int8", 16), ("int8", 48), ("float32", 24), ("float32", 8)])
+def test_codes_choose_the_same_pages_in_every_layout(tiny_model: Path, kv: str, block: int) -> None:
+    if not isas():
+        pytest.skip("the native kernels were not built")
+    options: dict[str, Any] = {
+        "use": f"quest:budget={max(64, 2 * block + 16)},skip_layers=0", "kv_cache_dtype": kv, "block_size": block,
+    }  # fmt: skip
+    assert texts(tiny_model, **options) == texts(tiny_model, kernels="torch", **options)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from([1, 7, 33, 128]), st.integers(1, 3), st.sampled_from(["float32", "bf16", "int8"]),

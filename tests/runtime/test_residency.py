@@ -275,3 +275,11 @@ def test_memory_is_no_disk() -> None:
         pytest.skip("no memory file system here")
     with pytest.raises(CapacityError, match="is memory, not a disk"):
         engine_of(**tight(kv_offloading_path="/dev/shm"))
+
+
+def test_a_guess_of_everything_is_dense_on_the_smallest_device() -> None:
+    prompt = (list(PROMPTS[0]) * 500)[:500]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    use = "infinigen:alpha=inf,budget=1000000,skip_layers=1"
+    found = run_all(engine_of(use, **tight()), [prompt], params)
+    assert found == run_all(engine_of(), [prompt], params)

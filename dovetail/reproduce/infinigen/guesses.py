@@ -25,7 +25,7 @@ def experiment(effort: Effort) -> Experiment:
 def claims(effort: Effort) -> Iterator[Claim]:
     length = effort.context + effort.rows
     llm = LLM(effort.limit.model, use=[watching([effort.use])], kv_cache_dtype="bf16", max_model_len=length + 2)
-    tokens = llm.tokenizer.encode(corpus(DEFAULT).text, add_special_tokens=False)[-length:]
+    tokens = llm.tokenizer.encode(corpus(DEFAULT).text[-8 * length :], add_special_tokens=False)[-length:]
     selector: Any = llm.engine.seams.selector
     alike = likeness(selector.site, tokens[: effort.context // 2])
     yield Claim(

@@ -1,0 +1,84 @@
+"""Claims of the systems with a slow tier at sizes where nothing takes time: what is measured ran, and is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dovetail import LLM
+from dovetail.bench.limited import Batch
+from dovetail.core.errors import RequestError
+from dovetail.ops import cpu
+from dovetail.reproduce import infinigen, shadowkv
+from dovetail.reproduce.claim import Claim
+from dovetail.reproduce.limited import Limit, Side, compare
+from dovetail.reproduce.needles import Found, Needles
+from dovetail.reproduce.runner import measure
+
+pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
+SHADOWKV, INFINIGEN = "shadowkv:rank=4,budget=64,chunk=4,outliers=0", "infinigen:budget=64,skip_layers=1"
+
+
+def limit(model: Path) -> Limit:
+    return Limit(str(model), 600_000, 200, 4, rounds=1, steps=2, tokens=60)
+
+
+def needles(model: Path) -> Needles:
+    text = model.parent / "haystack.txt"
+    text.write_text("The sea was calm. The ship went on. " * 20)
+    return Needles(str(model), "200", "50", 1, str(text))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOVETAIL_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def check(claims: list[Claim]) -> dict[str, Claim]:
+    for claim in claims:
+        assert all((claim.setting, claim.paper, claim.ours, claim.why))
+        assert ("emulated link" in claim.setting) == (claim.kind == "emulated")
+    assert json.loads(json.dumps([claim.to_dict() for claim in claims]))
+    return {claim.name: claim for claim in claims}
+
+
+def test_shadowkv_claims(tiny_model: Path, home: None) -> None:
+    effort = shadowkv.Effort(limit(tiny_model), needles(tiny_model), 64, SHADOWKV)
+    claims = check(measure(shadowkv.experiments(effort)))
+    assert claims["KV on the device"].meets and claims["KV on the device"].kind == "simulated"
+    assert claims["decoding under a memory limit"].bar is not None
+    assert claims["decoding under a memory limit, from disk"].bar is None
+    for each in shadowkv.EFFORTS.values():
+        assert each.limit.link == 25 and each.limit.context >= 7000 and "budget=512" in each.use
+
+
+def test_infinigen_claims(tiny_model: Path, home: None) -> None:
+    effort = infinigen.Effort(limit(tiny_model), needles(tiny_model), 120, 16, 64, INFINIGEN)
+    claims = check(measure(infinigen.experiments(effort)))
+    assert [name for name, claim in claims.items() if claim.bar is not None] == [
+        "pages guessed right", "decoding with KV in slow memory", "KV fetched for a token"
+    ]  # fmt: skip
+
+
+def test_a_technique_that_does_nothing_is_no_measurement(tiny_model: Path, home: None) -> None:
+    with pytest.raises(RuntimeError, match="shadowkv did nothing"):
+        compare(limit(tiny_model), Side(()), Side(("shadowkv:budget=100000,rank=4,outliers=0",), "host"))
+    with pytest.raises(RuntimeError, match="quest did nothing"):
+        needles(tiny_model).found(["quest:budget=100000,skip_layers=0"])
+
+
+def test_a_batch_that_runs_out_is_no_measurement(tiny_model: Path) -> None:
+    batch = Batch(LLM(tiny_model), [[1, 2, 3], [4, 5]], 6)
+    with pytest.raises(RequestError, match=r"requests decoded|have ended"):
+        batch.decode(50)
+    batch.close()
+
+
+def test_the_bar_is_a_share_of_what_is_found_by_reading_everything() -> None:
+    dense = Found(96, 100)
+    assert Found(92, 100).bar(dense).meets and not Found(91, 100).bar(dense).meets
+    assert Found(0, 100).bar(Found(0, 100)) is None
