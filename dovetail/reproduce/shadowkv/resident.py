@@ -48,9 +48,9 @@ def claims() -> Iterator[Claim]:
         f"{times:.2f} times smaller: {total / 2**20:.0f} MiB instead of {dense / 2**20:.0f} ("
         + ", ".join(f"{name} {size / dense:.2%}" for name, size in parts.items())
         + ")",
-        "Held while requests decode. To start, the engine asks for one layer of all pages, as prompts are read in "
-        f"full: {dense / (total + start):.2f} times smaller. Coefficients are 7.8 % of KV and landmarks 6.25 %, in "
-        "the paper as here; whole pages of 16 are read for chunks of 8.",
+        "Held while requests decode. To start, the engine asks for one layer of all pages, as prompts are "
+        f"read in full: {dense / (total + start):.2f} times smaller. Coefficients are 7.8 % of KV and landmarks "
+        "6.25 %, in the paper as here; whole pages of 16 are read for chunks of 8.",
         kind="simulated",
         bar=Bar(f"at least {NEEDED:.0f}", times >= NEEDED),
     )
