@@ -76,6 +76,8 @@ enum Summary : int { BOUND, MEAN_STD, CODES, NUM_SUMMARIES, LANDMARKS = NUM_SUMM
 // Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
 // Those of the others are likely to be asked for next; `follows`: as these were.
 // out[h * out_stride + p]: the highest product of the rows of head h with a chunk of page p; a NaN is none.
+// Against codes, chunks are tiles of sixteen keys, and a query is 2 n + 16 floats: n values, the same times 127 / 255 of
+// the inverse of the largest magnitude, and a 127th of that magnitude.
 struct PageScores {
     const void* q;
     int heads, rows, n, chunks;
@@ -83,18 +85,6 @@ struct PageScores {
     const int32_t* pages;
     int count, listed;
     bool follows;
-    float* out;
-    size_t out_stride;
-};
-
-// Queries [heads][rows] against codes [page][heads]; the rest is as in PageScores. A query has n values, the same times
-// 127 / 255 of the inverse of the largest magnitude, and 16 values of which the first is a 127th of that magnitude.
-struct CodeScores {
-    const float* q;
-    int heads, rows, n, tiles;
-    const uint8_t* summaries;
-    const int32_t* pages;
-    int count, listed;
     float* out;
     size_t out_stride;
 };
@@ -175,8 +165,7 @@ struct Kernels {
     void (*merge)(float* const* records, int rows, const State& state, int n);
     void (*scale)(const float* x, float by, int n, float* y);
 
-    void (*page_scores[NUM_KV])(const PageScores& args);
-    void (*code_scores[NUM_KV])(const CodeScores& args);
+    void (*page_scores[NUM_SUMMARIES][NUM_KV])(const PageScores& args);
     void (*landmark_logits[NUM_KV])(const LandmarkLogits& args);
     // out[i]: the highest of scores [16 i, 16 i + 16); a NaN is none.
     void (*best_of_sixteen)(const float* scores, int n, float* out);

@@ -16,7 +16,7 @@ size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.e
 // Values of a landmark, as products of bfloat16 take them.
 int landmark_width(const KVMemory& kv) { return (kv.dim + 31) / 32 * 32; }
 
-// Floats of a query in CodeScores.
+// Floats of a query that meets codes.
 size_t code_query(int n) { return 2 * (size_t)n + 16; }
 
 // Both halves of a query [n], one after the other: see Summary.
@@ -120,18 +120,19 @@ void Selection::halve(int row, const PickArgs& args, Scratch& mine) const {
 
 void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
     if (args.kind == LANDMARKS) return score_landmarks(part, kernels, args, mine);
-    if (args.kind == CODES) return score_codes(part, kernels, args, mine);
     const Row& r = rows_[part.row];
-    if (mine.row != r.row) halve(r.row, args, mine);
+    const bool codes = args.kind == CODES;
+    if (mine.row != r.row) codes ? widen(r.row, args, mine) : halve(r.row, args, mine);
+    const int n = args.kv->padded(), chunks = codes ? (page_size_ + 15) / 16 : args.vectors / 2;
     const bool follows = mine.last && mine.last + 1 == &part && mine.last->row == part.row;
-    kernels.page_scores[args.kv->compute()](
-        {mine.q.data(), heads_.kv, heads_.group(), 2 * args.kv->padded(), args.vectors / 2, args.summaries,
-         r.pages + part.first, part.last - part.first, r.eligible - part.first, follows,
-         scores_.data() + r.scores + part.first, (size_t)r.stride()});
+    kernels.page_scores[args.kind][args.kv->compute()](
+        {mine.q.data(), heads_.kv, heads_.group(), codes ? n : 2 * n, chunks, args.summaries, r.pages + part.first,
+         part.last - part.first, r.eligible - part.first, follows, scores_.data() + r.scores + part.first,
+         (size_t)r.stride()});
     mine.last = &part;
 }
 
-// The queries [query heads] as CodeScores takes them.
+// The queries [query heads] as codes take them: see PageScores.
 void Selection::widen(int row, const PickArgs& args, Scratch& mine) const {
     const int n = args.kv->padded();
     float* to = (float*)mine.q.data();
@@ -152,15 +153,6 @@ void Selection::widen(int row, const PickArgs& args, Scratch& mine) const {
         to[2 * n] = most / 127.0f;
     }
     mine.row = row;
-}
-
-void Selection::score_codes(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine) {
-    const Row& r = rows_[part.row];
-    if (mine.row != r.row) widen(r.row, args, mine);
-    kernels.code_scores[args.kv->compute()](
-        {(const float*)mine.q.data(), heads_.kv, heads_.group(), args.kv->padded(), (page_size_ + 15) / 16, args.summaries,
-         r.pages + part.first, part.last - part.first, r.eligible - part.first, scores_.data() + r.scores + part.first,
-         (size_t)r.stride()});
 }
 
 // The queries [query heads], each as wide as a landmark.

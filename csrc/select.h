@@ -90,7 +90,6 @@ class Selection {
     void widen(int row, const PickArgs& args, Scratch& mine) const;
     void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
-    void score_codes(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);

@@ -5,7 +5,6 @@
 
 namespace {
 
-using dovetail::CodeScores;
 using dovetail::LandmarkLogits;
 using dovetail::PageScores;
 using dovetail::PageTiles;
@@ -16,19 +15,25 @@ template <bool WIDE> INLINE F partial(F acc, const void* summary, const void* q,
     return dot_bf16(acc, iload((const uint16_t*)summary + at), iload((const uint16_t*)q + at));
 }
 
-// best[p]: at least the products of n values of R queries with page p's summary.
+// acc[p][r]: products of n values of R queries with P vectors; rows that are not there repeat the first one.
 template <bool WIDE, int P, int R>
-INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n, float* best) {
+INLINE void products(const uint8_t* const* vectors, const uint8_t* q, int n, F (&acc)[P][4]) {
     constexpr int STEP = WIDE ? 16 : 32;
     const size_t row = (size_t)n * (WIDE ? 4 : 2);
-    F acc[P][4];
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
     for (int at = 0; at < n; at += STEP)
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], summaries[p], q + r * row, at);
+            UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], vectors[p], q + r * row, at);
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = R; r < 4; r++) acc[p][r] = acc[p][0];
+}
+
+// best[p]: at least the products with page p's summary.
+template <bool WIDE, int P, int R>
+INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n, float* best) {
+    F acc[P][4];
+    products<WIDE, P, R>(summaries, q, n, acc);
     best_sums(acc, best);
 }
 
@@ -68,10 +73,14 @@ template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int 
     }
 }
 
-template <bool WIDE> void page_scores(const PageScores& args) {
-    const size_t page = (size_t)args.heads * args.chunks * args.n * (WIDE ? 4 : 2);
+// The first pages, of so many bytes, where no call before this one has fetched them.
+INLINE void fetch_first(const PageScores& args, size_t page) {
     for (int p = 0; !args.follows && p < AHEAD && p < args.listed; p++)
         for (size_t b = 0; b < page; b += 64) prefetch_far(args.summaries + args.pages[p] * page + b);
+}
+
+template <bool WIDE> void page_scores(const PageScores& args) {
+    fetch_first(args, (size_t)args.heads * args.chunks * args.n * (WIDE ? 4 : 2));
     int p = 0;
     for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) score_heads<WIDE, PAGES_MANY>(args, p);
     for (; p < args.count; p++) score_heads<WIDE, 1>(args, p);
@@ -87,7 +96,7 @@ template <bool WIDE> INLINE F values(const void* p, int at) {
 
 // The highest product of R queries with a page's keys. Queries times steps are rounded to bytes, so that what is multiplied
 // with codes is summed exactly.
-template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const float* q, const CodeScores& args) {
+template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const float* q, const PageScores& args) {
     const uint8_t *steps = page + (size_t)args.n * (WIDE ? 4 : 2), *codes = steps + (size_t)args.n * (WIDE ? 4 : 2);
     const size_t row = 2 * (size_t)args.n + 16;
     alignas(64) int8_t scaled[R][dovetail::MAX_DIM];
@@ -102,7 +111,8 @@ template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const fl
     }
     float largest;
     __builtin_memcpy(&largest, steps + args.n, 4);
-    for (int t = 0; t < args.tiles; t++) {
+    UNROLL for (int r = 0; r < R; r++) low[r] = all(sum(low[r]));
+    for (int t = 0; t < args.chunks; t++) {
         I acc[R];
         UNROLL for (int r = 0; r < R; r++) acc[r] = izero();
         for (int b = 0; b < args.n; b += 16, codes += 64) {
@@ -117,23 +127,23 @@ template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const fl
         }
         UNROLL for (int r = 0; r < R; r++) {
             const F unit = all(largest * q[r * row + 2 * args.n]);
-            const F x = fma(to_float(acc[r]), unit, all(sum(low[r])));
+            const F x = fma(to_float(acc[r]), unit, low[r]);
             best = max(choose(not_nan(x), x, best), best);
         }
     }
     return highest(best);
 }
 
-template <bool WIDE> void code_scores(const CodeScores& args) {
-    const size_t head = (size_t)args.n * (2 * (WIDE ? 4 : 2) + 4 * args.tiles);
+template <bool WIDE> void code_scores(const PageScores& args) {
+    const size_t head = (size_t)args.n * (2 * (WIDE ? 4 : 2) + 4 * args.chunks), row = 2 * (size_t)args.n + 16;
+    fetch_first(args, args.heads * head);
     for (int p = 0; p < args.count; p++) {
         const int later = p + AHEAD < args.listed ? p + AHEAD : p;
         const uint8_t* page = args.summaries + args.pages[p] * args.heads * head;
         const uint8_t* next = args.summaries + args.pages[later] * args.heads * head;
         for (int h = 0; h < args.heads; h++, page += head, next += head) {
             for (size_t b = 0; b < head; b += 64) prefetch_far(next + b);
-            const size_t row = 2 * (size_t)args.n + 16;
-            const float* q = args.q + (size_t)h * args.rows * row;
+            const float* q = (const float*)args.q + (size_t)h * args.rows * row;
             float best = -__builtin_inff();
             for (int r = 0; r < args.rows; r += 4, q += 4 * row) {
                 const int rows = args.rows - r;
@@ -148,19 +158,11 @@ template <bool WIDE> void code_scores(const CodeScores& args) {
     }
 }
 
-// Logits of P vectors, one of each page, and R queries of a head, `row` bytes apart.
+// Logits of P vectors, one of each page, and R queries of a head.
 template <bool WIDE, int P, int R>
 INLINE void logits_of(const uint8_t* const* vectors, const uint8_t* q, int n, float* const* out) {
-    constexpr int STEP = WIDE ? 16 : 32;
-    const size_t row = (size_t)n * (WIDE ? 4 : 2);
     F acc[P][4];
-    UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
-    for (int at = 0; at < n; at += STEP)
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], vectors[p], q + r * row, at);
-    UNROLL for (int p = 0; p < P; p++)
-        UNROLL for (int r = R; r < 4; r++) acc[p][r] = acc[p][0];
+    products<WIDE, P, R>(vectors, q, n, acc);
     all_sums<P, R>(acc, out);
 }
 
@@ -324,59 +326,49 @@ template <bool WIDE> struct Dimension {
     }
 };
 
-// f(keys, first, count, c * 2 * n + d): each dimension d of each chunk c.
+// f(keys, first, count, c, d): dimension d of chunk c, which has `count` keys from the first on.
 template <bool WIDE, class Each> INLINE void each_chunk(const PageTiles& page, int chunks, const Each& f) {
     const int count = 16 * page.tiles / chunks;
     for (int d = 0; d < page.n; d++) {
         Dimension<WIDE> keys{page, d};
-        for (int c = 0; c < chunks; c++) f(keys, c * count, count, 2 * c * page.n + d);
+        for (int c = 0; c < chunks; c++) f(keys, c * count, count, c, d);
     }
 }
 
 // Maximum and minimum of each dimension over a chunk's keys, first [n] and then [n].
 template <bool WIDE> void page_bounds(const PageTiles& page, int chunks, void* out) {
-    if (chunks > 1)
-        return each_chunk<WIDE>(page, chunks, [&](Dimension<WIDE>& key, int first, int count, int to) {
-            float high = key(first), low = high;
-            for (int t = first + 1; t < first + count; t++) {
-                const float x = key(t);
-                high = high > x ? high : x, low = low < x ? low : x;
-            }
-            put<WIDE>(out, to, high), put<WIDE>(out, to + page.n, low);
-        });
-    for (int d = 0; d < page.n; d++) {
-        F high = keys_at<WIDE>(page.keys, d), low = high;
-        for (int i = 1; i < page.tiles; i++) {
-            const F x = keys_at<WIDE>(page.keys + i * page.tile_bytes, d);
-            high = max(high, x), low = min(low, x);
+    each_chunk<WIDE>(page, chunks, [&](auto& key, int first, int count, int c, int d) {
+        float high = key(first), low = high;
+        for (int t = first + 1; t < first + count; t++) {
+            const float x = key(t);
+            high = high > x ? high : x, low = low < x ? low : x;
         }
-        put<WIDE>(out, d, highest(high));
-        put<WIDE>(out, page.n + d, -highest(sub(zero(), low)));
-    }
+        put<WIDE>(out, 2 * c * page.n + d, high), put<WIDE>(out, (2 * c + 1) * page.n + d, low);
+    });
+}
+
+template <class Keys> INLINE float mean_of(Keys& key, int first, int count) {
+    float total = 0;
+    for (int t = first; t < first + count; t++) total += key(t);
+    return total / (float)count;
 }
 
 // Mean and weighted standard deviation.
 template <bool WIDE> void page_moments(const PageTiles& page, int chunks, void* out) {
-    if (chunks > 1)
-        return each_chunk<WIDE>(page, chunks, [&](Dimension<WIDE>& key, int first, int count, int to) {
-            float total = 0, squares = 0;
-            for (int t = first; t < first + count; t++) total += key(t);
-            const float mean = total / (float)count;
-            for (int t = first; t < first + count; t++) squares += (key(t) - mean) * (key(t) - mean);
-            put<WIDE>(out, to, mean), put<WIDE>(out, to + page.n, page.deviations * __builtin_sqrtf(squares / (float)count));
-        });
-    const float each = 1.0f / (float)(16 * page.tiles);
-    for (int d = 0; d < page.n; d++) {
-        F total = zero(), squares = zero();
-        for (int i = 0; i < page.tiles; i++) total = add(total, keys_at<WIDE>(page.keys + i * page.tile_bytes, d));
-        const float mean = sum(total) * each;
-        for (int i = 0; i < page.tiles; i++) {
-            const F x = sub(keys_at<WIDE>(page.keys + i * page.tile_bytes, d), all(mean));
-            squares = fma(x, x, squares);
-        }
-        put<WIDE>(out, d, mean);
-        put<WIDE>(out, page.n + d, page.deviations * __builtin_sqrtf(sum(squares) * each));
-    }
+    each_chunk<WIDE>(page, chunks, [&](auto& key, int first, int count, int c, int d) {
+        const float mean = mean_of(key, first, count);
+        float squares = 0;
+        for (int t = first; t < first + count; t++) squares += (key(t) - mean) * (key(t) - mean);
+        const float deviation = __builtin_sqrtf(squares / (float)count);
+        put<WIDE>(out, 2 * c * page.n + d, mean), put<WIDE>(out, (2 * c + 1) * page.n + d, page.deviations * deviation);
+    });
+}
+
+// Means of `vectors` runs of a page's keys, `stride` values apart.
+template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stride, void* out) {
+    each_chunk<WIDE>(page, vectors, [&](auto& key, int first, int count, int c, int d) {
+        put<WIDE>(out, c * stride + d, mean_of(key, first, count));
+    });
 }
 
 // 0 to 3. A range of nothing is all 0.
@@ -399,7 +391,8 @@ template <bool WIDE> void page_codes(const PageTiles& page, int, void* out) {
     }
     const float largest = highest(most), part = largest / 255.0f;
     for (int d = 0; d < page.n; d += 16) {
-        const F bytes = largest > 0 ? round_even(mul(div(load(step + d), all(largest)), all(255.0f))) : zero();
+        const F parts = round_even(mul(div(load(step + d), all(largest)), all(255.0f)));
+        const F bytes = keep(not_nan(parts), parts);  // 0 where there is no range, or none that is a number
         for (int i = 0; i < 16; i++) put<WIDE>(out, d + i, low[d + i]), steps[d + i] = (uint8_t)lane(bytes, i);
         store(step + d, mul(bytes, all(part)));
     }
@@ -440,25 +433,12 @@ template <bool WIDE> void turn_keys(const uint8_t* tile, int dim, const float* b
     }
 }
 
-// Means of `vectors` runs of a page's keys, `stride` values apart.
-template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stride, void* out) {
-    const int tokens = 16 * page.tiles, chunk = tokens / vectors;
-    alignas(64) float keys[16];
-    for (int d = 0; d < page.n; d++) {
-        float total = 0;
-        for (int t = 0; t < tokens; t++) {
-            if (t % 16 == 0) store(keys, keys_at<WIDE>(page.keys + t / 16 * page.tile_bytes, d));
-            total += keys[t % 16];
-            if ((t + 1) % chunk) continue;
-            put<WIDE>(out, t / chunk * stride + d, total / (float)chunk);
-            total = 0;
-        }
-    }
-}
-
 inline void add_pages(dovetail::Kernels& k) {
-    k.page_scores[dovetail::KV_F32] = page_scores<true>, k.page_scores[dovetail::KV_BF16] = page_scores<false>;
-    k.code_scores[dovetail::KV_F32] = code_scores<true>, k.code_scores[dovetail::KV_BF16] = code_scores<false>;
+    k.page_scores[dovetail::BOUND][dovetail::KV_F32] = k.page_scores[dovetail::MEAN_STD][dovetail::KV_F32] = page_scores<true>;
+    k.page_scores[dovetail::BOUND][dovetail::KV_BF16] = k.page_scores[dovetail::MEAN_STD][dovetail::KV_BF16] =
+        page_scores<false>;
+    k.page_scores[dovetail::CODES][dovetail::KV_F32] = code_scores<true>;
+    k.page_scores[dovetail::CODES][dovetail::KV_BF16] = code_scores<false>;
     k.summarise[dovetail::CODES][dovetail::KV_F32] = page_codes<true>;
     k.summarise[dovetail::CODES][dovetail::KV_BF16] = page_codes<false>;
     k.best_of_sixteen = best_of_sixteen, k.margins = margins;
