@@ -1,5 +1,7 @@
 #include "select.h"
 
+#include "small_floats.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,9 +17,6 @@ size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.e
 
 // Values of a landmark, as products of bfloat16 take them.
 int landmark_width(const KVMemory& kv) { return (kv.dim + 31) / 32 * 32; }
-
-// Floats of a query that meets codes.
-size_t code_query(int n) { return 2 * (size_t)n + 16; }
 
 // Both halves of a query [n], one after the other: see Summary.
 template <class T> void halve_query(const T* q, int n, Summary kind, T* out) {
@@ -89,7 +88,7 @@ void Selection::prepare(const PickArgs& args, int threads) {
     const KVMemory& kv = *args.kv;
     const bool landmarks = args.kind == LANDMARKS;
     const size_t each = landmarks          ? (size_t)landmark_width(kv) * kv.element()
-                        : args.kind == CODES ? code_query(kv.padded()) * sizeof(float)
+                        : args.kind == CODES ? code_query(kv.padded(), kv.element())
                                              : summary_bytes(kv);
     scratch_.resize(threads);
     for (Scratch& s : scratch_)
@@ -122,7 +121,7 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
     if (args.kind == LANDMARKS) return score_landmarks(part, kernels, args, mine);
     const Row& r = rows_[part.row];
     const bool codes = args.kind == CODES;
-    if (mine.row != r.row) codes ? widen(r.row, args, mine) : halve(r.row, args, mine);
+    if (mine.row != r.row) codes ? round(r.row, args, mine) : halve(r.row, args, mine);
     const int n = args.kv->padded(), chunks = codes ? (page_size_ + 15) / 16 : args.vectors / 2;
     const bool follows = mine.last && mine.last + 1 == &part && mine.last->row == part.row;
     kernels.page_scores[args.kind][args.kv->compute()](
@@ -133,24 +132,25 @@ void Selection::score(const Part& part, const Kernels& kernels, const PickArgs& 
 }
 
 // The queries [query heads] as codes take them: see PageScores.
-void Selection::widen(int row, const PickArgs& args, Scratch& mine) const {
-    const int n = args.kv->padded();
-    float* to = (float*)mine.q.data();
-    for (int h = 0; h < heads_.query; h++, to += code_query(n)) {
-        const size_t from = ((size_t)row * heads_.query + h) * n;
+void Selection::round(int row, const PickArgs& args, Scratch& mine) const {
+    const int n = args.kv->padded(), element = args.kv->element();
+    const size_t bytes = code_query(n, element), values = (size_t)n * element;
+    float q[MAX_DIM];
+    for (int h = 0; h < heads_.query; h++) {
+        const uint8_t* from = (const uint8_t*)args.q + ((size_t)row * heads_.query + h) * values;
+        uint8_t* to = mine.q.data() + h * bytes;
         float most = 0;
         for (int i = 0; i < n; i++) {
-            if (args.kv->compute() == KV_BF16) {
-                const uint32_t bits = (uint32_t)((const uint16_t*)args.q)[from + i] << 16;
-                memcpy(to + i, &bits, 4);
-            } else {
-                to[i] = ((const float*)args.q)[from + i];
-            }
-            most = std::max(most, std::fabs(to[i]));
+            q[i] = element == 4 ? ((const float*)from)[i] : bf16_value(((const uint16_t*)from)[i]);
+            most = std::max(most, std::fabs(q[i]));
         }
-        const float by = most > 0 ? 127.0f / 255.0f / most : 0.0f;
-        for (int i = 0; i < n; i++) to[n + i] = to[i] * by;
-        to[2 * n] = most / 127.0f;
+        memcpy(to, from, values), memset(to + values, 0, bytes - values);
+        const float by = most > 0 ? CODE_SCALE / most : 0.0f, unit = most * (32768.0f / (255.0f * CODE_SCALE));
+        for (int i = 0; i < n; i++) {  // what is not a number shows in the values
+            const float x = q[i] * by;
+            ((int16_t*)(to + values))[i] = x == x ? (int16_t)std::nearbyint(x) : 0;
+        }
+        memcpy(to + bytes - CODE_UNIT, &unit, 4);
     }
     mine.row = row;
 }
@@ -177,29 +177,30 @@ void Selection::score_landmarks(const Part& part, const Kernels& kernels, const 
          logits_.data() + r.logits * heads_.group() * args.vectors + part.first, stride});
 }
 
-// Scores from the logits of landmarks. Pages whose keys are kept apart do not compete: they come first.
+// Scores from the logits of landmarks. Pages whose keys are kept apart do not compete.
 void Selection::rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args) {
     const int stride = row.stride(), runs = heads_.group() * args.vectors;
     float* logits = logits_.data() + (row.logits + (size_t)head * stride) * runs;
     float* scores = scores_.data() + row.scores + (size_t)head * stride;
-    auto each_apart = [&](auto&& f) {
-        if (!args.tiers || !row.num_aliases) return;
-        for (int32_t p : args.tiers->apart(row.aliases[0] + args.first_page, head))
-            if (p < row.eligible) f(p);
-    };
     for (int i = 0; i < runs; i++) std::fill(logits + i * stride + row.eligible, logits + (i + 1) * stride, -INFINITY);
-    each_apart([&](int p) {
+    each_apart(row, head, args, [&](int p) {
         for (int i = 0; i < runs; i++) logits[i * stride + p] = -INFINITY;
     });
     kernels.softmax_scores({logits, heads_.group(), args.vectors, stride, stride, scores});
-    each_apart([&](int p) { scores[p] = INFINITY; });
+}
+
+template <class Each> void Selection::each_apart(const Row& row, int head, const PickArgs& args, const Each& f) const {
+    if (!args.tiers || !row.num_aliases) return;
+    for (int32_t p : args.tiers->apart(row.aliases[0] + args.first_page, head))
+        if (p < row.eligible) f(p);
 }
 
 void Selection::choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args) {
     const bool scored = args.summaries != nullptr;
     if (scored && args.kind == LANDMARKS) rank_landmarks(row, head, kernels, args);
     int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
-    const float* scores = scores_.data() + row.scores + (size_t)head * row.stride();
+    float* scores = scores_.data() + row.scores + (size_t)head * row.stride();
+    each_apart(row, head, args, [&](int p) { scores[p] = INFINITY; });
     if (scored) kernels.largest(scores, row.stride(), row.count, list);
     else for (int i = 0; i < row.count; i++) list[i] = i;
     this->list(row, head, row.count);

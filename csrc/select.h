@@ -81,16 +81,18 @@ class Selection {
         int row, first, last;
     };
     struct Scratch {
-        Aligned<uint8_t> q;  // of a row: both halves, [query heads][2][padded dim]; or [query heads][width]
+        Aligned<uint8_t> q;  // of a row, as its summaries take them
         int row;             // whose they are
         const Part* last;    // scored
     };
     void add(const Span& span, const Sparsity& sparsity);
     void lay_out(int row, const PickArgs& args, Scratch& mine) const;
-    void widen(int row, const PickArgs& args, Scratch& mine) const;
+    void round(int row, const PickArgs& args, Scratch& mine) const;
     void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
+    // f(page of the row): those whose keys are kept as they are, which come first.
+    template <class Each> void each_apart(const Row& row, int head, const PickArgs& args, const Each& f) const;
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void score_partial(const Part& part, const Kernels& kernels, const PartialArgs& args);

@@ -15,16 +15,27 @@ template <bool WIDE> INLINE F partial(F acc, const void* summary, const void* q,
     return dot_bf16(acc, iload((const uint16_t*)summary + at), iload((const uint16_t*)q + at));
 }
 
-// acc[p][r]: products of n values of R queries with P vectors; rows that are not there repeat the first one.
+// Sixteen values of the compute type.
+template <bool WIDE> INLINE F values(const void* p, int at) {
+    if (WIDE) return load((const float*)p + at);
+    return bf16((const uint16_t*)p + at);
+}
+
+// acc[p][r]: products of n values of R queries, `row` bytes apart, with P vectors; rows that are not there repeat the
+// first one.
 template <bool WIDE, int P, int R>
-INLINE void products(const uint8_t* const* vectors, const uint8_t* q, int n, F (&acc)[P][4]) {
+INLINE void products(const uint8_t* const* vectors, const uint8_t* q, size_t row, int n, F (&acc)[P][4]) {
     constexpr int STEP = WIDE ? 16 : 32;
-    const size_t row = (size_t)n * (WIDE ? 4 : 2);
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = 0; r < R; r++) acc[p][r] = zero();
-    for (int at = 0; at < n; at += STEP)
+    int at = 0;
+    for (; at + STEP <= n; at += STEP)
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int p = 0; p < P; p++) acc[p][r] = partial<WIDE>(acc[p][r], vectors[p], q + r * row, at);
+    if (at < n)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int p = 0; p < P; p++)
+                acc[p][r] = fma(values<WIDE>(vectors[p], at), values<WIDE>(q + r * row, at), acc[p][r]);
     UNROLL for (int p = 0; p < P; p++)
         UNROLL for (int r = R; r < 4; r++) acc[p][r] = acc[p][0];
 }
@@ -33,7 +44,7 @@ INLINE void products(const uint8_t* const* vectors, const uint8_t* q, int n, F (
 template <bool WIDE, int P, int R>
 INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n, float* best) {
     F acc[P][4];
-    products<WIDE, P, R>(summaries, q, n, acc);
+    products<WIDE, P, R>(summaries, q, (size_t)n * (WIDE ? 4 : 2), n, acc);
     best_sums(acc, best);
 }
 
@@ -88,35 +99,29 @@ template <bool WIDE> void page_scores(const PageScores& args) {
 
 // ---- codes
 
-// Sixteen values of the compute type.
-template <bool WIDE> INLINE F values(const void* p, int at) {
-    if (WIDE) return load((const float*)p + at);
-    return bf16((const uint16_t*)p + at);
-}
-
-// The highest product of R queries with a page's keys. Queries times steps are rounded to bytes, so that what is multiplied
-// with codes is summed exactly.
-template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const float* q, const PageScores& args) {
-    const uint8_t *steps = page + (size_t)args.n * (WIDE ? 4 : 2), *codes = steps + (size_t)args.n * (WIDE ? 4 : 2);
-    const size_t row = 2 * (size_t)args.n + 16;
-    alignas(64) int8_t scaled[R][dovetail::MAX_DIM];
-    F low[R], best = all(-__builtin_inff());
-    UNROLL for (int r = 0; r < R; r++) low[r] = zero();
-    for (int at = 0; at < args.n; at += 16) {
-        const F step = unsigned_bytes(steps + at), from = values<WIDE>(page, at);
-        UNROLL for (int r = 0; r < R; r++) {
-            low[r] = fma(load(q + r * row + at), from, low[r]);
-            store_bytes(scaled[r] + at, to_int(mul(load(q + r * row + args.n + at), step)));
-        }
+// The highest products of R queries with a page's keys, token by token of its tiles; `low`: [R][P] products with what
+// all its keys share. Queries times steps are rounded to bytes, so that what is multiplied with codes is summed exactly.
+template <bool WIDE, int P, int R>
+INLINE F code_page(const uint8_t* page, const uint8_t* q, const float* low, const PageScores& args) {
+    const size_t vector = (size_t)args.n * (WIDE ? 4 : 2), row = dovetail::code_query(args.n, WIDE ? 4 : 2);
+    const size_t unit = row - dovetail::CODE_UNIT;
+    const uint8_t *steps = page + vector, *codes = steps + vector;
+    alignas(64) int8_t scaled[R][dovetail::MAX_DIM + 16];
+    for (int at = 0; at < args.n; at += 32) {
+        const I step = bytes_as_16(steps + at);
+        UNROLL for (int r = 0; r < R; r++) store_high(scaled[r] + at, iload(q + r * row + vector + 2 * at), step);
     }
-    float largest;
+    float largest, units[R];
     __builtin_memcpy(&largest, steps + args.n, 4);
-    UNROLL for (int r = 0; r < R; r++) low[r] = all(sum(low[r]));
+    UNROLL for (int r = 0; r < R; r++) __builtin_memcpy(units + r, q + r * row + unit, 4);
+    F best = all(-__builtin_inff());
     for (int t = 0; t < args.chunks; t++) {
         I acc[R];
         UNROLL for (int r = 0; r < R; r++) acc[r] = izero();
         for (int b = 0; b < args.n; b += 16, codes += 64) {
-            const I x = iload(codes), few = iall(0x03030303);
+            I x = iload(codes);
+            const I few = iall(0x03030303);
+            pin(x);
             const I fours[4] = {iand(x, few), iand(right32<2>(x), few), iand(right32<4>(x), few), iand(right32<6>(x), few)};
             UNROLL for (int j = 0; j < 4; j++)
                 UNROLL for (int r = 0; r < R; r++) {
@@ -125,44 +130,64 @@ template <bool WIDE, int R> INLINE float code_best(const uint8_t* page, const fl
                     acc[r] = dot_small(acc[r], fours[j], iall(bytes));
                 }
         }
-        UNROLL for (int r = 0; r < R; r++) {
-            const F unit = all(largest * q[r * row + 2 * args.n]);
-            const F x = fma(to_float(acc[r]), unit, low[r]);
-            best = max(choose(not_nan(x), x, best), best);
-        }
+        UNROLL for (int r = 0; r < R; r++)  // a NaN leaves what is best so far
+            best = max(fma(to_float(acc[r]), all(largest * units[r]), all(low[r * P])), best);
     }
-    return highest(best);
+    return best;
+}
+
+template <bool WIDE, int P, int R>
+INLINE void code_pages(const uint8_t* const* pages, const uint8_t* q, const PageScores& args, float* best) {
+    F acc[P][4];
+    alignas(64) float most[P][16];
+    float low[4][P], *const lows[4] = {low[0], low[1], low[2], low[3]};
+    products<WIDE, P, R>(pages, q, dovetail::code_query(args.n, WIDE ? 4 : 2), args.n, acc);
+    all_sums<P, R>(acc, lows);
+    ROLLED for (int p = 0; p < P; p++) store(most[p], code_page<WIDE, P, R>(pages[p], q, low[0] + p, args));
+    F x[P];
+    UNROLL for (int p = 0; p < P; p++) x[p] = load(most[p]);
+    raise<P>(x, best);
+}
+
+// P pages from the first on, all heads; meanwhile later ones are fetched.
+template <bool WIDE, int P> INLINE void code_heads(const PageScores& args, int first) {
+    const int n = args.n, element = WIDE ? 4 : 2;
+    const size_t head = (size_t)n * (2 * element + 4 * args.chunks), row = dovetail::code_query(n, element);
+    const uint8_t *pages[P], *next[P], *q = (const uint8_t*)args.q;
+    UNROLL for (int p = 0; p < P; p++) {
+        const int later = first + p + AHEAD < args.listed ? first + p + AHEAD : first + p;
+        pages[p] = args.summaries + args.pages[first + p] * args.heads * head;
+        next[p] = args.summaries + args.pages[later] * args.heads * head;
+    }
+    for (int h = 0; h < args.heads; h++) {
+        UNROLL for (int p = 0; p < P; p++)
+            for (size_t b = 0; b < head; b += 64) prefetch_far(next[p] + h * head + b);
+        float best[P];
+        UNROLL for (int p = 0; p < P; p++) best[p] = -__builtin_inff();
+        int r = 0;
+        for (; r + 4 <= args.rows; r += 4, q += 4 * row) code_pages<WIDE, P, 4>(pages, q, args, best);
+        switch (args.rows - r) {
+            case 3: code_pages<WIDE, P, 3>(pages, q, args, best); break;
+            case 2: code_pages<WIDE, P, 2>(pages, q, args, best); break;
+            case 1: code_pages<WIDE, P, 1>(pages, q, args, best); break;
+        }
+        q += (args.rows - r) * row;
+        UNROLL for (int p = 0; p < P; p++) pages[p] += head, args.out[h * args.out_stride + first + p] = best[p];
+    }
 }
 
 template <bool WIDE> void code_scores(const PageScores& args) {
-    const size_t head = (size_t)args.n * (2 * (WIDE ? 4 : 2) + 4 * args.chunks), row = 2 * (size_t)args.n + 16;
-    fetch_first(args, args.heads * head);
-    for (int p = 0; p < args.count; p++) {
-        const int later = p + AHEAD < args.listed ? p + AHEAD : p;
-        const uint8_t* page = args.summaries + args.pages[p] * args.heads * head;
-        const uint8_t* next = args.summaries + args.pages[later] * args.heads * head;
-        for (int h = 0; h < args.heads; h++, page += head, next += head) {
-            for (size_t b = 0; b < head; b += 64) prefetch_far(next + b);
-            const float* q = (const float*)args.q + (size_t)h * args.rows * row;
-            float best = -__builtin_inff();
-            for (int r = 0; r < args.rows; r += 4, q += 4 * row) {
-                const int rows = args.rows - r;
-                const float x = rows == 1   ? code_best<WIDE, 1>(page, q, args)
-                                : rows == 2 ? code_best<WIDE, 2>(page, q, args)
-                                : rows == 3 ? code_best<WIDE, 3>(page, q, args)
-                                            : code_best<WIDE, 4>(page, q, args);
-                best = x > best ? x : best;
-            }
-            args.out[h * args.out_stride + p] = best;
-        }
-    }
+    fetch_first(args, (size_t)args.heads * args.n * (2 * (WIDE ? 4 : 2) + 4 * args.chunks));
+    int p = 0;
+    for (; p + PAGES_MANY <= args.count; p += PAGES_MANY) code_heads<WIDE, PAGES_MANY>(args, p);
+    for (; p < args.count; p++) code_heads<WIDE, 1>(args, p);
 }
 
 // Logits of P vectors, one of each page, and R queries of a head.
 template <bool WIDE, int P, int R>
 INLINE void logits_of(const uint8_t* const* vectors, const uint8_t* q, int n, float* const* out) {
     F acc[P][4];
-    products<WIDE, P, R>(vectors, q, n, acc);
+    products<WIDE, P, R>(vectors, q, (size_t)n * (WIDE ? 4 : 2), n, acc);
     all_sums<P, R>(acc, out);
 }
 

@@ -102,6 +102,15 @@ INLINE void store_bytes(void* p, I x) {
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(bytes));
 }
+// Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
+INLINE I bytes_as_16(const void* p) {
+    const __m128i* b = (const __m128i*)p;
+    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(b)), _mm256_cvtepu8_epi16(_mm_loadu_si128(b + 1))};
+}
+INLINE void store_high(void* p, I x, I y) {
+    const __m256i bytes = _mm256_packs_epi16(_mm256_mulhrs_epi16(x.a, y.a), _mm256_mulhrs_epi16(x.b, y.b));
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(bytes, 0xd8));
+}
 
 INLINE __m256i quads(__m256i u, __m256i s, __m256i weight) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), weight);
@@ -174,6 +183,10 @@ INLINE float highest(F x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+// best[p] = the highest of it and x[p]; a NaN is none.
+template <int P> INLINE void raise(const F (&x)[P], float* best) {
+    for (int p = 0; p < P; p++) best[p] = highest(max(x[p], all(best[p])));
 }
 INLINE __m256i sum_fours(__m256i x) {
     x = _mm256_add_epi32(x, _mm256_shuffle_epi32(x, 0xb1));

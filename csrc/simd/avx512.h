@@ -75,6 +75,11 @@ INLINE F bf16(const void* p) {
 INLINE F unsigned_bytes(const void* p) { return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE F signed_bytes(const void* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE void store_bytes(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+// Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
+INLINE I bytes_as_16(const void* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_high(void* p, I x, I y) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi16_epi8(_mm512_mulhrs_epi16(x, y)));
+}
 
 // acc + the products of four unsigned and four signed bytes per lane. `dot_small`: the unsigned ones are below 64.
 INLINE I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
@@ -165,6 +170,19 @@ template <int P, int R> INLINE void all_sums(const F (&x)[P][4], float* const* o
     }
 }
 INLINE float highest(F a) { return _mm512_reduce_max_ps(a); }
+// best[p] = the highest of it and x[p]; a NaN is none.
+template <int P> INLINE void raise(const F (&x)[P], float* best) {
+    for (int p = 0; p < P; p++) best[p] = highest(max(x[p], all(best[p])));
+}
+template <> INLINE void raise<4>(const F (&x)[4], float* best) {
+    const F a = max(_mm512_shuffle_f32x4(x[0], x[1], 0x44), _mm512_shuffle_f32x4(x[0], x[1], 0xee)),
+            b = max(_mm512_shuffle_f32x4(x[2], x[3], 0x44), _mm512_shuffle_f32x4(x[2], x[3], 0xee));
+    F c = max(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));  // four lanes of each
+    c = max(c, _mm512_permute_ps(c, 0x4e));
+    c = max(c, _mm512_permute_ps(c, 0xb1));
+    const __m128 most = _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), c));
+    _mm_storeu_ps(best, _mm_max_ps(most, _mm_loadu_ps(best)));
+}
 INLINE I sum_fours(I a) {  // of each four lanes, in each of them
     a = iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xb1));
     return iadd(a, _mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0x4e));

@@ -106,6 +106,14 @@ INLINE F signed_bytes(const void* p) { LANES(F, (float)((const int8_t*)p)[i]); }
 INLINE void store_bytes(void* p, I a) {
     for (int i = 0; i < 16; i++) ((int8_t*)p)[i] = (int8_t)(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
 }
+// Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
+INLINE I bytes_as_16(const void* p) { LANES(I, (int)((const uint8_t*)p)[2 * i] | (int)((const uint8_t*)p)[2 * i + 1] << 16); }
+INLINE void store_high(void* p, I x, I y) {
+    for (int i = 0; i < 32; i++) {
+        const int a = (int16_t)((uint32_t)x.v[i / 2] >> i % 2 * 16), b = (int16_t)((uint32_t)y.v[i / 2] >> i % 2 * 16);
+        ((int8_t*)p)[i] = (int8_t)((a * b + (1 << 14)) >> 15);
+    }
+}
 
 INLINE I dot(I acc, I u, I s) {
     for (int i = 0; i < 16; i++)
@@ -162,6 +170,10 @@ INLINE float highest(F x) {
     float m = x.v[0];
     for (int i = 1; i < 16; i++) m = x.v[i] > m ? x.v[i] : m;
     return m;
+}
+// best[p] = the highest of it and x[p]; a NaN is none.
+template <int P> INLINE void raise(const F (&x)[P], float* best) {
+    for (int p = 0; p < P; p++) best[p] = highest(max(x[p], all(best[p])));
 }
 INLINE I sum_fours(I x) {  // of each four lanes, in each of them
     LANES(I, x.v[i / 4 * 4] + x.v[i / 4 * 4 + 1] + x.v[i / 4 * 4 + 2] + x.v[i / 4 * 4 + 3]);

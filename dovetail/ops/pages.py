@@ -13,7 +13,8 @@ Or a page's keys are rounded to `LEVELS` between its extremes, and a page scores
 
     low = min_t k_t,  r = (max_t k_t - low) / 3,  S = max_i r_i,  b = round(255 r / S),  step = b S / 255
     code_t = round((k_t - low) / step) in 0..3
-    score(q, page) = max_t q . low + (S A / 127) sum_i round(q_i b_i 127 / (255 A)) code_ti       A = max_i |q_i|
+    x = round(16320 q / A),  A = max_i |q_i|
+    score(q, page) = max_t q . low + (A S 2^15 / (255 16320)) sum_i floor(x_i b_i / 2^15 + 1/2) code_ti
                    ~ max_t q . (low + step code_t)                         "codes"
 
 If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t, and
@@ -37,6 +38,7 @@ from dovetail.runtime.store import lazy_zeros, padded
 
 KINDS = ("bound", "mean_std", "codes")
 LEVELS = 4
+SCALE = 16320  # of queries: 255 times it is 127 times 2^15
 TILE = 16  # tokens whose codes lie together
 DEVIATIONS = 4.0
 
@@ -162,10 +164,10 @@ def _code_scores(q: Tensor, found: Tensor) -> Tensor:
     token [rows, KV heads, group, pages, tokens]."""
     low, parts, largest = (found[..., i, :] for i in range(3))
     most = q.abs().amax(-1, keepdim=True)
-    scaled = q * torch.where(most > 0, 127 / 255 / most, 0.0)
-    whole = (scaled[:, :, :, None] * parts.transpose(1, 2)[:, :, None]).round()
+    x = (q * torch.where(most > 0, SCALE / most, 0.0)).round()
+    whole = (x[:, :, :, None] * parts.transpose(1, 2)[:, :, None] / 2**15 + 0.5).floor()
     sums = torch.einsum("rhgpd,rphtd->rhgpt", whole, found[..., 3:, :])
-    unit = largest[..., 0].transpose(1, 2)[:, :, None] * (most / 127)
+    unit = largest[..., 0].transpose(1, 2)[:, :, None] * (most * (2**15 / (255 * SCALE)))
     return torch.einsum("rhgd,rphd->rhgp", q, low)[..., None] + unit[..., None] * sums
 
 

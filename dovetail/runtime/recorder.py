@@ -111,17 +111,11 @@ class Recorder:
 
     def pick(self, layer: int, summaries: Summaries, window: int, budget: int) -> None:
         """Choose pages of `layer` by their summaries (`ops.pages`): a row reads `budget` pages, of which those of
-        the last `window` tokens are not chosen but given. Both are the same in all layers."""
+        the last `window` tokens are not chosen but given. Both are the same in all layers. Pages whose keys a
+        codec keeps as they are come first."""
         self._sparsity = (window, budget, -1)
         self._held.append(summaries)
         self.program.pick(self.q, layer, summaries.kind, summaries.data.data_ptr(), summaries.vectors)
-
-    def pick_landmarks(self, layer: int, landmarks: Summaries, window: int, budget: int) -> None:
-        """As `pick`, by landmarks (`ops.pages.landmark_scores`); pages whose keys are kept apart from the low-rank
-        ones are chosen first, and do not compete."""
-        self._sparsity = (window, budget, -1)
-        self._held.append(landmarks)
-        self.program.pick(self.q, layer, landmarks.kind, landmarks.data.data_ptr(), landmarks.vectors)
 
     def rebuild(self, rope: Rope) -> Any:
         """Native `LowRankKeys` of aliases, rotated by `rope`; they say which keys these are as requests come."""

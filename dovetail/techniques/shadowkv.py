@@ -27,7 +27,7 @@ from dovetail.core.pages import IntArray, pages_for
 from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import PageSet, Request
-from dovetail.ops.pages import Summaries, landmark_scores, pick, summary_bytes
+from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_scores, pick, summary_bytes
 from dovetail.runtime.prompt_keys import KeyFormat, PromptKeys
 from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
 
@@ -59,34 +59,36 @@ class ShadowKVSelector(RecordedSelector):
     """Chooses pages by their landmarks so that a row and KV head reads `budget` of them, those that are always
     read included."""
 
-    def __init__(self, prompts: PromptKeys, budget: int) -> None:
+    def __init__(self, prompts: PromptKeys, budget: int, kind: str) -> None:
         self.prompts = prompts
         self.budget = budget
+        self.kind = kind  # of summaries
         self.window = LOCAL * prompts.how.chunk
         self._dropped = 0
         geometry = prompts.site.geometry
         self._first = next((i for i in range(geometry.num_layers) if i not in geometry.sliding_layers), 0)
-        self._landmarks: Summaries | None = None
+        self._summaries: Summaries | None = None
 
     @property
-    def landmarks(self) -> Summaries:
-        if self._landmarks is None:
-            self._landmarks = Summaries(self.prompts.site.kv, "landmarks", self.prompts.how.chunk)
-        return self._landmarks
+    def summaries(self) -> Summaries:
+        if self._summaries is None:
+            chunk = self.prompts.how.chunk if self.kind == "landmarks" else 0
+            self._summaries = Summaries(self.prompts.site.kv, self.kind, chunk)
+        return self._summaries
 
     @property
     def dropped(self) -> int:
         """Pages that rows left unread, in one layer and for one head."""
-        program = self.landmarks.program
+        program = self.summaries.program
         return self._dropped if program is None else program.unread()
 
     def record(self, layer: int, to: Any) -> bool:
-        self.landmarks.program = to.program
-        to.pick_landmarks(layer, self.landmarks, self.window, self.budget)
+        self.summaries.program = to.program
+        to.pick(layer, self.summaries, self.window, self.budget)
         return True
 
     def seal(self, pages: Tensor, kv: Any) -> None:
-        self.landmarks.seal(pages)
+        self.summaries.seal(pages)
 
     def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:
         rows = batch.sparse_rows
@@ -94,12 +96,17 @@ class ShadowKVSelector(RecordedSelector):
         pages = torch.arange(int(eligible.max()), device=q.device)
         droppable = (pages < eligible[:, None])[:, None]
         apart = self.prompts.outliers(layer, batch, len(pages))[spans] & droppable
-        found = self.landmarks.of(layer, batch.tables[spans, : len(pages)])
-        scores = landmark_scores(q[rows], found, droppable & ~apart).masked_fill(apart, float("inf"))
+        found = self.summaries.of(layer, batch.tables[spans, : len(pages)])
+        scores = self._scores(q[rows], found, droppable & ~apart).masked_fill(apart, float("inf"))
         count = self.budget - (batch.positions[rows] // batch.page_size + 1 - eligible)
         if layer == self._first:
             self._dropped += int((eligible - count).clamp_min(0).sum())
         return PageSet(pick(scores, eligible, count))
+
+    def _scores(self, q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
+        if self.kind == "landmarks":
+            return landmark_scores(q, found, competing)
+        return page_scores(q, found, self.kind)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class Options:
     budget: int
     chunk: int
     outliers: int
+    score: str = "landmarks"
 
     def outlier_pages(self, page_size: int) -> int:
         return pages_for(self.outliers * self.chunk, page_size)
@@ -124,8 +132,8 @@ class Options:
         width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers
         rank = min(self.rank or width, width)
         marks, coefficients = layers * shape.num_kv_heads, layers * page_size * (rank + rank % 2) * value
-        vectors = page_size // self.chunk
-        found = summary_bytes(shape, value, vectors, pad=32)
+        vectors = num_vectors(self.score, page_size, self.chunk, value)
+        found = summary_bytes(shape, value, vectors, pad=32 if self.score == "landmarks" else 16)
         return Beside(found + coefficients + marks, layers * (rank + rank % 2) * width * value)
 
     def check(self, shape: Geometry, page_size: int) -> None:
@@ -151,14 +159,19 @@ class Options:
 
 
 def shadowkv(
-    rank: int = 160, energy: float = 0.0, budget: int = 1024, chunk: int = 8, outliers: int = 48
+    rank: int = 160,
+    energy: float = 0.0,
+    budget: int = 1024,
+    chunk: int = 8,
+    outliers: int = 48,
+    score: str = "landmarks",
 ) -> Technique:
     """Read `budget` tokens in all, rounded up to whole pages.
 
     rank: of a prompt's keys, per layer; 0 is the full rank. energy: a smaller rank will do if it keeps this share
     of their squares; 0 asks for no share. chunk: tokens of a landmark. outliers: chunks' worth of whole pages.
     """
-    options = Options(rank, energy, budget, chunk, outliers)
+    options = Options(rank, energy, budget, chunk, outliers, score)
     if rank < 0 or not 0 <= energy < 1 or budget < 1 or chunk < 1 or outliers < 0:
         raise ConfigError(
             "shadowkv needs rank >= 0, 0 <= energy < 1, budget >= 1, chunk >= 1 and outliers >= 0, "
@@ -173,7 +186,7 @@ def shadowkv(
             rank or shape.num_kv_heads * shape.head_dim, energy, chunk, options.outlier_pages(size), pages
         )  # fmt: skip
         prompts = PromptKeys(site, how)
-        return {"codec": ShadowKVCodec(prompts), "selector": ShadowKVSelector(prompts, pages)}
+        return {"codec": ShadowKVCodec(prompts), "selector": ShadowKVSelector(prompts, pages, score)}
 
     return Technique(
         name="shadowkv",

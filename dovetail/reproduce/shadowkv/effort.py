@@ -9,7 +9,7 @@ from dovetail.reproduce.needles import Needles
 
 MODEL = "smollm2-135m"
 MB = 1_000_000
-SETTING = "shadowkv:rank=32,budget=512,chunk=4,outliers=32"
+SETTING = "shadowkv:rank=32,budget=512,chunk=4,outliers=0,score=codes"
 
 
 @dataclass(frozen=True)
