@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dovetail.bench.samples import Samples, medians, ratios, spreads
+from dovetail.core import technique
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -71,7 +72,7 @@ def result(model: str, sides: Sequence[Side]) -> dict[str, Any]:
 def idle(found: Mapping[str, Any]) -> list[str]:
     """Techniques of a result that were in use and never acted."""
     sides = (found, found.get("against", {"activity": {}}))
-    return [name for side in sides for name, count in side["activity"].items() if not count]
+    return [name for side in sides for name in technique.idle(side["activity"])]
 
 
 def _figures(side: Side) -> dict[str, Any]:

@@ -137,8 +137,9 @@ def _tell_ends(targets: Sequence[Target]) -> None:
 
 def _idle(bench: ServingBench) -> bool:
     """Whether a technique in use never acted; says which."""
-    acted = [(label, *item) for label, counts in bench.activity.items() for item in (counts or {}).items()]
-    found = [(label, name) for label, name, count in acted if not count]
+    from dovetail.core.technique import idle
+
+    found = [(label, name) for label, counts in bench.activity.items() for name in idle(counts or {})]
     for label, name in found:
         note(f"{label}: {name} was in use but never acted; the figures are the plain engine's")
     return bool(found)

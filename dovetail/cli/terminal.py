@@ -106,6 +106,7 @@ def engine_report(llm: LLM) -> str:
 
 def warn_idle(llm: LLM) -> None:
     """Say which techniques were switched on and did nothing."""
-    for name, count in llm.activity().items():
-        if not count:
-            note(f"{name} was in use but never acted; the result is the plain engine's")
+    from dovetail.core.technique import idle
+
+    for name in idle(llm.activity()):
+        note(f"{name} was in use but never acted; the result is the plain engine's")

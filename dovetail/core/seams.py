@@ -228,6 +228,10 @@ class Geometry:
     vocab_size: int
     sliding_layers: tuple[int, ...] = ()  # layers with a window of their own
 
+    def first_full_layer(self, start: int = 0) -> int | None:
+        """The first layer from `start` on that has no window of its own."""
+        return next((i for i in range(start, self.num_layers) if i not in self.sliding_layers), None)
+
 
 @dataclass(frozen=True)
 class Calibration:

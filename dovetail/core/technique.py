@@ -55,6 +55,11 @@ class Technique:
         return f"{self.name}:{options}" if options else self.name
 
 
+def idle(activity: Mapping[str, int]) -> list[str]:
+    """Techniques that never acted, of how often each one did."""
+    return [name for name, count in activity.items() if not count]
+
+
 @dataclass(frozen=True)
 class Composition:
     """Techniques that fit together. `build(site)` fills the seams."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError, DovetailError
+from dovetail.core.technique import idle
 from dovetail.evals.journal import Journal
 from dovetail.evals.speed import decode_speed
 from dovetail.evals.suite import Result, Suite
@@ -94,10 +95,10 @@ def _figures(suite: Suite, llm: LLM, reference: Any) -> Result:
     before = llm.activity()
     found = suite.measure(llm, reference)
     activity = {name: count - before[name] for name, count in llm.activity().items()}
-    idle = [name for name, count in activity.items() if not count]
-    state: Result = {"state": IDLE if idle else MEASURED}
-    if idle:
-        state["why"] = f"{', '.join(idle)} never acted: these are the plain engine's figures"
+    names = idle(activity)
+    state: Result = {"state": IDLE if names else MEASURED}
+    if names:
+        state["why"] = f"{', '.join(names)} never acted: these are the plain engine's figures"
     speed = decode_speed(llm, suite.context(found))
     return {
         **state,

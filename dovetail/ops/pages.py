@@ -66,13 +66,19 @@ class Summaries:
             self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr(), self.vectors)
             return
         for layer in range(layers):
-            keys = self.kv.keys(layer, pages)
-            chunk = self.chunk or keys.shape[1]
-            found = landmarks(keys, chunk) if self.kind == "landmarks" else summary(keys, self.kind, chunk)
-            if self.kind == "codes":
-                self.data[layer * self.kv.pages_per_layer + pages] = packed(found, self.data)
-                continue
-            self.data[layer * self.kv.pages_per_layer + pages, ..., : self.kv.head_dim] = found.to(self.data.dtype)
+            self.data[self._at(layer, pages)] = self._stored(self.kv.keys(layer, pages))
+
+    def _at(self, layer: int, pages: Tensor) -> Tensor:
+        """Where the summaries of physical pages are in `data`."""
+        return layer * self.kv.pages_per_layer + pages
+
+    def _stored(self, keys: Tensor) -> Tensor:
+        """keys [n, tokens, KV heads, head_dim] of pages -> their summaries as `data` has them."""
+        if self.kind == "codes":
+            return packed(codes(keys), self.data)
+        chunk = self.chunk or keys.shape[1]
+        found = landmarks(keys, chunk) if self.kind == "landmarks" else summary(keys, self.kind, chunk)
+        return torch.nn.functional.pad(found.to(self.data.dtype), (0, self.data.shape[-1] - found.shape[-1]))
 
     @property
     def _native(self) -> bool:
@@ -84,7 +90,7 @@ class Summaries:
 
     def of(self, layer: int, pages: Tensor) -> Tensor:
         """Physical pages [rows, n] -> their summaries [rows, n, KV heads, vectors, head_dim], or `codes`."""
-        found = self.data[layer * self.kv.pages_per_layer + pages]
+        found = self.data[self._at(layer, pages)]
         if self.kind == "codes":
             flat = unpacked(found.flatten(0, 1), self.kv.head_dim, self.kv.page_size)
             return flat.unflatten(0, pages.shape)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from dovetail.core.errors import ConfigError
 
+MODEL = "smollm2-135m"  # what runs where a claim is of the whole engine
+
 
 @dataclass(frozen=True)
 class System:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from dovetail.bench.ratio import Ratio
 
@@ -17,6 +17,11 @@ class Bar:
 
     needs: str
     meets: bool
+
+    @classmethod
+    def at_least(cls, needed: float, found: float) -> Self:
+        """Met by `needed` or more."""
+        return cls(f"at least {needed:g}", found >= needed)
 
 
 @dataclass(frozen=True)

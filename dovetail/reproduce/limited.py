@@ -15,10 +15,12 @@ from dovetail.core.pages import pages_for
 from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.llm import LLM
 from dovetail.models import geometry
+from dovetail.reproduce import require
 from dovetail.runtime.kv import bytes_per_token
 
-BLOCK = 16
+BLOCK, DTYPE = 16, "bf16"  # of KV
 BATCHED = 256  # tokens of a step: what a step writes takes device memory too
+WAITING = "the same engine without technique and slow tier, where the other requests wait"  # `Side(())`
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class Limit:
     def pages(self) -> int:
         return self.requests * pages_for(self.context + self.tokens, BLOCK)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of K and V of a token, over all layers."""
+        return bytes_per_token(geometry(open_checkpoint(hub.resolve(self.model)).config), DTYPE, BLOCK)
+
+    def tier(self, backend: str) -> str:
+        """The slow tier of a `Side`, in words."""
+        link = f"memory behind an emulated link of {self.link:.0f} GB/s"
+        return f"slow tier: {link if backend == 'host' else 'this disk'}"
+
 
 @dataclass(frozen=True)
 class Side:
@@ -58,13 +70,12 @@ class Side:
         """An engine. CapacityError if the limit is too low for it."""
         options: dict[str, Any] = {}
         if self.backend:
-            shape = geometry(open_checkpoint(hub.resolve(limit.model)).config)
-            size = limit.pages * BLOCK * bytes_per_token(shape, "bf16", BLOCK)
+            size = limit.pages * BLOCK * limit.token_bytes
             options = {"kv_offloading_size": size, "kv_offloading_backend": self.backend}
         if self.backend == "host":
             options["emulate_link"] = limit.link
         return LLM(
-            limit.model, use=self.use, kv_cache_dtype="bf16", kv_memory=limit.memory, block_size=BLOCK,
+            limit.model, use=self.use, kv_cache_dtype=DTYPE, kv_memory=limit.memory, block_size=BLOCK,
             max_model_len=limit.context + limit.tokens, max_num_seqs=limit.requests,
             max_num_batched_tokens=BATCHED, enable_prefix_caching=False, **options,
         )  # fmt: skip
@@ -97,9 +108,7 @@ def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
     for i in range(limit.rounds):
         for at in in_turns(range(2), i):
             found[at].append(batches[at].decode(limit.steps))
-    for name, did in engines[1].activity().items():
-        if not did:
-            raise RuntimeError(f"{name} did nothing: its speed would mean nothing")
+    require.activity(engines[1])
     for batch in batches:
         batch.close()
     slow, fast = found

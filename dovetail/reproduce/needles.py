@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dovetail.evals.corpus import DEFAULT
 from dovetail.evals.needle import Needle
 from dovetail.llm import LLM
-from dovetail.reproduce.claim import Bar
+from dovetail.reproduce import require
+from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.techniques import technique
 from dovetail.units import parse_size
 
+NAME = "needles"
 NEEDED = 0.95  # of what the plain engine finds
+ROOM = 64  # tokens of an answer, at least
+SINK = 16  # first tokens that the window's baseline reads
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,9 @@ class Needles:
             }  # fmt: skip
         llm = LLM(self.model, use=use, max_model_len=longest, kv_cache_dtype="bf16", **options)
         suite = Needle(corpus=self.corpus, lengths=self.lengths, depths=self.depths, trials=self.trials)
-        result = suite.measure(llm, None)
-        for name, did in llm.activity().items():
-            if not did:
-                raise RuntimeError(f"{name} did nothing: what it finds would mean nothing")
-        grid = result["grid"]
+        grid = suite.measure(llm, None)["grid"]
+        require.activity(llm)
         return Found(sum(c["correct"] for c in grid), sum(c["trials"] for c in grid))
-
-
-ROOM = 64  # tokens of an answer, at least
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,33 @@ class Found:
         return Bar(needs, self.correct >= NEEDED * dense.correct)
 
 
-def sink_window(budget: int) -> str:
-    """The baseline that reads the first and the last tokens, as many as `budget` in all."""
-    return f"sink-window:sink=16,window={budget - 16}"
+@dataclass(frozen=True)
+class Subject:
+    """What is to find needles. use: a technique with a budget; paper, why: as in `Claim`; slow_tier: whether it
+    needs one; beside: other techniques that are asked, by what they are called."""
+
+    use: str
+    paper: str
+    why: str
+    slow_tier: bool = False
+    beside: Mapping[str, str] = field(default_factory=dict)
+
+
+def experiment(grid: Needles, subject: Subject) -> Experiment:
+    return Experiment("needles", (NAME,), partial(claims, grid, subject))
+
+
+def claims(grid: Needles, subject: Subject) -> Iterator[Claim]:
+    """Beside everything, and a window of as many tokens as the technique's budget."""
+    recent = technique(subject.use).options["budget"] - SINK
+    dense, ours = grid.found(), grid.found([subject.use], subject.slow_tier)
+    beside = {**subject.beside, "the window": f"sink-window:sink={SINK},window={recent}"}
+    found = [f"{name} {grid.found([use])}" for name, use in beside.items()]
+    yield Claim(
+        NAME,
+        f"{grid}, {subject.use}; baseline: everything; and the first {SINK} and last {recent} tokens",
+        subject.paper,
+        f"{ours}, where {', '.join([f'reading everything finds {dense}', *found[:-1]])} and {found[-1]}",
+        subject.why,
+        bar=ours.bar(dense),
+    )

@@ -34,9 +34,7 @@ class QuestSelector(RecordedSelector):
         self.skip_layers = skip_layers
         self.kind = kind  # of summary, and of how many tokens
         self.window = site.page_size
-        shape = site.geometry
-        choosing = (i for i in range(skip_layers, shape.num_layers) if i not in shape.sliding_layers)
-        self.first = next(choosing, shape.num_layers)  # layer that chooses
+        self._counting = site.geometry.first_full_layer(skip_layers)
         self._dropped = 0
         self._program: Any = None
         self._summaries: Summaries | None = None
@@ -69,7 +67,7 @@ class QuestSelector(RecordedSelector):
         count = (self.budget - always).clamp_min(0)
         if layer < self.skip_layers or bool((count >= eligible).all()):
             return ALL
-        if layer == self.first:
+        if layer == self._counting:
             self._dropped += int((eligible - count).clamp_min(0).sum())
         pages = batch.tables[batch.span_of_row[rows], : int(eligible.max())]
         return PageSet(pick(self.summaries.scores(layer, q[rows], pages), eligible, count))
@@ -111,12 +109,11 @@ def quest(
             )
         if skip_layers >= layers:
             raise ConfigError(f"quest: skip_layers={skip_layers} skips all of the model's {layers} layers")
-        selector = QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))
-        if selector.first == layers:
+        if site.geometry.first_full_layer(skip_layers) is None:
             raise ConfigError(
                 f"quest: every layer from {skip_layers} on has a sliding window of its own; lower it"
             )
-        return {"selector": selector}
+        return {"selector": QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))}
 
     return Technique(
         name="quest",

@@ -65,8 +65,7 @@ class ShadowKVSelector(RecordedSelector):
         self.kind = kind  # of summaries
         self.window = LOCAL * prompts.how.chunk
         self._dropped = 0
-        geometry = prompts.site.geometry
-        self._first = next((i for i in range(geometry.num_layers) if i not in geometry.sliding_layers), 0)
+        self._counting = prompts.site.geometry.first_full_layer()
         self._summaries: Summaries | None = None
 
     @property
@@ -99,7 +98,7 @@ class ShadowKVSelector(RecordedSelector):
         found = self.summaries.of(layer, batch.tables[spans, : len(pages)])
         scores = self._scores(q[rows], found, droppable & ~apart).masked_fill(apart, float("inf"))
         count = self.budget - (batch.positions[rows] // batch.page_size + 1 - eligible)
-        if layer == self._first:
+        if layer == self._counting:
             self._dropped += int((eligible - count).clamp_min(0).sum())
         return PageSet(pick(scores, eligible, count))
 

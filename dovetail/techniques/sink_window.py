@@ -27,7 +27,7 @@ class SinkWindowSelector(RecordedSelector):
         self.window = window
         self.sink_pages = sink_pages
         self.num_kv_heads = shape.num_kv_heads
-        self._first = next((i for i in range(shape.num_layers) if i not in shape.sliding_layers), 0)
+        self._counting = shape.first_full_layer()
         self._dropped = 0
         self._program: Any = None
 
@@ -43,7 +43,7 @@ class SinkWindowSelector(RecordedSelector):
 
     def select(self, layer: int, q: Any, batch: Any) -> PageSet:
         rows = batch.sparse_rows
-        if layer == self._first:
+        if layer == self._counting:
             self._dropped += int((batch.eligible[rows] - self.sink_pages).clamp_min(0).sum())
         pages = torch.arange(self.sink_pages, device=q.device)
         return PageSet(pages.expand(len(rows), self.num_kv_heads, -1))

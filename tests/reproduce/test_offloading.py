@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from dovetail.bench.limited import Batch
 from dovetail.core.errors import RequestError
 from dovetail.ops import cpu
 from dovetail.reproduce import infinigen, shadowkv
-from dovetail.reproduce.claim import Claim
+from dovetail.reproduce.claim import Bar, Claim
 from dovetail.reproduce.limited import Limit, Side, compare
-from dovetail.reproduce.needles import Found, Needles
+from dovetail.reproduce.needles import Found, Needles, Subject, experiment
 from dovetail.reproduce.runner import measure
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
@@ -47,7 +48,7 @@ def check(claims: list[Claim]) -> dict[str, Claim]:
 
 
 def test_shadowkv_claims(tiny_model: Path, home: None) -> None:
-    effort = shadowkv.Effort(limit(tiny_model), needles(tiny_model), 64, SHADOWKV)
+    effort = shadowkv.Effort(limit(tiny_model), needles(tiny_model), SHADOWKV)
     claims = check(measure(shadowkv.experiments(effort)))
     assert claims["KV on the device"].meets and claims["KV on the device"].kind == "simulated"
     assert claims["decoding under a memory limit"].bar is not None
@@ -57,7 +58,7 @@ def test_shadowkv_claims(tiny_model: Path, home: None) -> None:
 
 
 def test_infinigen_claims(tiny_model: Path, home: None) -> None:
-    effort = infinigen.Effort(limit(tiny_model), needles(tiny_model), 120, 16, 64, INFINIGEN)
+    effort = infinigen.Effort(limit(tiny_model), needles(tiny_model), INFINIGEN, 120, 16)
     claims = check(measure(infinigen.experiments(effort)))
     assert [name for name, claim in claims.items() if claim.bar is not None] == [
         "pages guessed right", "decoding with KV in slow memory", "KV fetched for a token"
@@ -82,3 +83,34 @@ def test_the_bar_is_a_share_of_what_is_found_by_reading_everything() -> None:
     dense = Found(96, 100)
     assert Found(92, 100).bar(dense).meets and not Found(91, 100).bar(dense).meets
     assert Found(0, 100).bar(Found(0, 100)) is None
+
+
+def test_a_bar_holds_at_what_it_needs() -> None:
+    assert Bar.at_least(3.0, 3.0) == Bar("at least 3", True)
+    assert Bar.at_least(7.03, 7.02) == Bar("at least 7.03", False)
+
+
+def test_needles_are_asked_of_everything_and_of_a_window_as_wide_as_the_budget(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def found(grid: Needles, use: Sequence[str] = (), slow_tier: bool = False) -> Found:
+        asked.append((" ".join(use), slow_tier))
+        return Found(len(asked), 9)
+
+    monkeypatch.setattr(Needles, "found", found)
+    subject = Subject("quest:budget=80", "section 1", "so it is", True, {"the other": "quest:score=bound"})
+    (claim,) = measure([experiment(needles(tiny_model), subject)])
+    assert asked == [
+        ("", False), ("quest:budget=80", True), ("quest:score=bound", False),
+        ("sink-window:sink=16,window=64", False),
+    ]  # fmt: skip
+    assert claim.ours == "2 of 9, where reading everything finds 1 of 9, the other 3 of 9 and the window 4 of 9"
+    assert "first 16 and last 64 tokens" in claim.setting and claim.meets
+
+
+def test_a_token_takes_what_an_engine_gives_it(tiny_model: Path) -> None:
+    config = LLM(tiny_model, kv_cache_dtype="bf16", kv_memory=600_000, block_size=16).config
+    page = limit(tiny_model).token_bytes * 16
+    assert config.num_kv_pages == 600_000 // page

@@ -14,10 +14,7 @@ backend (section 4.1) and vLLM (G.4) are of other projects' GPU kernels, and lef
 
 from __future__ import annotations
 
-from dovetail import machine
-from dovetail.bench.attention import Kernels
-from dovetail.core.errors import ConfigError
-from dovetail.ops import cpu
+from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
 from dovetail.reproduce.flashinfer import balance, pages, parallel, prefix, variants
 from dovetail.reproduce.flashinfer.effort import EFFORTS, Effort
@@ -27,8 +24,6 @@ __all__ = ["EFFORTS", "Effort", "experiments"]
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    if not cpu.isas():
-        raise ConfigError("reproducing flashinfer needs the native kernels, which were not built: `pip install .`")
-    kernels = Kernels(cpu.isas()[0], machine.cpu_budget())
+    kernels = require.native("flashinfer")
     parts = (balance, prefix, parallel, variants, pages)
     return [part.experiment(effort, kernels) for part in parts]

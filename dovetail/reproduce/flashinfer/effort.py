@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dovetail.bench.attention import GROUPED, MULTI_HEAD, Heads
+from dovetail.reproduce import MODEL
 
 MIB = 1 << 20
 
@@ -40,7 +41,7 @@ class Effort:
     context: int
     page_heads: tuple[Heads, ...]
     shorten: int = 1
-    model: str = "smollm2-135m"
+    model: str = MODEL
 
 
 _SMALL, _MIDDLE = GROUPED

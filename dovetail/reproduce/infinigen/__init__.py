@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-from dovetail.core.errors import ConfigError
-from dovetail.ops import cpu
+from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
 from dovetail.reproduce.infinigen import guesses, quality, throughput
 from dovetail.reproduce.infinigen.effort import EFFORTS, Effort
@@ -20,6 +19,5 @@ __all__ = ["EFFORTS", "Effort", "experiments"]
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    if not cpu.isas():
-        raise ConfigError("reproducing infinigen needs the native kernels, which were not built: `pip install .`")
+    require.native("infinigen")
     return [guesses.experiment(effort), throughput.experiment(effort), quality.experiment(effort)]

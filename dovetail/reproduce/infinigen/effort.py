@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.reproduce.limited import Limit
-from dovetail.reproduce.needles import Needles
-
-MODEL = "smollm2-135m"
-MB = 1_000_000
-SETTING = "infinigen:budget=512"
+from dovetail.reproduce import offloading
 
 
 @dataclass(frozen=True)
-class Effort:
-    """limit: of device memory, and the batch under it; needles: the grid; context, rows: tokens of text, and of
-    those after them whose guesses are judged; use: the technique's setting in all of it."""
+class Effort(offloading.Effort):
+    """context, rows: tokens of text, and of those after them whose guesses are judged."""
 
-    limit: Limit
-    needles: Needles
-    context: int
-    rows: int
-    budget: int = 512
-    use: str = SETTING
+    context: int = 4096
+    rows: int = 64
 
 
-def _effort(rounds: int, steps: int, lengths: str, trials: int) -> Effort:
-    limit = Limit(MODEL, 402 * MB, 7000, 4, rounds, steps)
-    return Effort(limit, Needles(MODEL, lengths, "10,50,90", trials), 4096, 64)
-
-
-EFFORTS = {
-    "quick": _effort(4, 6, "2048", 2),
-    "default": _effort(9, 8, "2048,4096", 3),
-    "full": _effort(9, 12, "1024,2048,4096,7424", 9),
-}
+EFFORTS = Effort.by_name(requests=4, use="infinigen:budget=512")

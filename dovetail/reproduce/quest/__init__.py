@@ -11,10 +11,7 @@ heads, so both sides are ratios to their own dense attention.
 
 from __future__ import annotations
 
-from dovetail import machine
-from dovetail.bench.attention import Kernels
-from dovetail.core.errors import ConfigError
-from dovetail.ops import cpu
+from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
 from dovetail.reproduce.quest import attention, decode, quality
 from dovetail.reproduce.quest.effort import EFFORTS, Effort
@@ -24,9 +21,7 @@ __all__ = ["EFFORTS", "Effort", "experiments"]
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    if not cpu.isas():
-        raise ConfigError("reproducing quest needs the native kernels, which were not built: `pip install .`")
-    kernels = Kernels(cpu.isas()[0], machine.cpu_budget())
+    kernels = require.native("quest")
     return [
         attention.experiment(effort, kernels),
         decode.experiment(effort, kernels),

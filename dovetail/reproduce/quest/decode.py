@@ -11,6 +11,7 @@ from dovetail.bench.points import Prompts, measure
 from dovetail.bench.ratio import Ratio
 from dovetail.bench.turns import in_turns
 from dovetail.llm import LLM
+from dovetail.reproduce import require
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.quest.effort import Effort
 
@@ -33,7 +34,7 @@ def _name(effort: Effort) -> str:
 def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     """The same prompt answered with and without, in turns. RuntimeError if nothing was left unread."""
     context, budget = effort.decode_context, effort.decode_budget
-    uses: list[list[str]] = [[], [f"quest:budget={budget},skip_layers={effort.skip_layers},score={effort.score}"]]
+    uses: list[list[str]] = [[], [effort.use]]
     length = context + effort.new_tokens
     sides = [LLM(effort.model, use=use, kv_cache_dtype="bf16", max_model_len=length) for use in uses]
     prompt = Prompts(sides[0].session.vocab_size).take(context)
@@ -43,9 +44,7 @@ def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     for i in range(effort.decode_rounds):
         for at in in_turns(range(2), i):
             seconds[at].append(statistics.median(measure(sides[at], prompt, effort.new_tokens).waits))
-    left = sides[1].activity()["quest"]
-    if not left:
-        raise RuntimeError("quest left no page unread: its time would mean nothing")
+    require.activity(sides[1])
     ratio = Ratio.of(*seconds)
     dense, sparse = (statistics.median(some) * 1e3 for some in seconds)
     yield Claim(
@@ -59,5 +58,5 @@ def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
         "than theirs, and the model's weights are few beside its KV.",
         ratio=ratio,
         paper_ratio=(1.74, 2.23),
-        bar=Bar(f"at least {NEEDED}", ratio.median >= NEEDED),
+        bar=Bar.at_least(NEEDED, ratio.median),
     )

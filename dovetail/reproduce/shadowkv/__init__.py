@@ -9,17 +9,17 @@ and a few pages; values come from slow memory.
 
 from __future__ import annotations
 
-from dovetail.core.errors import ConfigError
-from dovetail.ops import cpu
+from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
+from dovetail.reproduce.offloading import Effort
 from dovetail.reproduce.shadowkv import quality, resident, throughput
-from dovetail.reproduce.shadowkv.effort import EFFORTS, Effort
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
+
+EFFORTS = Effort.by_name(requests=6, use="shadowkv:rank=32,budget=512,chunk=4,outliers=32")
 
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    if not cpu.isas():
-        raise ConfigError("reproducing shadowkv needs the native kernels, which were not built: `pip install .`")
+    require.native("shadowkv")
     return [resident.experiment(), throughput.experiment(effort), quality.experiment(effort)]

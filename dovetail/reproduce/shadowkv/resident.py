@@ -52,5 +52,5 @@ def claims() -> Iterator[Claim]:
         f"read in full: {dense / (total + start):.2f} times smaller. Coefficients are 7.8 % of KV and landmarks "
         "6.25 %, in the paper as here; whole pages of 16 are read for chunks of 8.",
         kind="simulated",
-        bar=Bar(f"at least {NEEDED:.0f}", times >= NEEDED),
+        bar=Bar.at_least(NEEDED, times),
     )
