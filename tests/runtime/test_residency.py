@@ -217,14 +217,16 @@ def test_an_emulated_link_bounds_the_bytes_per_second() -> None:
 
 @contextmanager
 def unreadable(tiers: Tiers) -> Iterator[None]:
-    """Nothing can be read from the tier's file meanwhile."""
+    """Nothing can be read from the tier's file meanwhile. What is written arrives: evictions go on."""
     file = tiers.native.descriptor
-    kept, empty = os.dup(file), os.open("/dev/null", os.O_RDWR)
-    os.dup2(empty, file)
-    yield
-    os.dup2(kept, file)
-    os.close(kept)
-    os.close(empty)
+    kept, blind = os.dup(file), os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_DIRECT)
+    os.dup2(blind, file)
+    try:
+        yield
+    finally:
+        os.dup2(kept, file)
+        os.close(kept)
+        os.close(blind)
 
 
 def test_a_failing_read_ends_its_request_and_no_other(tmp_path) -> None:
