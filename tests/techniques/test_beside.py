@@ -14,7 +14,7 @@ from dovetail.ops.cpu import isas
 from dovetail.techniques import technique
 from tests.tiny import TinyCheckpoint, make_request, tiny_config, tiny_engine
 
-CHECKPOINT = TinyCheckpoint(tiny_config(num_layers=3, head_dim=24))  # padded to 32
+CHECKPOINT = TinyCheckpoint(tiny_config(num_layers=3, head_dim=40))  # padded to 48, landmarks to 64
 SHAPE = geometry(CHECKPOINT.config)
 PAGES, SIZE = 24, 16
 PROMPT = tuple(i * i * 7 % 61 for i in range(10 * SIZE + 5))
@@ -54,9 +54,9 @@ def test_summaries_of_quest(score: str, kv: str, kernels: str) -> None:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kv", ["float32", "bf16"])
-@pytest.mark.parametrize("partial", [0.5, 0.3, 1])
+@pytest.mark.parametrize("partial", [0.5, 0.325, 1])
 def test_partial_keys_of_infinigen(partial: float, kv: str, kernels: str) -> None:
-    """12, 7 and 24 columns: native programs keep an even number."""
+    """20, 13 and 40 columns: native programs keep an even number."""
     spec = f"infinigen:alpha=2,budget=64,skip_layers=1,partial={partial}"
     selector = engine_of(spec, kernels, kv).seams.selector
     assert selector.dropped > 0

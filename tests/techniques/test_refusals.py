@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dovetail import LLM, ConfigError, models
+from dovetail import LLM, CapacityError, ConfigError, models
 from dovetail.ops.cpu import isas
 from dovetail.techniques import MODULES, technique
 
@@ -37,6 +37,35 @@ def test_what_does_not_fit_the_model_is_refused_at_start(tiny_model: Path, spec:
         pytest.skip("a slow tier needs the native library")
     with pytest.raises(ConfigError, match=words):
         LLM(tiny_model, use=spec, **SLOW)
+
+
+@pytest.mark.parametrize(
+    ("spec", "memory", "words"),
+    [
+        # In float32, of 2 layers and 2 KV heads of 8: a page takes 8192 bytes. Codes are 3 vectors of 16, landmarks
+        # 2 of 32, coefficients 16 of 4, marks a byte, a request's basis 4 of 16, partial keys 16 of 4.
+        ("quest:budget=64,skip_layers=0", 8192 + 768, "8192 bytes, and what quest keeps beside KV 768 bytes"),
+        (
+            "shadowkv:rank=4,budget=256,outliers=2", 36 * 4096 + 32 * (1024 + 512 + 4) + 512,
+            "147456 bytes, and what shadowkv keeps beside KV 49792 bytes",
+        ),
+        (
+            "infinigen:skip_layers=1", 36 * 4096 + 32 * 1024,
+            "147456 bytes, and what infinigen keeps beside KV 32768 bytes",
+        ),
+    ],
+)  # fmt: skip
+def test_memory_that_what_a_technique_keeps_does_not_fit_in_is_refused(
+    tiny_model: Path, spec: str, memory: int, words: str
+) -> None:
+    if not isas():
+        pytest.skip("native kernels and a slow tier need the native library")
+    options: dict[str, Any] = dict(dtype="float32", max_num_seqs=1)
+    if not spec.startswith("quest"):  # 32 pages, and 2 that a step writes
+        options |= dict(SLOW, kv_offloading_size="256KiB", max_num_batched_tokens=16)
+    with pytest.raises(CapacityError, match=f"{words}; raise --kv-memory"):
+        LLM(tiny_model, use=spec, **dict(options, kv_memory=memory - 1))
+    LLM(tiny_model, use=spec, **dict(options, kv_memory=memory))
 
 
 @pytest.mark.parametrize("spec", ["shadowkv:rank=4,budget=256,outliers=2", "infinigen:skip_layers=1"])
