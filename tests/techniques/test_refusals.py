@@ -42,7 +42,7 @@ def test_what_does_not_fit_the_model_is_refused_at_start(tiny_model: Path, spec:
 @pytest.mark.parametrize(
     ("spec", "memory", "words"),
     [
-        # In float32, of 2 layers and 2 KV heads of 8: a page takes 8192 bytes. Codes are 3 vectors of 16, landmarks
+        # Of 2 layers and 2 KV heads of 8: a float32 page takes 8192 bytes. Codes are 3 vectors of 16, landmarks
         # 2 of 32, coefficients 16 of 4, marks a byte, a request's basis 4 of 16, partial keys 16 of 4.
         ("quest:budget=64,skip_layers=0", 8192 + 768, "8192 bytes, and what quest keeps beside KV 768 bytes"),
         (
