@@ -118,7 +118,7 @@ def test_wanting_more_at_once_than_there_are_cells_is_an_error() -> None:
 
 LOSSY = [
     "quest:budget=32,skip_layers=0",
-    "quest:budget=48,skip_layers=1",
+    "quest:budget=48,skip_layers=1,score=bound",
     "sink-window:window=20",
     "shadowkv:rank=8,budget=128,outliers=2",
     "shadowkv:rank=7,budget=128,outliers=0,chunk=16",
@@ -180,6 +180,40 @@ def test_native_text_is_the_definition_s(spec: str) -> None:
     native_engine, reference = (engine_of(spec, kernels=k, kv="float32", **tight()) for k in (BEST, "torch"))
     assert run_all(native_engine, PROMPTS, GREEDY) == run_all(reference, PROMPTS, GREEDY)
     assert native_engine.seams.selector.dropped > 0 and reference.seams.selector.dropped > 0
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("kernels", [BEST, "torch"])
+def test_what_is_fetched_ahead_is_what_was_stored_byte_for_byte(disk: bool, kernels: str, tmp_path) -> None:
+    engine = engine_of(LOSSY[5], kernels=kernels, **tight(pages=20, kv_offloading_path=str(tmp_path) * disk))
+    tiers = engine.seams.residency
+    cells, places = tiers.cells, torch.from_numpy(tiers.native.places())
+    stored: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}  # (page of a layer, head) -> cell, bytes
+    put, drop, moved = tiers.put, tiers.drop, 0
+
+    def watched(pages: torch.Tensor) -> None:
+        for page in [p + layer * 20 for p in pages.tolist() for layer in range(LAYERS)]:
+            for head, cell in enumerate(places[page].tolist()):
+                if cell >= 0:
+                    stored[page, head] = cell, cells[cell, head].clone()
+        put(pages)
+
+    def dropped(pages: torch.Tensor) -> None:
+        gone = set(pages.tolist())
+        for at in [at for at in stored if at[0] % 20 in gone]:
+            del stored[at]
+        drop(pages)
+
+    tiers.put, tiers.drop = watched, dropped
+    for i, prompt in enumerate((PROMPTS[2], PROMPTS[2][::-1])):
+        engine.add(make_request(engine, f"r{i}", prompt, GREEDY))
+    while engine.busy:
+        engine.step()
+        for (page, head), (before, want) in stored.items():
+            if (cell := int(places[page, head])) >= 0:
+                moved += cell != before
+                assert torch.equal(cells[cell, head], want)
+    assert moved and engine.seams.selector.dropped > 0
 
 
 def test_pools_of_limited_size_work_operation_by_operation() -> None:
