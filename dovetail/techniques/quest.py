@@ -34,9 +34,7 @@ class QuestSelector(RecordedSelector):
         self.skip_layers = skip_layers
         self.kind = kind  # of summary, and of how many tokens
         self.window = site.page_size
-        shape = site.geometry
-        choosing = (i for i in range(skip_layers, shape.num_layers) if i not in shape.sliding_layers)
-        self.first = next(choosing, shape.num_layers)  # layer that chooses
+        self.first = site.geometry.choosing("quest", skip_layers)  # layer that chooses
         self._dropped = 0
         self._program: Any = None
         self._summaries: Summaries | None = None
@@ -111,12 +109,7 @@ def quest(
             )
         if skip_layers >= layers:
             raise ConfigError(f"quest: skip_layers={skip_layers} skips all of the model's {layers} layers")
-        selector = QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))
-        if selector.first == layers:
-            raise ConfigError(
-                f"quest: every layer from {skip_layers} on has a sliding window of its own; lower it"
-            )
-        return {"selector": selector}
+        return {"selector": QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))}
 
     return Technique(
         name="quest",

@@ -64,8 +64,7 @@ class ShadowKVSelector(RecordedSelector):
         self.budget = budget
         self.window = LOCAL * prompts.how.chunk
         self._dropped = 0
-        geometry = prompts.site.geometry
-        self._first = next((i for i in range(geometry.num_layers) if i not in geometry.sliding_layers), 0)
+        self._first = prompts.site.geometry.choosing("shadowkv")
         self._landmarks: Summaries | None = None
 
     @property

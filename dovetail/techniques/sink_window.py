@@ -27,7 +27,7 @@ class SinkWindowSelector(RecordedSelector):
         self.window = window
         self.sink_pages = sink_pages
         self.num_kv_heads = shape.num_kv_heads
-        self._first = next((i for i in range(shape.num_layers) if i not in shape.sliding_layers), 0)
+        self._first = shape.choosing("sink-window")
         self._dropped = 0
         self._program: Any = None
 

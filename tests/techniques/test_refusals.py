@@ -10,6 +10,7 @@ import pytest
 from dovetail import LLM, CapacityError, ConfigError, models
 from dovetail.ops.cpu import isas
 from dovetail.techniques import MODULES, technique
+from tests.tiny import TinyCheckpoint, tiny_config, tiny_engine
 
 SLOW: dict[str, Any] = {
     "kv_memory": "16MiB", "kv_offloading_size": "1MiB", "kv_offloading_backend": "host", "max_model_len": 512,
@@ -79,6 +80,30 @@ def test_what_a_model_or_an_engine_does_not_have_is_named(
     monkeypatch.setattr(models, "facts", lambda config: known(config) - {"rotary positions"})
     with pytest.raises(ConfigError, match=f"{name} needs rotary positions, which nothing here provides"):
         LLM(tiny_model, use=spec, **SLOW)
+
+
+@pytest.mark.parametrize(
+    ("spec", "windows", "words"),
+    [
+        ("quest:budget=16,skip_layers=1", (None, 8, 8), "every layer from 1 on .*; lower skip_layers"),
+        ("infinigen:budget=16,skip_layers=1", (None, 8, 8), "every layer from 1 on .*; lower skip_layers"),
+        ("quest:budget=16,skip_layers=0", (8, 8, 8), "every layer from 0 on .*; leave quest out"),
+        (
+            "shadowkv:rank=4,budget=24,chunk=2,outliers=2",
+            (8, 8, 8),
+            "every layer from 0 .*; leave shadowkv out",
+        ),
+        ("sink-window:window=8", (8, 8, 8), "every layer from 0 on .*; leave sink-window out"),
+    ],
+)
+def test_a_model_that_leaves_nothing_to_choose_is_refused(
+    spec: str, windows: tuple[int | None, ...], words: str
+) -> None:
+    name = spec.partition(":")[0]
+    checkpoint = TinyCheckpoint(tiny_config(num_layers=3, sliding_windows=windows))
+    with pytest.raises(ConfigError, match=f"{name}: {words}"):
+        tiny_engine(spec, checkpoint=checkpoint)
+    tiny_engine(spec, checkpoint=TinyCheckpoint(tiny_config(num_layers=3, sliding_windows=(8, 8, None))))
 
 
 def test_those_that_rotate_keys_or_queries_say_so() -> None:
