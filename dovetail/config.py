@@ -260,8 +260,9 @@ def _seqs(options: Options) -> int:
 
 def _and_beside(sizes: KVSizes, pages: int, seqs: int) -> str:
     """What techniques keep beside so many pages, in words; nothing where they keep nothing."""
-    bytes_beside = pages * sizes.beside.page + seqs * sizes.beside.request
-    return f", and {bytes_beside} bytes of what techniques keep beside KV" if bytes_beside else ""
+    beside = sizes.beside
+    count = pages * beside.page + seqs * beside.request
+    return f", and what {' and '.join(beside.by)} keeps beside KV {count} bytes" if count else ""
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,10 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
     tokens = positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS)
     seqs = _seqs(options)
     written = pages_for(tokens, sizes.block_size) + min(tokens, seqs)
-    needed = pages + min(written, pages) * sizes.num_layers
+    needed = min(pages + written * sizes.num_layers, pages * sizes.num_layers)
     left = max(0, memory - pages * sizes.beside.page - seqs * sizes.beside.request)
     cells = min(left // cell, pages * sizes.num_layers)
-    if cells < min(needed, pages * sizes.num_layers):
+    if cells < needed:
         raise CapacityError(
             f"{memory} bytes of KV memory are too few for a slow tier of {asked}: one layer of its {pages} pages, "
             f"and all layers of the {written} pages that a step writes, take {needed * cell} bytes"

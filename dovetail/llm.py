@@ -12,6 +12,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Probe
 from dovetail.interrupts import uninterrupted
+from dovetail.options import SIZES
 from dovetail.outputs import Answer, RequestOutput
 from dovetail.session import SERVING, Session
 from dovetail.units import parse_size
@@ -26,9 +27,9 @@ class LLM:
 
     model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
     records. tokenizer: a directory with another tokenizer.json, or an object. The other options are those of
-    `dovetail.options.Options`: dtype, device, threads, kv_memory (bytes, or text such as "512MiB"),
-    kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs, enable_prefix_caching,
-    seed. Raises ModelError, ConfigError or CapacityError.
+    `dovetail.options.Options`: dtype, device, threads, kv_memory and kv_offloading_size (bytes, or text such as
+    "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
+    enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
 
     Several threads may use one LLM: they take turns by the step, and what they ask for runs in one batch. It
     cannot be used in a forked child (ForkError).
@@ -213,9 +214,8 @@ def _options(options: Mapping[str, Any]) -> Options:
         raise ConfigError(
             f"LLM takes no option {', '.join(sorted(unknown))}; it takes model, use, tokenizer, {known}"
         )
-    if isinstance(options.get("kv_memory"), str):
-        options = {**options, "kv_memory": parse_size(options["kv_memory"])}
-    return Options(**options)
+    sizes = {name: parse_size(options[name]) for name in SIZES if isinstance(options.get(name), str)}
+    return Options(**{**options, **sizes})
 
 
 def _params(given: SamplingParams | None) -> SamplingParams:

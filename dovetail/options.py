@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SIZES = ("kv_memory", "kv_offloading_size")  # in bytes; also taken as text such as "512MiB"
+
 
 @dataclass(frozen=True)
 class Options:

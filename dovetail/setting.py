@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dovetail.core.errors import ConfigError
-from dovetail.options import Options
+from dovetail.options import SIZES, Options
 from dovetail.techniques import MODULES
 from dovetail.units import parse_size
 
@@ -130,11 +130,12 @@ def _option(part: str) -> tuple[str, Any]:
     kind = get_type_hints(Options)[name]
     kinds = get_args(kind) or (kind,)
     try:
-        if name == "kv_memory":
+        if name in SIZES:
             return name, parse_size(value)
         if bool in kinds:
             return name, {"true": True, "false": False}[value.lower()]
-        return name, int(value) if int in kinds else value
+        number = next((k for k in (int, float) if k in kinds), str)
+        return name, number(value)
     except (ValueError, KeyError):
         raise ConfigError(f"{key}: '{value}' is no value for this option") from None
 

@@ -7,7 +7,9 @@ import pytest
 
 from dovetail.config import Found, Machine, Options, resolve
 from dovetail.core.errors import CapacityError, ConfigError
+from dovetail.core.technique import Beside, Composition, Technique
 from dovetail.models import geometry
+from dovetail.ops.cpu import native
 from dovetail.runtime.kv import bytes_per_token
 from tests.tiny import tiny_config
 
@@ -95,3 +97,89 @@ def test_a_head_dim_beyond_the_native_kernels_falls_back_with_a_reason() -> None
 def test_the_configuration_prints_whole() -> None:
     c = settle()
     assert all(f"{name}: " in str(c) for name in c.to_dict())
+
+
+# -- what techniques keep beside KV, and the slow tier
+
+TIERED = {"kv_cache_dtype": "bf16", "kv_offloading_backend": "host", "kernels": "torch"}
+
+
+def beside(page: int, request: int) -> Found:
+    """Of two techniques, of which one keeps nothing."""
+    keeper = Technique("keeper", (), lambda site: {}, beside=lambda shape, size, value: Beside(page, request))
+    idle = Technique("idle", (), lambda site: {})
+    return replace(FOUND, beside=Composition((idle, keeper)).beside)
+
+
+def test_what_techniques_keep_is_within_kv_memory() -> None:
+    """A page of 16 tokens takes 4096 bytes of K and V."""
+    found = beside(page=1024, request=100)
+    c = settle(found, kv_memory=100_000, max_num_seqs=8)
+    assert c.num_kv_pages == (100_000 - 8 * 100) // (4096 + 1024)
+    assert c.kv_memory == c.num_kv_pages * 4096
+    least = 4096 + 1024 + 8 * 100
+    assert settle(found, kv_memory=least, max_num_seqs=8).num_kv_pages == 1
+    with pytest.raises(
+        CapacityError, match=r"hold no page: .* 4096 bytes, and what keeper keeps beside KV 1824 bytes; raise"
+    ):
+        settle(found, kv_memory=least - 1, max_num_seqs=8)
+    with pytest.raises(CapacityError, match=r"takes 4096 bytes, and what keeper keeps beside KV 50124 bytes;"):
+        settle(beside(page=1024, request=49_100), kv_memory=54_219, max_num_seqs=1)
+    with pytest.raises(CapacityError, match=r"takes 4096 bytes; raise"):
+        settle(kv_memory=4095)
+
+
+def test_a_context_that_what_techniques_keep_does_not_leave_room_for_is_refused() -> None:
+    with pytest.raises(
+        CapacityError, match=r"needs 10 pages \(40960 bytes\) of KV, and what keeper .* 10540 bytes, but"
+    ):
+        settle(beside(page=1024, request=100), kv_memory=51_499, max_model_len=160, max_num_seqs=3)
+    c = settle(beside(page=1024, request=100), kv_memory=51_500, max_model_len=160, max_num_seqs=3)
+    assert c.num_kv_pages == 10
+
+
+def test_what_techniques_keep_is_within_kv_memory_beside_a_slow_tier() -> None:
+    """One layer of all pages, and both of those that a step writes, is a page of half the bytes for each."""
+    if native() is None:
+        pytest.skip("a slow tier needs the native library")
+    page, options = 2048, {"max_num_batched_tokens": 16, "max_num_seqs": 1, **TIERED}
+    cells = (20 + 2 * 2) * page // 2
+    found = beside(page=10, request=1000)
+    size = {"kv_offloading_size": 20 * page, "max_model_len": 320}
+    assert settle(found, kv_memory=cells + 1200, **size, **options).num_kv_cells == 24
+    with pytest.raises(CapacityError, match=r"24576 bytes, and what keeper keeps beside KV 1200 bytes; raise"):
+        settle(found, kv_memory=cells + 1199, **size, **options)
+    all_of_it = {"kv_offloading_size": 2 * page, "max_model_len": 32}  # fewer pages than a step may write
+    assert settle(kv_memory=2 * page, **all_of_it, **options).num_kv_cells == 4
+    with pytest.raises(CapacityError, match=r"take 4096 bytes; raise"):
+        settle(kv_memory=2 * page - 1, **all_of_it, **options)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
+def test_a_slow_tier_is_behind_the_memory_of_the_cpu(device: str) -> None:
+    machine = replace(FOUND.machine, cuda=True)
+    with pytest.raises(ConfigError, match=r"KV is on cuda.*; use --device cpu"):
+        settle(replace(FOUND, machine=machine), device=device, kv_offloading_size=1 << 20, **TIERED)
+    if native() is not None:
+        on_cpu = settle(replace(FOUND, machine=machine), device="cpu", kv_offloading_size=1 << 18, **TIERED)
+        assert on_cpu.num_kv_cells > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_offloading_path": "/tmp"}, "kv_offloading_path means nothing without a slow tier"),
+        ({"emulate_link": 1.0}, "emulate_link means nothing without a slow tier"),
+        ({"kv_offloading_size": 1 << 18, "kv_offloading_backend": "tape"}, "'tape' is unknown.* disk and host"),
+        ({"kv_offloading_size": 1 << 18, **TIERED, "emulate_link": -1.0}, "GB/s above 0"),
+        ({"kv_offloading_size": 1 << 18, **TIERED, "kv_offloading_path": "/tmp"}, "is the disk's"),
+        ({"kv_offloading_size": 1 << 18, **TIERED, "kv_cache_dtype": "int8"}, "bf16 or float32.* not int8"),
+        ({"kv_offloading_size": 1 << 18, **TIERED, "block_size": 8}, "multiple of 16 tokens.* of 8"),
+        ({"kv_offloading_size": 0, **TIERED}, "kv_offloading_size must be a whole number of at least 1"),
+    ],
+)
+def test_a_slow_tier_that_cannot_be_had_is_refused(options, words) -> None:
+    if native() is None:
+        pytest.skip("a slow tier needs the native library")
+    with pytest.raises(ConfigError, match=words):
+        settle(**options)

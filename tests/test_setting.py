@@ -22,6 +22,9 @@ def test_a_setting_adds_to_its_base():
     assert parse_setting("kv-memory=2MiB+enable-prefix-caching=false", BASE).options == Options(
         threads=1, kv_memory=2 << 20, enable_prefix_caching=False
     )
+    assert parse_setting("kv-offloading-size=3GiB+emulate-link=2.5", BASE).options == Options(
+        threads=1, kv_offloading_size=3 << 30, emulate_link=2.5
+    )
 
 
 def test_plain_and_exact_are_words():

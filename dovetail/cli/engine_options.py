@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, TypeVar, get_t
 import typer
 
 from dovetail.core.errors import ConfigError
-from dovetail.options import Options
+from dovetail.options import SIZES, Options
 from dovetail.techniques import MODULES
 from dovetail.units import parse_size
 
@@ -54,7 +54,7 @@ class EngineOptions:
         found = [_keyword("use", use, [])]
         for f in fields(Options):
             flag = "--" + f.name.replace("_", "-")
-            more: dict[str, Any] = {"parser": _size, "metavar": "SIZE"} if f.name in _SIZES else {}
+            more: dict[str, Any] = {"parser": _size, "metavar": "SIZE"} if f.name in SIZES else {}
             if kinds[f.name] is bool:
                 flag = f"{flag}/--no-{flag[2:]}"
             option = _option(flag, _ENGINE_HELP[f.name], "Engine", show_default=f.default is not None, **more)
@@ -189,8 +189,6 @@ def _size(text: str | int) -> int:
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
 
-
-_SIZES = ("kv_memory", "kv_offloading_size")
 
 _ENGINE_HELP = {
     "use": f"Switch on {', '.join(sorted(MODULES))}, with options as in ngram:tokens=4. Repeat to combine.",

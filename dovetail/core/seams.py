@@ -228,9 +228,15 @@ class Geometry:
     vocab_size: int
     sliding_layers: tuple[int, ...] = ()  # layers with a window of their own
 
-    def first_full_layer(self, start: int = 0) -> int | None:
-        """The first layer from `start` on that has no window of its own."""
-        return next((i for i in range(start, self.num_layers) if i not in self.sliding_layers), None)
+    def choosing(self, name: str, first: int = 0) -> int:
+        """The first layer from `first` on where technique `name` can choose pages. ConfigError without one."""
+        found = next((i for i in range(first, self.num_layers) if i not in self.sliding_layers), None)
+        if found is None:
+            raise ConfigError(
+                f"{name}: every layer from {first} on has a sliding window of its own, which leaves nothing to "
+                f"choose; {'lower skip_layers' if first else f'leave {name} out'}"
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dovetail.core.errors import ConfigError
@@ -12,13 +12,17 @@ from dovetail.core.seams import SEAMS, Geometry, Seams, Site
 
 @dataclass(frozen=True)
 class Beside:
-    """Bytes that are kept on the device beside K and V: for each page over all layers, and for each request."""
+    """Bytes that are kept on the device beside K and V: for each page over all layers, and for each request.
+
+    by: the names of the techniques that keep any.
+    """
 
     page: int = 0
     request: int = 0
+    by: tuple[str, ...] = ()
 
     def __add__(self, other: Beside) -> Beside:
-        return Beside(self.page + other.page, self.request + other.request)
+        return Beside(self.page + other.page, self.request + other.request, self.by + other.by)
 
 
 def _nothing(shape: Geometry, page_size: int, value: int) -> Beside:
@@ -77,7 +81,8 @@ class Composition:
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
         """What all of them keep."""
-        return sum((t.beside(shape, page_size, value) for t in self.techniques), Beside())
+        kept = ((t.name, t.beside(shape, page_size, value)) for t in self.techniques)
+        return sum((replace(b, by=(name,)) for name, b in kept if b != Beside()), Beside())
 
     @property
     def specs(self) -> list[str]:

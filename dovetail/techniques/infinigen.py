@@ -258,6 +258,7 @@ def infinigen(
             )
         if skip_layers >= layers:
             raise ConfigError(f"infinigen: skip_layers={skip_layers} skips all of the model's {layers} layers")
+        site.geometry.choosing("infinigen", skip_layers)
         rule = Rule(alpha, partial, pages_for(budget, size), skip_layers, norm, shift, calibration)
         if pool:
             return {"selector": PooledSpeculation(site, rule, pages_for(pool, size), eviction)}

@@ -34,7 +34,7 @@ class QuestSelector(RecordedSelector):
         self.skip_layers = skip_layers
         self.kind = kind  # of summary, and of how many tokens
         self.window = site.page_size
-        self._counting = site.geometry.first_full_layer(skip_layers)
+        self._counting = site.geometry.choosing("quest", skip_layers)  # layer that chooses
         self._dropped = 0
         self._program: Any = None
         self._summaries: Summaries | None = None
@@ -109,10 +109,6 @@ def quest(
             )
         if skip_layers >= layers:
             raise ConfigError(f"quest: skip_layers={skip_layers} skips all of the model's {layers} layers")
-        if site.geometry.first_full_layer(skip_layers) is None:
-            raise ConfigError(
-                f"quest: every layer from {skip_layers} on has a sliding window of its own; lower it"
-            )
         return {"selector": QuestSelector(site, pages_for(budget, size), skip_layers, (score, chunk))}
 
     return Technique(

@@ -65,7 +65,7 @@ class ShadowKVSelector(RecordedSelector):
         self.kind = kind  # of summaries
         self.window = LOCAL * prompts.how.chunk
         self._dropped = 0
-        self._counting = prompts.site.geometry.first_full_layer()
+        self._counting = prompts.site.geometry.choosing("shadowkv")
         self._summaries: Summaries | None = None
 
     @property

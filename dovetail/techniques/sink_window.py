@@ -27,7 +27,7 @@ class SinkWindowSelector(RecordedSelector):
         self.window = window
         self.sink_pages = sink_pages
         self.num_kv_heads = shape.num_kv_heads
-        self._counting = shape.first_full_layer()
+        self._counting = shape.choosing("sink-window")
         self._dropped = 0
         self._program: Any = None
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dovetail import LLM, SamplingParams
 from dovetail.ops.cpu import emulated, isas
 from dovetail.ops.pages import (
+    KINDS,
     codes,
     decoded,
     landmark_scores,
@@ -45,6 +46,30 @@ def test_the_bound_is_above_every_product(seed: int, chunk: int, chunks: int, he
     assert (scores <= whole + 1e-12).all()  # the smaller the chunks, the tighter
     if chunk == 1:  # exact
         torch.testing.assert_close(scores, products.amax((2, 4)))
+
+
+@settings(deadline=None)
+@given(SEEDS, st.sampled_from(KINDS), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_a_group_scores_as_its_best_query_does(seed: int, kind: str, tokens: int, heads: int, group: int) -> None:
+    """Opposite queries of a group do not cancel."""
+    keys, q = random(seed, 5, tokens, heads, 8).double(), random(seed + 1, 2, heads * group, 8).double()
+    q[:, -1] = -q[:, 0]
+    found = summary(keys, kind, tokens).expand(2, -1, -1, -1, -1)
+    scores = page_scores(q, found, kind)
+    each = [page_scores(x, found, kind) for x in q.unflatten(1, (heads, group)).unbind(2)]
+    torch.testing.assert_close(scores, torch.stack(each).amax(0))
+
+
+@settings(deadline=None)
+@given(SEEDS, st.integers(1, 40), st.integers(1, 40))
+def test_pages_of_one_token_are_chosen_by_their_products(seed: int, tokens: int, count: int) -> None:
+    keys, q = random(seed, tokens, 1, 2, 8), random(seed + 1, 1, 2, 8)
+    scores = page_scores(q, summary(keys, "bound", 1)[None], "bound")
+    chosen = pick(scores, torch.tensor([tokens]), torch.tensor([count]))[0]
+    for head in range(2):
+        products = keys[:, 0, head].double() @ q[0, head].double()
+        best = products.topk(min(count, tokens)).indices
+        assert [p for p in chosen[head].tolist() if p >= 0] == sorted(best.tolist())
 
 
 @settings(deadline=None)

@@ -24,6 +24,7 @@ LOSSY = [
         "quest:budget=16,skip_layers=1",
         "quest:budget=12,skip_layers=0,score=mean_std,chunk=2",
         "quest:budget=12,skip_layers=0,score=codes",
+        "quest:budget=12,skip_layers=0,score=bound,chunk=2",
         "shadowkv:rank=3,budget=20,chunk=2,outliers=2",
         "shadowkv:rank=6,budget=12,chunk=1,outliers=0",
         "shadowkv:rank=16,budget=16,chunk=1,outliers=1,energy=0.9",
@@ -33,6 +34,7 @@ LOSSY = [
         "infinigen:alpha=0.5,partial=1,skip_layers=1,norm=same,shift=false",
         "infinigen:alpha=6,budget=16,skip_layers=1,pool=20",
         "infinigen:alpha=6,budget=16,skip_layers=1,pool=20,eviction=fifo",
+        "infinigen:alpha=6,budget=16,skip_layers=1,pool=20,eviction=lru",
     ),
 ]
 

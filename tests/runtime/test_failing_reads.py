@@ -1,0 +1,142 @@
+"""Reads from a slow tier that fail: whom they harm, what is left of them, and that nobody sees it later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dovetail.core.engine import Engine
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.types import Request
+from dovetail.ops.cpu import isas
+from tests.runtime.test_residency import BEST, LAYERS, engine_of, tight, unreadable
+from tests.tiny import TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
+
+pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
+SHADOWKV = "shadowkv:rank=8,budget=128,outliers=0"
+LONG, OTHER, SHORT = (tuple((i * i * k + i // 3) % 61 for i in range(n)) for k, n in ((7, 300), (5, 150), (3, 9)))
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+def exact_keys(engine: Engine) -> Engine:
+    """The engine with its selector, but without aliases."""
+    codec = engine.seams.codec
+    seal = codec.seal
+    codec.seal = lambda requests, kv: seal(requests, kv) and {}  # type: ignore[method-assign]
+    return engine
+
+
+def fail_while_sealing(engine: Engine, name: str, first: int) -> None:
+    """From the `first`th layer on, nothing can be read while the prompt of request `name` is factorised."""
+    kv: Any = engine.executor.kv  # type: ignore[attr-defined]
+    codec, read = engine.seams.codec, kv.keys
+    seal = codec.seal
+
+    def failing(layer: int, pages: torch.Tensor) -> torch.Tensor:
+        if layer < first:
+            return read(layer, pages)
+        with unreadable(kv.seams.residency):
+            return read(layer, pages)
+
+    def sealed(requests: Any, kv: Any) -> Any:
+        if any(r.id == name for r in requests):
+            kv.keys = failing
+        try:
+            return seal(requests, kv)
+        finally:
+            kv.keys = read
+
+    codec.seal = sealed  # type: ignore[method-assign]
+
+
+def together(engine: Engine, names: dict[str, tuple[int, ...]]) -> tuple[dict[str, Request], list[str]]:
+    """Requests that run together, and the names of those that failed; "twin" shares the pages of "long". The pool
+    is checked after every step."""
+    requests = {n: make_request(engine, n, p, GREEDY) for n, p in names.items()}
+    if "twin" in requests:
+        requests["twin"].fork_of = requests["long"]
+    for r in requests.values():
+        engine.add(r)
+    failed = []
+    while engine.busy:
+        failed += [p.request.id for p in engine.step() if p.error]
+        engine.check()
+    return requests, failed
+
+
+@pytest.mark.parametrize("kernels", [BEST, "torch"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_prompt_that_cannot_be_read_keeps_its_keys_and_the_others_go_on(
+    tmp_path: Path, kernels: str, first: int
+) -> None:
+    """Of four requests one cannot be factorised: it reads its keys as they are."""
+    place = tight(pages=48, kv_offloading_path=str(tmp_path), enable_prefix_caching=False)
+    engine = engine_of(SHADOWKV, kernels=kernels, **place)
+    fail_while_sealing(engine, "long", first)
+    prompts = {"other": OTHER, "long": LONG, "short": SHORT, "twin": LONG}
+    requests, failed = together(engine, prompts)
+    stats = engine.seams.residency.stats()  # type: ignore[attr-defined]
+    assert stats["failures"] > 0
+    assert not failed
+
+    def alone(prompt: tuple[int, ...], change: Callable[[Engine], Engine] = lambda e: e) -> list[int]:
+        return run_all(change(engine_of(SHADOWKV, kernels=kernels, **place)), [prompt], GREEDY)[0]
+
+    assert requests["long"].output == alone(LONG, exact_keys) != alone(LONG)
+    assert requests["twin"].output == alone(LONG)  # what failed is not shared, and was read again
+    assert [requests[n].output for n in ("other", "short")] == [alone(OTHER), alone(SHORT)]
+    assert engine.pool.num_free == 48
+    codec: Any = engine.seams.codec
+    codec.drop(list(prompts))  # as the next plan would say
+    assert sorted(codec.prompts._free) == list(range(48))
+    assert not codec.prompts._by_pages and not codec.prompts._by_alias
+
+
+NARROW = TinyCheckpoint(tiny_config(hidden_size=64, intermediate_size=96, head_dim=12, num_layers=LAYERS))
+
+
+@pytest.mark.parametrize("kv", ["float32", "bf16"])
+@pytest.mark.parametrize("spec", ["", SHADOWKV, "quest:budget=48,skip_layers=0"])
+def test_what_a_failing_read_leaves_in_the_padding_is_gone_when_cells_are_written(
+    tmp_path: Path, kv: str, spec: str
+) -> None:
+    """A cell that cannot be read becomes NaN, with the dimensions that heads of 12 do not have: these are 0 for
+    every token that is written there later, or its products would be NaN."""
+    use = [spec] if spec else []
+    options: dict[str, Any] = dict(
+        checkpoint=NARROW, kernels=BEST, kv_cache_dtype=kv, pages=40, page_size=16, threads=2, dtype="float32",
+        num_kv_cells=40 + LAYERS * 6, max_num_batched_tokens=32, max_num_seqs=4, enable_prefix_caching=False,
+    )  # fmt: skip
+    engine = tiny_engine(*use, kv_offloading_path=str(tmp_path), **options)
+    sick = make_request(engine, "sick", LONG, GREEDY)
+    engine.add(sick)
+    while sick.num_output < 2:
+        engine.step()
+    memory: Any = engine.executor.kv.k  # type: ignore[attr-defined]
+    with unreadable(engine.seams.residency):  # type: ignore[arg-type]
+        while engine.busy:
+            engine.step()
+    assert sick.finish_reason == "error"
+    assert padding(memory.data, kv).isnan().any()
+    found, failed = together(engine, {"later": LONG[::-1], "short": SHORT})
+    assert not failed
+    for name, prompt in (("later", LONG[::-1]), ("short", SHORT)):
+        assert found[name].output == run_all(tiny_engine(*use, **options), [prompt], GREEDY)[0]
+    last = make_request(engine, "last", OTHER, GREEDY)
+    engine.add(last)
+    while last.num_output < 20:
+        engine.step()
+    places = torch.from_numpy(memory.tiers.native.places()).long()
+    for i, page in enumerate(last.table.ids[: (len(OTHER) + 19) // 16]):  # full ones
+        for layer in range(LAYERS):
+            for head, cell in enumerate(places[layer * 40 + page].tolist()):
+                assert cell < 0 or not padding(memory.data[cell, head], kv).count_nonzero(), (i, layer)
+
+
+def padding(tiles: torch.Tensor, kv: str) -> torch.Tensor:
+    """The dimensions of K beyond 12: float32 [.., dim, 16], bfloat16 [.., dim / 2, 16, 2]."""
+    return tiles[..., 12:, :] if kv == "float32" else tiles[..., 6:, :, :]
