@@ -17,6 +17,7 @@ With a `pool`, each KV head keeps so many tokens of those it may leave unread, a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,10 +35,10 @@ from dovetail.ops.pages import pick
 from dovetail.ops.skew import PartialKeys, TurnedKeys, counted, kept_columns, partial_bytes
 from dovetail.progress import note
 from dovetail.runtime.calibration import kept
-from dovetail.runtime.guess import NORMS, Guesser, calibrate
+from dovetail.runtime.guess import FITS, NORMS, Guesser, How, calibrate, shapes
 from dovetail.runtime.recorded import RecordedSelector
 
-TOKENS = 2048  # of calibration text
+TOKENS, TEXTS = 2048, 4  # of calibration text, so many times
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Rule:
     budget: int
     skip_layers: int
     norm: str
-    shift: bool
+    fit: str
     calibration: str
 
 
@@ -78,26 +79,24 @@ class Speculation(Selector):
                 "infinigen needs text to measure the model on, and this engine was built without any"
             )
         named, d = self.rule.calibration, shape.head_dim
-        tokens = list(source.text(named))[: min(TOKENS, self.site.model.config.max_position_embeddings)]
-        if len(tokens) < d:
+        texts = _texts(source.text(named), min(TOKENS, self.site.model.config.max_position_embeddings))
+        if len(texts[0]) < d:
             what = f"calibration={named}" if named else "the calibration text"
-            raise ConfigError(f"infinigen: {what} has {len(tokens)} tokens; give at least {d}")
+            raise ConfigError(f"infinigen: {what} has {len(texts[0])} tokens; give at least {d}")
 
         def measure() -> dict[str, Tensor]:
-            note(f"infinigen measures the model on {len(tokens)} tokens, once")
-            return calibrate(self.site, self.rule.norm, tokens)
+            note(f"infinigen measures the model on {sum(map(len, texts))} tokens, once")
+            return calibrate(self.site, how, texts)
 
-        shapes = {
-            "basis": (shape.num_layers, shape.num_kv_heads, d, d),
-            "shift": (shape.num_layers, shape.num_heads * d),
-        }
-        text = hashlib.sha256(repr(tokens).encode()).hexdigest()
-        found = kept(["skew 1", source.key(), self.rule.norm, text], shapes, measure)
-        basis, shift = (found[name].to(self.site.device) for name in ("basis", "shift"))
+        how = How(self.rule.norm, self.rule.fit)
+        text = hashlib.sha256(repr(texts).encode()).hexdigest()
+        wanted = shapes(shape, self.site.model.config.hidden_size, how.fit)
+        found = kept(["skew 2", source.key(), how.norm, how.fit, text], wanted, measure)
+        basis = found.pop("basis").to(self.site.device)
         self.keys = PartialKeys(
             self.site.kv, basis[..., : kept_columns(d, self.rule.partial)], self.rule.skip_layers
         )
-        self.guess = Guesser(self.site, self.rule.norm, shift if self.rule.shift else None)
+        self.guess = Guesser(self.site, how, found)
 
     def seal(self, pages: Tensor, kv: Any) -> None:
         self.keys.seal(pages)
@@ -173,6 +172,14 @@ class RecordedSpeculation(Speculation, RecordedSelector):
         (self._native or self.keys).seal(pages)
 
 
+def _texts(tokens: Sequence[int], longest: int) -> list[list[int]]:
+    """At most `TEXTS` parts of one length, at most `longest`, spread over the tokens."""
+    n = min(longest, len(tokens))
+    count = max(1, min(TEXTS, len(tokens) // max(1, n)))
+    step = len(tokens) // count
+    return [list(tokens[i * step : i * step + n]) for i in range(count)]
+
+
 class PooledSpeculation(Speculation):
     """The same, with at most `limit` pages kept of those that a KV head of a request may leave unread."""
 
@@ -220,19 +227,22 @@ class PooledSpeculation(Speculation):
 
 def infinigen(
     alpha: float = 5.0, partial: float = 0.5, budget: int = 1024, skip_layers: int = 2, norm: str = "next",
-    shift: bool = True, calibration: str = "", pool: int = 0, eviction: str = "counter",
+    fit: str = "linear", calibration: str = "", pool: int = 0, eviction: str = "counter",
 ) -> Technique:  # fmt: skip
     """Read what scores within `alpha` (logits) of the best, at most `budget` tokens, rounded up to whole pages.
 
     partial: fraction of the head's dimensions that is scored (the paper's choice is 0.3). skip_layers: the first
     layers read everything; at least 1, because nothing comes before the first. norm: a guess goes through the norm
-    of the `next` layer or of the `same` (the published program). shift: add the mean error of guesses.
+    of the `next` layer or of the `same` (the published program). fit: what is added to guesses for the errors that
+    they have on the calibration text: `linear` in their input, the `mean` error, or `none` (the paper).
     calibration: a file of text, or a corpus by name, to measure the model on; by default what every Python ships.
     pool: tokens that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds
     once a page of generated tokens is full. eviction: which page is given up.
     """
     if norm not in NORMS:
         raise ConfigError(f"infinigen: norm must be {' or '.join(NORMS)}, got '{norm}'")
+    if fit not in FITS:
+        raise ConfigError(f"infinigen: fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, got '{fit}'")
     if eviction not in POLICIES:
         raise ConfigError(
             f"infinigen: eviction must be {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got '{eviction}'"
@@ -259,7 +269,7 @@ def infinigen(
         if skip_layers >= layers:
             raise ConfigError(f"infinigen: skip_layers={skip_layers} skips all of the model's {layers} layers")
         site.geometry.choosing("infinigen", skip_layers)
-        rule = Rule(alpha, partial, pages_for(budget, size), skip_layers, norm, shift, calibration)
+        rule = Rule(alpha, partial, pages_for(budget, size), skip_layers, norm, fit, calibration)
         if pool:
             return {"selector": PooledSpeculation(site, rule, pages_for(pool, size), eviction)}
         return {"selector": RecordedSpeculation(site, rule)}
@@ -270,7 +280,7 @@ def infinigen(
         build=build,
         options={
             "alpha": alpha, "partial": partial, "budget": budget, "skip_layers": skip_layers, "norm": norm,
-            "shift": shift, "calibration": calibration, "pool": pool, "eviction": eviction,
+            "fit": fit, "calibration": calibration, "pool": pool, "eviction": eviction,
         },
         needs=frozenset({"a slow tier", "rotary positions"}),
         exact_at={"alpha": float("inf"), "budget": 2**30, "skip_layers": 1},

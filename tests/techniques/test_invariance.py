@@ -31,7 +31,7 @@ LOSSY = [
     ),
     *(
         "infinigen:alpha=9,budget=12,skip_layers=1",
-        "infinigen:alpha=0.5,partial=1,skip_layers=1,norm=same,shift=false",
+        "infinigen:alpha=0.5,partial=1,skip_layers=1,norm=same,fit=none",
         "infinigen:alpha=6,budget=16,skip_layers=1,pool=20",
         "infinigen:alpha=6,budget=16,skip_layers=1,pool=20,eviction=fifo",
         "infinigen:alpha=6,budget=16,skip_layers=1,pool=20,eviction=lru",
