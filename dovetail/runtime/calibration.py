@@ -26,17 +26,15 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @torch.inference_mode()
-def layer_inputs(site: Site, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-    """The hidden rows [tokens of all texts, width] that enter each layer, when the model reads each of `texts`
-    from its start, and reads everything."""
-    pages = sum(pages_for(len(text), PAGE) for text in texts)
+def layer_inputs(site: Site, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The hidden rows [tokens, width] that enter each layer, when the model reads `tokens` in one batch and reads
+    everything."""
+    n = len(tokens)
+    pages = pages_for(n, PAGE)
     kv = KV(site.geometry, KVConfig(pages, PAGE, "float32"), site.device)
-    pool, spans = PagePool(pages, PAGE), []
-    for i, text in enumerate(texts):
-        request = Request(f"calibration {i}", list(text), SamplingParams(), PageTable(pool), len(text), 0)
-        request.table.grow(0, len(text))
-        spans.append(Span(request, 0, len(text)))
-    batch = BatchBuilder(PAGE, UNLIMITED, kv.stage_pages, site.device).build(spans)
+    request = Request("calibration", list(tokens), SamplingParams(), PageTable(PagePool(pages, PAGE)), n, 0)
+    request.table.grow(0, n)
+    batch = BatchBuilder(PAGE, UNLIMITED, kv.stage_pages, site.device).build([Span(request, 0, n)])
     hidden = site.model.embed(batch.tokens)
     for layer, block in enumerate(site.model.blocks()[: site.geometry.num_layers]):
         yield layer, hidden

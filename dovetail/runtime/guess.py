@@ -9,7 +9,7 @@ W_i as it is; "mean", b_i alone; "none".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,7 @@ def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str,
     found: dict[str, list[Tensor]] = {"basis": [], "bias": [], "weight": []}
     before = None
     with counter("calibrating layers", shape.num_layers) as advance:
-        for layer, hidden in layer_inputs(site, texts):
+        for layer, hidden in _inputs(site, texts):
             q = guesser.true(layer, hidden)
             inputs = guesser.norm_of(layer)(hidden if before is None else before)
             error = q - guesser.projected(layer, before) if before is not None else torch.zeros_like(q)
@@ -159,6 +159,12 @@ def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str,
             advance(1)
     kept = shapes(shape, before.shape[1] if before is not None else 0, how.fit)
     return {name: torch.stack(found[name]) for name in kept}
+
+
+def _inputs(site: Site, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    """The rows of all texts that enter each layer."""
+    for parts in zip(*(layer_inputs(site, text) for text in texts), strict=True):
+        yield parts[0][0], torch.cat([hidden for _, hidden in parts])
 
 
 def fit(inputs: Tensor, error: Tensor, how: str) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ from dovetail.runtime.calibration import kept
 from dovetail.runtime.guess import FITS, NORMS, Guesser, How, calibrate, shapes
 from dovetail.runtime.recorded import RecordedSelector
 
-TOKENS, TEXTS = 2048, 4  # of calibration text, so many times
+TOKENS, TEXTS = 1024, 8  # of calibration text, so many times
 
 
 @dataclass(frozen=True)

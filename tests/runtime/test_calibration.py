@@ -29,13 +29,11 @@ def site_of(checkpoint: TinyCheckpoint) -> Site:
 def test_layer_inputs_are_what_the_layers_see(windows: tuple[int | None, ...]) -> None:
     site = site_of(TinyCheckpoint(tiny_config(num_layers=3, sliding_windows=windows)))
     tokens = [i * 5 % 11 for i in range(37)]
-    inputs = dict(layer_inputs(site, [tokens]))
+    inputs = dict(layer_inputs(site, tokens))
     torch.testing.assert_close(inputs[0], site.model.embed(torch.tensor(tokens)))
     for prefix in (1, 20):  # every layer is causal
-        for layer, hidden in layer_inputs(site, [tokens[:prefix]]):
+        for layer, hidden in layer_inputs(site, tokens[:prefix]):
             torch.testing.assert_close(hidden, inputs[layer][:prefix])
-    for layer, hidden in layer_inputs(site, [tokens[:7], tokens]):  # and texts do not see each other
-        torch.testing.assert_close(hidden, torch.cat([inputs[layer][:7], inputs[layer]]))
     assert sorted(inputs) == [0, 1, 2]
     assert len({tuple(x.flatten().tolist()) for x in inputs.values()}) == 3
 

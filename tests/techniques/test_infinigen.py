@@ -166,7 +166,7 @@ def test_fitted_guesses_are_right_on_the_average(fit: str) -> None:
         engine = tiny_engine(f"infinigen:skip_layers=1,fit={how}", checkpoint=DEEP)
         selector: Any = engine.seams.selector
         guess, before = selector.guess, None
-        for layer, hidden in layer_inputs(selector.site, [calibration("")]):
+        for layer, hidden in layer_inputs(selector.site, calibration("")):
             if before is not None:
                 error = guess.true(layer, hidden) - guess.projected(layer, before)
                 if how != "none":

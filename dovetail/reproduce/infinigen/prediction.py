@@ -26,7 +26,7 @@ from dovetail.techniques import technique
 
 def likeness(site: Site, tokens: Sequence[int]) -> list[float]:
     """The mean cosine, over rows, of the inputs of layers i - 1 and i, for i = 1 and on."""
-    inputs = [hidden for _, hidden in layer_inputs(site, [tokens])]
+    inputs = [hidden for _, hidden in layer_inputs(site, tokens)]
     pairs = itertools.pairwise(inputs)
     return [float(torch.cosine_similarity(a.float(), b.float(), dim=-1).mean()) for a, b in pairs]
 
