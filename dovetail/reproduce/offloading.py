@@ -26,11 +26,11 @@ class Effort:
     use: str
 
     @classmethod
-    def by_name(cls, requests: int, use: str) -> dict[str, Self]:
-        """`requests`: of the batch."""
+    def by_name(cls, requests: int, use: str, memory: int = MEMORY) -> dict[str, Self]:
+        """`requests`: of the batch; `memory`: bytes of the device."""
         return {
             name: cls(
-                Limit(MODEL, MEMORY, CONTEXT, requests, rounds, steps),
+                Limit(MODEL, memory, CONTEXT, requests, rounds, steps),
                 Needles(MODEL, lengths, "10,50,90", trials),
                 use,
             )

@@ -97,7 +97,9 @@ class Guesser:
         bias = fitted["bias"][layer]
         if "weight" not in fitted and isinstance(qkv, PackedLinear):
             own = qkv.bias[: self.width] or [0.0] * self.width
-            return PackedLinear(qkv.parts[:1], [a + b for a, b in zip(own, bias.tolist(), strict=True)], qkv.format)
+            return PackedLinear(
+                qkv.parts[:1], [a + b for a, b in zip(own, bias.tolist(), strict=True)], qkv.format
+            )
         weight, own_bias = _matrix(qkv, self.width, self._inputs)
         weight = weight + fitted["weight"][layer] if "weight" in fitted else weight
         form = qkv.format if isinstance(qkv, PackedLinear) else Dense(qkv.weight.dtype, qkv.weight.device)

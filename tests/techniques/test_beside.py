@@ -70,7 +70,9 @@ def test_partial_keys_of_infinigen(partial: float, kv: str, kernels: str) -> Non
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kv", ["float32", "bf16"])
-@pytest.mark.parametrize("form", ["rank=8,chunk=8", "rank=7,chunk=4,energy=0.999999", "rank=0,chunk=16", "rank=8,score=codes"])
+@pytest.mark.parametrize(
+    "form", ["rank=8,chunk=8", "rank=7,chunk=4,energy=0.999999", "rank=0,chunk=16", "rank=8,score=codes"]
+)
 def test_landmarks_and_prompts_of_shadowkv(form: str, kv: str, kernels: str) -> None:
     spec = f"shadowkv:{form},budget=128,outliers=1"
     engine = engine_of(spec, kernels, kv)

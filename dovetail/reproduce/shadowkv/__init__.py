@@ -16,7 +16,9 @@ from dovetail.reproduce.shadowkv import quality, resident, throughput
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
 
-EFFORTS = Effort.by_name(requests=6, use="shadowkv:rank=32,budget=512,chunk=4,outliers=32")
+SETTING = "shadowkv:rank=32,budget=512,outliers=0,score=codes"
+MEMORY = 256_000_000  # bytes: of the plain engine's requests one fits
+EFFORTS = Effort.by_name(requests=4, use=SETTING, memory=MEMORY)
 
 
 def experiments(effort: Effort) -> list[Experiment]:
