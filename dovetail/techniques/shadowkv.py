@@ -7,6 +7,9 @@ and exact keys, come from the slow tier. Each chunk of keys has a landmark, its 
 largest softmax weight of one of its landmarks, over the query heads of a KV head's group. The prompt's pages
 that landmarks stand for worst, its outliers, are always read with exact keys, and so are the most recent tokens.
 
+Landmarks lose pages that matter. With `score="codes"` a page is ranked by Quest's codes of its keys (`ops.pages`)
+instead, for the bytes of landmarks of 4 tokens, and needs no outliers for its choice.
+
 Unlike the paper, pages of one KV head are chosen and moved rather than chunks; the exact local window moves on
 with the text rather than staying at the end of the prompt; and pages that seal later have landmarks, compete,
 and keep their exact keys, so that long generation does not overflow anything. A prompt that the budget covers
@@ -31,6 +34,7 @@ from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_sco
 from dovetail.runtime.prompt_keys import KeyFormat, PromptKeys
 from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
 
+SCORES = ("landmarks", "codes")
 LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
 
 
@@ -169,8 +173,11 @@ def shadowkv(
 
     rank: of a prompt's keys, per layer; 0 is the full rank. energy: a smaller rank will do if it keeps this share
     of their squares; 0 asks for no share. chunk: tokens of a landmark. outliers: chunks' worth of whole pages.
+    score: by which pages are chosen, of `SCORES`; recent tokens and outliers are counted in chunks by either.
     """
     options = Options(rank, energy, budget, chunk, outliers, score)
+    if score not in SCORES:
+        raise ConfigError(f"shadowkv: score must be {' or '.join(SCORES)}, got '{score}'")
     if rank < 0 or not 0 <= energy < 1 or budget < 1 or chunk < 1 or outliers < 0:
         raise ConfigError(
             "shadowkv needs rank >= 0, 0 <= energy < 1, budget >= 1, chunk >= 1 and outliers >= 0, "
@@ -211,7 +218,7 @@ def resident_bytes(options: Options, shape: Geometry, tokens: int, page_size: in
     counts = {
         "coefficients": 2 * pages * page_size * rank,
         "basis": 2 * rank * width,
-        "landmarks": 2 * pages * page_size // options.chunk * width,
+        options.score: 2 * pages * num_vectors(options.score, page_size, options.chunk, 2) * width,
         "outlier marks": pages * shape.num_kv_heads,
         "cells": 2 * 2 * cells * page_size * width,
         "dense": 2 * 2 * tokens * width,

@@ -121,6 +121,7 @@ LOSSY = [
     "quest:budget=48,skip_layers=1,score=bound",
     "sink-window:window=20",
     "shadowkv:rank=8,budget=128,outliers=2",
+    "shadowkv:rank=8,budget=128,outliers=2,score=codes",
     "shadowkv:rank=7,budget=128,outliers=0,chunk=16",
     "infinigen:alpha=1,partial=0.5,budget=96,skip_layers=1",
     "infinigen:alpha=4,partial=0.3,skip_layers=2,norm=same",

@@ -27,6 +27,7 @@ LOSSY = [
         "quest:budget=12,skip_layers=0,score=bound,chunk=2",
         "shadowkv:rank=3,budget=20,chunk=2,outliers=2",
         "shadowkv:rank=6,budget=12,chunk=1,outliers=0",
+        "shadowkv:rank=3,budget=20,chunk=2,outliers=2,score=codes",
         "shadowkv:rank=16,budget=16,chunk=1,outliers=1,energy=0.9",
     ),
     *(

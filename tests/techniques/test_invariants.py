@@ -132,6 +132,7 @@ SUMMARISED = [
     "quest:budget=16,skip_layers=0,score=mean_std,chunk=2",
     "quest:budget=16,skip_layers=0",
     "shadowkv:rank=4,budget=24,chunk=2,outliers=2",
+    "shadowkv:rank=4,budget=24,chunk=2,outliers=2,score=codes",
     "infinigen:alpha=3,budget=16,skip_layers=1",
 ]
 NATIVE = [
@@ -162,7 +163,7 @@ def kept_of(selector: Any, kv: Any, layer: int, pages: torch.Tensor) -> tuple[to
     if hasattr(selector, "rule"):
         turned = keys.transpose(1, 2) @ selector.keys.basis[layer].to(keys.dtype)
         return selector.keys.data[at], turned.to(selector.keys.data.dtype)
-    kept = selector.landmarks if hasattr(selector, "landmarks") else selector.summaries
+    kept = selector.summaries
     if kept.kind == "codes":
         found = codes(keys)
         return unpacked(kept.data[at], kv.head_dim, kv.page_size).to(found.dtype), found

@@ -17,7 +17,7 @@ from dovetail.core.types import PageSet
 from dovetail.models import MODELS, Llama
 from dovetail.ops.cpu import isas
 from dovetail.techniques import technique
-from dovetail.techniques.shadowkv import Options, resident_bytes
+from dovetail.techniques.shadowkv import SCORES, Options, resident_bytes
 from tests.tiny import FACTS, TinyCheckpoint, finish, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
@@ -166,9 +166,10 @@ def test_a_tied_program_keeps_keys_of_every_stage(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kernels", ["torch", *isas()[:1]])
-def test_it_runs_on_every_type_of_kv(kv: str, kernels: str) -> None:
+@pytest.mark.parametrize("score", SCORES)
+def test_it_runs_on_every_type_of_kv(score: str, kv: str, kernels: str) -> None:
     engine = tiny_engine(
-        "shadowkv:rank=8,budget=96,chunk=8,outliers=2", page_size=16, pages=24, dtype="float32",
+        f"shadowkv:rank=8,budget=96,chunk=8,outliers=2,score={score}", page_size=16, pages=24, dtype="float32",
         kv_cache_dtype=kv, kernels=kernels,
     )  # fmt: skip
     long = [tuple(i * i % 61 for i in range(150))]
@@ -181,6 +182,7 @@ def test_it_runs_on_every_type_of_kv(kv: str, kernels: str) -> None:
     ("spec", "words"),
     [
         ("rank=-1", "rank >= 0"),
+        ("score=bound", "score must be landmarks or codes, got 'bound'"),
         ("energy=1", "energy < 1"),
         ("chunk=0", "chunk >= 1"),
         ("outliers=-2", "outliers >= 0"),
