@@ -239,14 +239,9 @@ def infinigen(
     pool: tokens that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds
     once a page of generated tokens is full. eviction: which page is given up.
     """
-    if norm not in NORMS:
-        raise ConfigError(f"infinigen: norm must be {' or '.join(NORMS)}, got '{norm}'")
-    if fit not in FITS:
-        raise ConfigError(f"infinigen: fit must be {', '.join(FITS[:-1])} or {FITS[-1]}, got '{fit}'")
-    if eviction not in POLICIES:
-        raise ConfigError(
-            f"infinigen: eviction must be {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got '{eviction}'"
-        )
+    for name, given, known in (("norm", norm, NORMS), ("fit", fit, FITS), ("eviction", eviction, POLICIES)):
+        if given not in known:
+            raise ConfigError(f"infinigen: {name} must be {', '.join(known[:-1])} or {known[-1]}, got '{given}'")
     if eviction != POLICIES[0] and not pool:
         raise ConfigError(f"infinigen: eviction={eviction} means nothing without a pool; give pool=TOKENS")
     if pool and pool < budget:

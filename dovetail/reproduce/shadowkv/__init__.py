@@ -16,7 +16,7 @@ from dovetail.reproduce.shadowkv import quality, resident, throughput
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
 
-SETTING = "shadowkv:rank=32,budget=512,outliers=0,score=codes"
+SETTING = "shadowkv:rank=32,budget=512,outliers=2,score=codes"
 MEMORY = 256_000_000  # bytes: of the plain engine's requests one fits
 EFFORTS = Effort.by_name(requests=4, use=SETTING, memory=MEMORY)
 
