@@ -476,7 +476,7 @@ void Program::plan() {
     choosing_ = selection_.build(step.spans, heads_, kv_.page_size, sparsity_);
     if (!choosing_) return;
     chosen_.build(selection_.sequences(), heads_, kv_.page_size, team_.threads, cascade_, split_);
-    unread_ += selection_.unread();
+    if (!sparsity_.adaptive) unread_ += selection_.unread();  // what is adaptive counts in every layer
 }
 
 void Program::run(int first, int last) {

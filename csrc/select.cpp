@@ -286,7 +286,7 @@ void Selection::choose_partial(const Row& row, int head, const Kernels& kernels)
     int32_t* list = lists_.data() + row.list + (size_t)head * row.listed;
     kernels.largest(scores_.data() + row.scores + (size_t)head * row.stride(), row.stride(), count, list);
     this->list(row, head, count);
-    if (head == 0) cuts_[r] = (row.count - count) * page_size_, left_out_ += row.count - count;
+    if (head == 0) cuts_[r] = (row.count - count) * page_size_, left_out_ += row.eligible - count;
 }
 
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,

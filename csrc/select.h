@@ -62,8 +62,8 @@ class Selection {
     // The pages that have a token whose score is within alpha of a query's best; equally many for all KV heads.
     void prepare_partial(const PartialArgs& args, int threads);
     void pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args);
-    int64_t take_left_out() { return left_out_.exchange(0); }  // by pick_partial beyond `unread`, of a head, in all layers
-    int64_t unread() const { return unread_; }  // pages of one head that the rows leave out
+    int64_t take_left_out() { return left_out_.exchange(0); }  // by pick_partial, of a head, in all layers
+    int64_t unread() const { return unread_; }  // pages of one head that the rows leave out at least
 
    private:
     // Of its first `eligible` pages it reads `count`; its list has `listed`.
