@@ -73,15 +73,15 @@ using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t
 // 16 b + 4 j + i of key t. Or landmarks: means.
 enum Summary : int { BOUND, MEAN_STD, CODES, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
+constexpr int CODE_SCALE = 16320;  // 255 times it is 127 times 2^15
+constexpr size_t CODE_UNIT = 64;
+inline size_t code_query(int n, int element) { return (size_t)n * element + (size_t)(n + 31) / 32 * 64 + CODE_UNIT; }
+
 // Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
 // Those of the others are likely to be asked for next; `follows`: as these were.
 // out[h * out_stride + p]: the highest product of the rows of head h with a chunk of page p; a NaN is none.
 // Against codes, chunks are tiles of sixteen keys, and a query has `code_query` bytes: n values q; x = round(CODE_SCALE q / A)
 // in 16 bits, A the largest magnitude; and, CODE_UNIT before the end, the float 2^15 A / (255 CODE_SCALE).
-constexpr int CODE_SCALE = 16320;  // 255 times it is 127 times 2^15
-constexpr size_t CODE_UNIT = 64;
-inline size_t code_query(int n, int element) { return (size_t)n * element + (size_t)(n + 31) / 32 * 64 + CODE_UNIT; }
-
 struct PageScores {
     const void* q;
     int heads, rows, n, chunks;
