@@ -1,10 +1,10 @@
 #include "select.h"
 
-#include "small_floats.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+
+#include "small_floats.h"
 
 namespace dovetail {
 
