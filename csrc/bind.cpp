@@ -245,7 +245,12 @@ NB_MODULE(_native, m) {
                 factors.push_back({(const uint8_t*)coefficients, (const uint8_t*)basis, rank});
             k.add(aliases, factors);
         })
-        .def("remove", &LowRankKeys::remove);
+        .def("remove", &LowRankKeys::remove)
+        .def("rebuild", [](const LowRankKeys& k, const std::string& isa, std::tuple<int64_t, int64_t, int> at, uintptr_t out) {
+            const Kernels* some = kernels(isa.c_str());
+            if (!some) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
+            k.rebuild(*some, {std::get<0>(at), std::get<1>(at), std::get<2>(at)}, (uint8_t*)out);
+        });
 
     nb::class_<Tiers>(m, "Tiers")
         .def("__init__", [](Tiers* self, std::tuple<int, int, int64_t, int64_t, int64_t, bool, size_t> shape,

@@ -121,14 +121,21 @@ struct PageTiles {
     float deviations;  // what a standard deviation is multiplied with
 };
 
+// cos, then sin, of `half` frequencies each, rounded up to sixteen: at position `first`, times the rotation's factor, and
+// [16] at 0 to 15.
+struct Angles {
+    int first, half;
+    const float *frequencies, *at_first, *beyond;
+};
+
 // Sixteen keys [16][n], of which `dim` count: coefficients [16][rank] times a basis; [rank][n] in float32, in bfloat16 pairs
-// of its rows side by side [rank / 2][n][2], of an even rank. angles [16][dim]: cos of each frequency, then sin.
+// of its rows side by side [rank / 2][n][2], of an even rank.
 struct RebuildArgs {
     const uint8_t* coefficients;
     int rank;
     const uint8_t* basis;
     int n, dim;
-    const float* angles;
+    Angles angles;
     uint8_t* out;  // a tile
 };
 

@@ -5,6 +5,21 @@
 
 namespace dovetail {
 
+constexpr int KEPT = 16;  // positions between those whose angles are kept
+
+LowRankKeys::LowRankKeys(KeysShape shape) : shape_(std::move(shape)), frequencies_(shape_.frequencies) {
+    frequencies_.resize(half());
+    beyond_.resize((size_t)KEPT * 2 * half());
+    for (int t = 0; t < KEPT; t++) angles_at(t, 1, beyond_.data() + (size_t)t * 2 * half());
+}
+
+void LowRankKeys::angles_at(int position, double factor, float* out) const {
+    for (size_t i = 0; i < shape_.frequencies.size(); i++) {
+        const double angle = (double)position * shape_.frequencies[i];
+        out[i] = (float)(factor * std::cos(angle)), out[half() + i] = (float)(factor * std::sin(angle));
+    }
+}
+
 void LowRankKeys::add(const std::vector<int64_t>& aliases, const std::vector<Factors>& layers) {
     std::vector<Layer>& mine = prompts_[next_];
     mine.resize(layers.size());
@@ -13,7 +28,7 @@ void LowRankKeys::add(const std::vector<int64_t>& aliases, const std::vector<Fac
         if ((size_t)aliases[i] >= pages_.size()) pages_.resize((size_t)aliases[i] + 1);
         pages_[(size_t)aliases[i]] = {next_, (int)i};
     }
-    extend((int)aliases.size());
+    extend((int)aliases.size() * (shape_.page_size / KEPT));
     next_++;
 }
 
@@ -39,26 +54,24 @@ void LowRankKeys::pack(const Factors& from, Layer& to) const {
             }
 }
 
-void LowRankKeys::extend(int pages) {
-    const size_t half = shape_.frequencies.size(), tokens = (size_t)pages * shape_.page_size;
-    for (size_t t = angles_.size() / (2 * half); t < tokens; t++)
-        for (int part = 0; part < 2; part++)
-            for (float f : shape_.frequencies) {
-                const float angle = (float)t * f;
-                angles_.push_back((part ? std::sin(angle) : std::cos(angle)) * shape_.temper);
-            }
+void LowRankKeys::extend(int tiles) {
+    const size_t each = 2 * half(), known = at_tiles_.size() / each;
+    if ((size_t)tiles > known) at_tiles_.resize(tiles * each);
+    for (size_t t = known; t < (size_t)tiles; t++) angles_at((int)t * KEPT, shape_.temper, at_tiles_.data() + t * each);
 }
 
 void LowRankKeys::rebuild(const Kernels& kernels, const AliasPlace& at, uint8_t* out) const {
     const Page& page = pages_[(size_t)at.alias];
     const Layer& layer = prompts_.at(page.prompt)[(size_t)at.layer];
     const int n = padded(), first = page.index * shape_.page_size;
-    const size_t tile = 16 * (size_t)n * element();
-    for (int t = 0; t < shape_.page_size; t += 16) {
+    const size_t tile = KEPT * (size_t)n * element();
+    for (int t = 0; t < shape_.page_size; t += KEPT) {
         const int token = first + t;
+        const Angles angles{token, half(), frequencies_.data(), at_tiles_.data() + (size_t)(token / KEPT) * 2 * half(),
+                            beyond_.data()};
         RebuildArgs args{layer.coefficients + (size_t)token * layer.rank * element(), layer.rank,
                          layer.basis.data() + at.head * head_basis(layer.rank), n, shape_.dim,
-                         angles_.data() + (size_t)token * shape_.dim, out + (t / 16) * tile};
+                         angles, out + (t / KEPT) * tile};
         kernels.rebuild[shape_.type](args);
     }
 }

@@ -31,7 +31,7 @@ struct AliasPlace {
 
 class LowRankKeys {
  public:
-    explicit LowRankKeys(KeysShape shape) : shape_(std::move(shape)) {}
+    explicit LowRankKeys(KeysShape shape);
 
     // The prompt whose pages have these aliases, in order, and its factors by layer (rank 0 where there are none).
     void add(const std::vector<int64_t>& aliases, const std::vector<Factors>& layers);
@@ -53,13 +53,15 @@ class LowRankKeys {
     size_t element() const { return shape_.type == KV_F32 ? 4 : 2; }
     size_t head_basis(int rank) const { return (size_t)((rank + 1) / 2 * 2) * padded() * element(); }
     void pack(const Factors& from, Layer& to) const;
-    void extend(int pages);
+    int half() const { return ((int)shape_.frequencies.size() + 15) / 16 * 16; }
+    void angles_at(int position, double factor, float* out) const;
+    void extend(int tiles);
 
     const KeysShape shape_;
     int64_t next_ = 0;
     std::unordered_map<int64_t, std::vector<Layer>> prompts_;
     std::vector<Page> pages_;  // by alias
-    std::vector<float> angles_;  // [position][cos of each frequency, then sin]
+    std::vector<float> frequencies_, at_tiles_, beyond_;  // see Angles: at_tiles_ for every sixteenth position
 };
 
 }  // namespace dovetail

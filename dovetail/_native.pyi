@@ -32,6 +32,9 @@ class LowRankKeys:
         self, aliases: list[int], layers: list[tuple[int, int, int]], /
     ) -> None: ...  # of each layer: addresses of coefficients and basis, rank
     def remove(self, aliases: list[int], /) -> None: ...
+    def rebuild(
+        self, isa: str, at: tuple[int, int, int], out: int, /
+    ) -> None: ...  # K of a page in tiles: layer, alias, KV head; an address
 
 class Tiers:
     def __init__(

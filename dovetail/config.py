@@ -283,9 +283,9 @@ def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
     needed = pages_for(length, size)
     if needed > pages:
         if options.max_model_len is not None:
+            beside = _and_beside(sizes, needed, _seqs(options)) if option == "--kv-memory" else ""
             raise CapacityError(
-                f"max_model_len {length} needs {needed} pages ({needed * page_bytes} bytes) of KV"
-                f"{_and_beside(sizes, needed, _seqs(options))}, "
+                f"max_model_len {length} needs {needed} pages ({needed * page_bytes} bytes) of KV{beside}, "
                 f"but {pages * page_bytes} bytes hold {pages}; raise {option} or lower --max-model-len"
             )
         length = pages * size

@@ -33,9 +33,24 @@ template <bool WIDE, int R, int V> INLINE void product(const RebuildArgs& a, int
         UNROLL for (int v = 0; v < V; v++) store(out + (size_t)(row + r) * a.n + d + 16 * v, acc[r][v]);
 }
 
+// cos and sin of the angle at a.first + t as a model computes it, position times frequency rounded to float32:
+// cos(a + b) and sin(a + b) of the exact angles, turned back by what the rounding adds.
+INLINE void angles_of(const dovetail::Angles& a, int t, float* cos, float* sin) {
+    const float *beyond = a.beyond + (size_t)t * 2 * a.half, *first = a.at_first;
+    const F position = all((float)(a.first + t));
+    for (int i = 0; i < a.half; i += 16) {
+        const F c = load(first + i), s = load(first + a.half + i), dc = load(beyond + i), ds = load(beyond + a.half + i);
+        const F x = sub(mul(c, dc), mul(s, ds)), y = fma(s, dc, mul(c, ds));
+        const F f = load(a.frequencies + i), lost = fma(position, f, sub(zero(), mul(position, f)));
+        const F half = mul(lost, all(0.5f));
+        store(cos + i, add(x, mul(lost, sub(y, mul(half, x)))));
+        store(sin + i, sub(y, mul(lost, add(x, mul(half, y)))));
+    }
+}
+
 template <bool WIDE> void rebuild(const RebuildArgs& a) {
     alignas(64) float keys[16 * 512];
-    alignas(64) float turned[512] = {};
+    alignas(64) float turned[512] = {}, cos[256], sin[256];
     alignas(64) uint16_t rounded[512];
     for (int row = 0; row < 16; row += 4) {
         int d = 0;
@@ -43,8 +58,8 @@ template <bool WIDE> void rebuild(const RebuildArgs& a) {
         for (; d < a.n; d += 16) product<WIDE, 4, 1>(a, row, d, keys);
     }
     for (int t = 0; t < 16; t++) {
-        const float* cos = a.angles + (size_t)t * a.dim;
-        rotate(keys + (size_t)t * a.n, cos, cos + a.dim / 2, 1.0f, a.dim, turned);
+        angles_of(a.angles, t, cos, sin);
+        rotate(keys + (size_t)t * a.n, cos, sin, 1.0f, a.dim, turned);
         if (WIDE) {
             for (int d = 0; d < a.n; d++) ((float*)a.out)[16 * d + t] = turned[d];
             continue;

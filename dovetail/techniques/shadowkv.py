@@ -33,6 +33,7 @@ from dovetail.core.types import PageSet, Request
 from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_scores, pick, summary_bytes
 from dovetail.runtime.prompt_keys import KeyFormat, PromptKeys
 from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
+from dovetail.runtime.store import padded
 
 SCORES = ("landmarks", "codes")
 LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
@@ -131,13 +132,17 @@ class Options:
         return (LOCAL * self.chunk - 1) // page_size + 2
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
-        """Landmarks and coefficients of every page, marks of outliers, and a basis for every request."""
+        """Landmarks or codes, coefficients, marks of outliers and angles of every page; a basis of every request,
+        as it was computed and as native programs read it."""
         width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers
         rank = min(self.rank or width, width)
-        marks, coefficients = layers * shape.num_kv_heads, layers * page_size * (rank + rank % 2) * value
+        rank += rank % 2
+        marks, coefficients = layers * shape.num_kv_heads, layers * page_size * rank * value
         vectors = num_vectors(self.score, page_size, self.chunk, value)
         found = summary_bytes(shape, value, vectors, pad=32 if self.score == "landmarks" else 16)
-        return Beside(found + coefficients + marks, layers * (rank + rank % 2) * width * value)
+        angles = pages_for(page_size, 16) * 2 * 4 * padded(shape.head_dim // 2)
+        bases = rank * (width + shape.num_kv_heads * padded(shape.head_dim)) * value
+        return Beside(found + coefficients + marks + angles, layers * bases)
 
     def check(self, shape: Geometry, page_size: int) -> None:
         """Raise ConfigError if this does not fit a model or its pages."""

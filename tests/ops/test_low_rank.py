@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail.checkpoint.config import RopeConfig
-from dovetail.ops import low_rank
+from dovetail.ops import cpu, low_rank
 from dovetail.ops.low_rank import factorise, rebuild
 from dovetail.ops.rope import Rope, rotate, unrotate
+from dovetail.runtime.store import TiledStore
 
 SEEDS = st.integers(0, 2**31)
 YARN = RopeConfig(
@@ -81,3 +82,23 @@ def test_keys_are_rebuilt_at_their_positions(seed: int, tokens: list[int], head:
     angles = rope.angles(at, torch.float64)
     found = rebuild(factorise(plain, 24), at, slice(8 * head, 8 * head + 8), angles)
     torch.testing.assert_close(found, rotated[at, head])
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("rope", [RopeConfig(theta=5e5), YARN], ids=["plain", "yarn"])
+@pytest.mark.parametrize("dim", [40, 64])
+def test_native_kernels_rotate_as_models_do_however_far(isa: str, rope: RopeConfig, dim: int) -> None:
+    """Angles are put together from two tables, and models round position times frequency to float32."""
+    size, pages, rank = 32, 4000, 3
+    shown = [0, 1, 63, 3999]
+    factors = low_rank.LowRank(random(0, pages * size, rank + 1).float(), random(1, rank + 1, 2 * dim).float())
+    rotation = Rope(rope, dim, torch.device("cpu"))
+    keys = cpu.native().LowRankKeys("float32", (2, dim, size), rotation.freqs.tolist(), rotation.temper)
+    keys.add(list(range(pages)), [(factors.coefficients.data_ptr(), factors.basis.data_ptr(), rank + 1)])
+    kept, _ = TiledStore.pair((1, size, 1, dim), torch.float32, size)
+    for page in shown:
+        tokens = page * size + torch.arange(size)
+        keys.rebuild(isa, (0, page, 1), kept.data.data_ptr())
+        expected = rebuild(factors, tokens, slice(dim, 2 * dim), rotation.angles(tokens, torch.float32))
+        found = kept.read(0, torch.arange(size))[:, 0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)

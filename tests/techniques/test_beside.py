@@ -11,6 +11,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Beside
 from dovetail.models import geometry
 from dovetail.ops.cpu import isas
+from dovetail.runtime.store import padded
 from dovetail.techniques import technique
 from tests.tiny import TinyCheckpoint, make_request, tiny_config, tiny_engine
 
@@ -82,5 +83,7 @@ def test_landmarks_and_prompts_of_shadowkv(form: str, kv: str, kernels: str) -> 
     assert len(prompt.aliases) == held == prompt.outliers.shape[2]
     rows = prompt.outliers.nbytes + sum(k.coefficients.nbytes for k in prompt.keys.values())
     basis = sum(k.basis.nbytes for k in prompt.keys.values())
-    assert said(spec, kv) == Beside(page=kept.data.nbytes // PAGES + rows // held, request=basis)
+    angles, packed = 2 * padded(SHAPE.head_dim // 2) * 4, padded(SHAPE.head_dim) / SHAPE.head_dim  # natively
+    request = basis + round(basis * packed)
+    assert said(spec, kv) == Beside(page=kept.data.nbytes // PAGES + rows // held + angles, request=request)
     assert kept.data.nbytes % PAGES == rows % held == 0

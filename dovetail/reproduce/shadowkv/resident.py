@@ -29,11 +29,10 @@ def claims() -> Iterator[Claim]:
     beside = shadowkv.beside(SHAPE, PAGE, 2)
     cell = 2 * 2 * PAGE * SHAPE.num_kv_heads * SHAPE.head_dim * SHAPE.num_layers  # of a page, all layers
     parts = {
-        "low-rank keys, landmarks and marks": pages * beside.page,
-        "bases, as computed and as packed": 2 * beside.request,
+        "low-rank keys, landmarks, marks and angles": pages * beside.page,
+        "bases, as computed and as packed": beside.request,
         "pages that a step reads": pages_for(BUDGET, PAGE) * cell,
         "places of pages": 2 * 4 * pages * SHAPE.num_kv_heads * SHAPE.num_layers,
-        "rotations, shared": 4 * TOKENS * SHAPE.head_dim // REQUESTS,
         "one layer of a prompt being read, shared": pages * cell // SHAPE.num_layers // REQUESTS,
     }
     dense, total = pages * cell, sum(parts.values())
