@@ -43,7 +43,7 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
     kv.k = (uint8_t*)nb::cast<uintptr_t>(addresses[0]), kv.v = (uint8_t*)nb::cast<uintptr_t>(addresses[1]);
     kv.k_scale = (float*)nb::cast<uintptr_t>(addresses[2]), kv.v_scale = (float*)nb::cast<uintptr_t>(addresses[3]);
     kv.pages_per_layer = nb::cast<int64_t>(sizes[0]), kv.page_size = nb::cast<int>(sizes[1]);
-    kv.heads = nb::cast<int>(sizes[2]), kv.dim = nb::cast<int>(sizes[3]);
+    kv.heads = nb::cast<int>(sizes[2]), kv.dim = nb::cast<int>(sizes[3]), kv.cells = nb::cast<int64_t>(sizes[4]);
     if (kv.layout == TILED && (kv.page_size % 16 || kv.stored > STORE_BF16))
         throw std::invalid_argument("tiled KV takes pages of a multiple of 16 tokens, in float32 or bf16");
     if (kv.dim % 2 || kv.dim > 512) throw std::invalid_argument("head_dim must be even and at most 512");

@@ -7,8 +7,9 @@
 
 namespace dovetail {
 
-// TILED: per page and head, tiles of 16 tokens as attention reads them, those of K and then those of V (page sizes
-// that are multiples of 16); `v` is the first tile of V.
+// TILED: per head and page, tiles of 16 tokens as attention reads them, those of K and then those of V (page sizes
+// that are multiples of 16); `v` is the first tile of V. A head's pages lie together: pages that follow each other are one
+// stream, and a memory reads streams faster than pieces.
 // NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles as they are read.
 enum Layout : int { TILED, NHD, HND };
 enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4 };
@@ -20,6 +21,7 @@ struct KVMemory {
     float *k_scale, *v_scale;    // INT8: [.., token, head] (or [.., head, token]); INT4: scale and minimum, pairs
     int64_t pages_per_layer;
     int page_size, heads, dim;
+    int64_t cells;  // TILED: pages that there is memory for, for each head
     const int32_t* places = nullptr;  // [pages][heads]: the cell in which a page lies; null: in the one of its number
 
     KVType compute() const { return stored == STORE_BF16 ? KV_BF16 : KV_F32; }
@@ -29,7 +31,7 @@ struct KVMemory {
     // Tile of tokens [16 i, 16 i + 16) of a page, in the TILED layout.
     size_t tile(int64_t page, int head, int i) const {
         if (places) page = places[page * heads + head] < 0 ? 0 : places[page * heads + head];
-        return ((size_t)(page * heads + head) * (page_size / 8) + i) * tile_bytes();
+        return ((size_t)(head * cells + page) * (page_size / 8) + i) * tile_bytes();
     }
     // Index of a token's vector in the other layouts.
     size_t vector(int64_t page, int head, int offset) const {

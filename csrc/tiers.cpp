@@ -179,7 +179,7 @@ void Tiers::arrive() {
     const auto start = Clock::now();
     for (uint8_t* memory : tier_->wait()) {
         const size_t index = (size_t)(memory - cells_) / shape_.blob;
-        const int head = (int)(index % shape_.heads), at = (int)(index / shape_.heads);
+        const int head = (int)(index / shape_.cells), at = (int)(index % shape_.cells);
         heads_[head].failures++;
         break_cell(head, at);
     }
@@ -225,8 +225,8 @@ void Tiers::put(const std::vector<int64_t>& pages) {
     tier_->write(transfers);
     for (uint8_t* memory : tier_->wait()) {  // it stays on the device as long as that has room
         const size_t index = (size_t)(memory - cells_) / shape_.blob;
-        Head& h = heads_[index % shape_.heads];
-        const size_t at = index / shape_.heads;
+        Head& h = heads_[index / shape_.cells];
+        const size_t at = index % shape_.cells;
         h.kept[h.owner[at]] = NOWHERE, h.dirty[at] = 1, h.failures++;
     }
 }

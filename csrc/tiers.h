@@ -36,7 +36,7 @@ struct TierStats {
 
 class Tiers {
  public:
-    // `cells`: [cells][heads][blob]. link: bytes per second at which transfers from the slow tier arrive at most; 0 for as
+    // `cells`: [heads][cells][blob]. link: bytes per second at which transfers from the slow tier arrive at most; 0 for as
     // they come.
     Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> tier, double link);
 
@@ -98,7 +98,7 @@ class Tiers {
 
     TierStats stats() const;
     int descriptor() const { return tier_->descriptor(); }
-    uint8_t* cell(int head, int cell) const { return cells_ + ((size_t)cell * shape_.heads + head) * shape_.blob; }
+    uint8_t* cell(int head, int cell) const { return cells_ + ((size_t)head * shape_.cells + cell) * shape_.blob; }
 
  private:
     enum Kept : uint8_t { NOWHERE, STORED, LOST };

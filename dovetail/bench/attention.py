@@ -108,7 +108,7 @@ class Attention:
         self.program = program = cpu.native().Program(
             kernels.isa, kernels.threads, (heads.query, heads.kv, heads.dim), cascade, split
         )
-        sizes = (tokens // size, size, heads.kv, heads.dim)
+        sizes = (tokens // size, size, heads.kv, heads.dim, len(pool.k.data))
         program.set_kv(pool.k.layout, pool.kind, (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0), sizes)
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
         self._record(tokens // size)

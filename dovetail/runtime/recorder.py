@@ -153,9 +153,10 @@ class Recorder:
 def connect(program: Any, kv: KV) -> None:
     """Give the program the addresses of K and V, and what moves their pages."""
     k, v = kv.k.memory(), kv.v.memory()
+    cells = len(kv.k.data) if kv.k.layout == "tiled" else 0
     program.set_kv(
         kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
-        (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim),
+        (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim, cells),
     )  # fmt: skip
     if (tiers := tiers_of(kv.k)) is not None:
         program.set_tiers(tiers.native)

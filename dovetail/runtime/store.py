@@ -179,14 +179,15 @@ class TiledStore:
     """K or V as the native kernels read it: per page and head, tiles of 16 tokens, head_dim padded to 16.
 
     K tiles have tokens in lanes: float32 [dim][16], bfloat16 [dim / 2][16][2]. V tiles have dimensions in lanes:
-    float32 [16][dim], bfloat16 [8][dim][2]. K and V of a page and head lie one behind the other: streams of short
-    pieces get less from memory, and 16 tokens of 64 bfloat16 dimensions fill the 4 KiB that prefetchers follow.
+    float32 [16][dim], bfloat16 [8][dim][2]. K and V of a page and head lie one behind the other, and so do all pages
+    of a head: pages that follow each other are one stream, and memory reads streams faster than pieces.
     """
 
     layout = "tiled"
 
     def __init__(self, memory: Tensor, slots: int, head_dim: int, *, keys: bool) -> None:
-        """memory [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V."""
+        """memory [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V, whose outermost
+        dimension in memory is that of heads."""
         self.slots, self.dim, self.keys = slots, head_dim, keys
         self.page_size = memory.shape[3] * 16
         self.kind = "float32" if memory.dtype is torch.float32 else "bf16"
@@ -205,9 +206,8 @@ class TiledStore:
     ) -> tuple[TiledStore, TiledStore]:
         """K and V of [layers, pages * page_size, KV heads, head_dim], zero."""
         layers, slots, heads, dim = shape
-        memory = lazy_zeros(
-            (layers * slots // page_size, heads, 2, page_size // 16, 16 * padded(dim)), dtype, torch.device("cpu")
-        )
+        by_head = (heads, layers * slots // page_size, 2, page_size // 16, 16 * padded(dim))
+        memory = lazy_zeros(by_head, dtype, torch.device("cpu")).transpose(0, 1)
         return cls(memory, slots, dim, keys=True), cls(memory, slots, dim, keys=False)
 
     def memory(self) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         rows = len(x)
-        self.program.set_kv("NHD", "float32", (0, 0, 0, 0), (1, 4096, 1, 2))
+        self.program.set_kv("NHD", "float32", (0, 0, 0, 0), (1, 4096, 1, 2, 0))
         self.program.clear()
         self.program.add(0, rows, [0] * rows, [], [0], 0, 0)
         self.program.run(0, 0)

@@ -132,7 +132,7 @@ class PagedAttention:
         out, lse = torch.empty_like(q), torch.empty(self._rows, s.num_heads)
         held = [t.float().contiguous() for t in scales] if scales is not None else []
         addresses = (k.data_ptr(), v.data_ptr(), *([t.data_ptr() for t in held] or [0, 0]))
-        sizes = (len(k), s.page_size, s.num_kv_heads, s.head_dim)
+        sizes = (len(k), s.page_size, s.num_kv_heads, s.head_dim, 0)
         self._engine.run(
             self.layout, kind, addresses, sizes, q.data_ptr(), out.data_ptr(), lse.data_ptr(), self.variant.window,
             self.variant.address, self.variant.params,
