@@ -70,7 +70,7 @@ class Program:
         layout: str,
         stored: str,
         addresses: tuple[int, int, int, int],  # k, v, k_scale, v_scale
-        sizes: tuple[int, int, int, int, int],  # pages per layer, page size, heads, head_dim; tiled: pages of a head
+        sizes: tuple[int, int, int, int, int],  # pages per layer, page size, heads, head_dim, pages of a head
         /,
     ) -> None: ...
     def embed(self, out: int, format: str, rows: int, row_bytes: int, width: int, scale: float, /) -> None: ...

@@ -19,7 +19,8 @@ from dovetail.ops.rope import Rope
 from dovetail.ops.skew import TurnedKeys
 from dovetail.runtime.kv import KV
 from dovetail.runtime.recorded import RecordedSelector
-from dovetail.runtime.residency import tiers_of
+from dovetail.runtime.residency import TieredStore, tiers_of
+from dovetail.runtime.store import TiledStore
 
 
 class Recorder:
@@ -153,7 +154,7 @@ class Recorder:
 def connect(program: Any, kv: KV) -> None:
     """Give the program the addresses of K and V, and what moves their pages."""
     k, v = kv.k.memory(), kv.v.memory()
-    cells = len(kv.k.data) if kv.k.layout == "tiled" else 0
+    cells = len(kv.k.data) if isinstance(kv.k, TiledStore | TieredStore) else 0
     program.set_kv(
         kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
         (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim, cells),

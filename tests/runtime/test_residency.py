@@ -64,7 +64,8 @@ def test_a_page_is_what_was_last_written_wherever_it_lies(size: int, disk: bool,
     @given(actions)
     def check(steps) -> None:
         memory = torch.zeros(cells * heads * size + 4096, dtype=torch.uint8)
-        memory = memory[-memory.data_ptr() % 4096 :][: cells * heads * size].view(heads, cells, size).transpose(0, 1)
+        memory = memory[-memory.data_ptr() % 4096 :][: cells * heads * size]
+        memory = memory.view(heads, cells, size).transpose(0, 1)
         tiers = native().Tiers(
             (heads, cells, 2, 1, 6, False, size), memory.data_ptr(), str(tmp_path) if disk else "", 0.0
         )
