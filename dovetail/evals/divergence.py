@@ -1,8 +1,8 @@
 """How far an engine's next-token distributions are from a reference's, along the reference's own greedy text.
 
 The reference continues each prompt greedily; then both engines read prompt and continuation (teacher-forced), and
-rows from the end of the prompt on are read as generated text would be. Per token: KL(reference || engine) in nats
-over the whole vocabulary, and whether both would choose the same token.
+rows from the end of the prompt, or from `dense`, on are read as generated text would be. Per generated token:
+KL(reference || engine) in nats over the whole vocabulary, and whether both would choose the same token.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ class Reference:
 @dataclass(frozen=True)
 class Divergence(Suite):
     """Options: prompts are the first `windows` windows of `window` tokens of `corpus`; `tokens` are generated and
-    compared after each."""
+    compared after each; the first `dense` tokens of a prompt read everything (default: all of them)."""
 
     corpus: str = DEFAULT
     data: Path | None = None
     window: int = WINDOW
     windows: int | None = None
     tokens: int = TOKENS
+    dense: int | None = None
 
     def __post_init__(self) -> None:
         at_least(1, window=self.window, windows=self.windows, tokens=self.tokens)
@@ -67,6 +68,8 @@ class Divergence(Suite):
                 f"--window {self.window} and --tokens {self.tokens} must be at least 1, and together less than "
                 f"the context of {llm.config.max_model_len} tokens"
             )
+        if self.dense is not None and not 0 <= self.dense <= self.window:
+            raise ConfigError(f"--dense must be from 0 to the prompt's {self.window} tokens, got {self.dense}")
         text = corpus(self.corpus, self.data)
         count = self.windows
         prompts = windows(llm.tokenizer.encode(text.text), self.window, count, text.name)[: count or WINDOWS]
@@ -77,7 +80,7 @@ class Divergence(Suite):
         def keep(first: int, rows: np.ndarray) -> None:
             logits[first : first + len(rows)] = rows
 
-        _watch(llm, texts, self.window, keep)
+        _watch(llm, texts, (self.window, self.window), keep)
         return Reference(texts, self.window, logits)
 
     def measure(self, llm: LLM, reference: Reference) -> Result:
@@ -99,12 +102,14 @@ class Divergence(Suite):
                 kl[at], same[at] = divergence(reference.logits[at], rows[i : i + ROWS])
             comparing += time.perf_counter() - start
 
+        dense = reference.prompt if self.dense is None else self.dense
         start = time.perf_counter()
-        _watch(llm, reference.texts, reference.prompt, compare)
+        _watch(llm, reference.texts, (reference.prompt, dense), compare)
         seconds = time.perf_counter() - start - comparing
         return {
             "corpus": self.corpus,
             "window": reference.prompt,
+            "dense": dense,
             "windows": len(reference.texts),
             "tokens": len(kl),
             "kl_mean": float(kl.mean()),
@@ -143,9 +148,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return found
 
 
-def _watch(llm: LLM, texts: Sequence[list[int]], prompt: int, see: Callable[[int, np.ndarray], None]) -> None:
+def _watch(
+    llm: LLM, texts: Sequence[list[int]], parts: tuple[int, int], see: Callable[[int, np.ndarray], None]
+) -> None:
     """Read the texts; `see` is called with the number of the first row and logits, for the rows that say what the
-    generated tokens would be, numbered over all texts."""
+    generated tokens would be, numbered over all texts. parts: tokens of a prompt, and how many read everything."""
+    prompt, dense = parts
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
     seen = [0] * len(texts)
 
@@ -154,7 +162,7 @@ def _watch(llm: LLM, texts: Sequence[list[int]], prompt: int, see: Callable[[int
         see(i * each + position - (prompt - 1), rows.float().cpu().numpy())
         seen[i] += len(rows)
 
-    probes = [Probe(prompt, prompt, partial(look, i)) for i in range(len(texts))]
+    probes = [Probe(dense, prompt, partial(look, i)) for i in range(len(texts))]
     outputs = llm.generate(list(texts), params, probes=probes)
     for text, output, rows in zip(texts, outputs, seen, strict=True):
         if output.error or rows != len(text) - prompt:

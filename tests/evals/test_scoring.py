@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +111,20 @@ def test_an_engine_does_not_diverge_from_itself_and_does_from_another(tiny_model
     other = suite.measure(LLM(tiny_model, use="sink-window:sink=0,window=16"), reference)
     assert other["kl_max"] >= other["kl_p99"] >= other["kl_median"] > 0
     assert len(reference.texts) == 3 and all(len(t) == 70 for t in reference.texts)
+    sooner, same = (
+        replace(suite, dense=dense).measure(LLM(tiny_model, use="sink-window:sink=0,window=16"), reference)
+        for dense in (20, 50)
+    )
+    assert (sooner["dense"], other["dense"], same["dense"]) == (20, 50, 50)
+    assert sooner["kl_mean"] != other["kl_mean"] == same["kl_mean"]
 
 
 @pytest.mark.parametrize("options", [{"window": 4000, "tokens": 96}, {"tokens": 0}, {"window": 0}])
 def test_divergence_must_fit_the_context(llm: LLM, options: dict):
     with pytest.raises(ConfigError, match="must be at least 1"):
         Divergence(**options).refer(llm)
+    with pytest.raises(ConfigError, match="--dense must be from 0 to the prompt's 40 tokens, got 41"):
+        Divergence(window=40, tokens=8, dense=41).refer(llm)
 
 
 def test_corpora_by_name_and_by_file(tmp_path: Path):
