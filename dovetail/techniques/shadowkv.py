@@ -134,10 +134,10 @@ class Options:
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
         """Landmarks or codes, coefficients, marks of outliers and angles of every page; a basis of every request,
         as it was computed and as native programs read it."""
-        width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers
+        width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers - len(shape.sliding_layers)
         rank = min(self.rank or width, width)
         rank += rank % 2
-        marks, coefficients = layers * shape.num_kv_heads, layers * page_size * rank * value
+        marks, coefficients = shape.num_layers * shape.num_kv_heads, layers * page_size * rank * value
         vectors = num_vectors(self.score, page_size, self.chunk, value)
         found = summary_bytes(shape, value, vectors, pad=32 if self.score == "landmarks" else 16)
         angles = pages_for(page_size, 16) * 2 * 4 * padded(shape.head_dim // 2)

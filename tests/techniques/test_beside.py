@@ -8,6 +8,7 @@ import pytest
 
 from dovetail.config import KEY_BYTES
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside
 from dovetail.models import geometry
 from dovetail.ops.cpu import isas
@@ -22,11 +23,11 @@ PROMPT = tuple(i * i * 7 % 61 for i in range(10 * SIZE + 5))
 KERNELS = ["torch", *isas()[:1]]
 
 
-def engine_of(spec: str, kernels: str, kv: str) -> Any:
+def engine_of(spec: str, kernels: str, kv: str, checkpoint: TinyCheckpoint = CHECKPOINT) -> Any:
     """One that generates: its summaries exist, and its prompt is factorised."""
     tiered = kernels != "torch" and kv not in ("int8", "int4")
     engine = tiny_engine(
-        spec, checkpoint=CHECKPOINT, kernels=kernels, dtype="float32", kv_cache_dtype=kv, page_size=SIZE,
+        spec, checkpoint=checkpoint, kernels=kernels, dtype="float32", kv_cache_dtype=kv, page_size=SIZE,
         pages=PAGES, num_kv_cells=PAGES * 3 if tiered else 0,
     )  # fmt: skip
     request = make_request(engine, "r", PROMPT, SamplingParams(temperature=0, max_tokens=16))
@@ -36,8 +37,8 @@ def engine_of(spec: str, kernels: str, kv: str) -> Any:
     return engine
 
 
-def said(spec: str, kv: str) -> Beside:
-    return technique(spec).beside(SHAPE, SIZE, KEY_BYTES.get(kv, 4))
+def said(spec: str, kv: str, shape: Geometry = SHAPE) -> Beside:
+    return technique(spec).beside(shape, SIZE, KEY_BYTES.get(kv, 4))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -74,9 +75,14 @@ def test_partial_keys_of_infinigen(partial: float, kv: str, kernels: str) -> Non
 @pytest.mark.parametrize(
     "form", ["rank=8,chunk=8", "rank=7,chunk=4,energy=0.999999", "rank=0,chunk=16", "rank=8,score=codes"]
 )
-def test_landmarks_and_prompts_of_shadowkv(form: str, kv: str, kernels: str) -> None:
+@pytest.mark.parametrize("windows", [(), (12, None, None)], ids=["plain", "sliding"])
+def test_landmarks_and_prompts_of_shadowkv(
+    form: str, kv: str, kernels: str, windows: tuple[int | None, ...]
+) -> None:
     spec = f"shadowkv:{form},budget=128,outliers=1"
-    engine = engine_of(spec, kernels, kv)
+    checkpoint = TinyCheckpoint(tiny_config(num_layers=3, head_dim=40, sliding_windows=windows))
+    shape = geometry(checkpoint.config)
+    engine = engine_of(spec, kernels, kv, checkpoint)
     prompts, kept = engine.seams.codec.prompts, engine.seams.selector.summaries
     prompt = prompts._of["r"]
     held = len(PROMPT) // SIZE  # pages
@@ -85,5 +91,5 @@ def test_landmarks_and_prompts_of_shadowkv(form: str, kv: str, kernels: str) -> 
     basis = sum(k.basis.nbytes for k in prompt.keys.values())
     angles, packed = 2 * padded(SHAPE.head_dim // 2) * 4, padded(SHAPE.head_dim) / SHAPE.head_dim  # natively
     request = basis + round(basis * packed)
-    assert said(spec, kv) == Beside(page=kept.data.nbytes // PAGES + rows // held + angles, request=request)
+    assert said(spec, kv, shape) == Beside(page=kept.data.nbytes // PAGES + rows // held + angles, request=request)
     assert kept.data.nbytes % PAGES == rows % held == 0
