@@ -46,6 +46,8 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
     kv.heads = nb::cast<int>(sizes[2]), kv.dim = nb::cast<int>(sizes[3]), kv.cells = nb::cast<int64_t>(sizes[4]);
     if (kv.layout == TILED && (kv.page_size % 16 || kv.stored > STORE_BF16))
         throw std::invalid_argument("tiled KV takes pages of a multiple of 16 tokens, in float32 or bf16");
+    if (kv.layout == TILED && kv.cells < 1)
+        throw std::invalid_argument("tiled KV needs the number of pages that there is memory for");
     if (kv.dim % 2 || kv.dim > 512) throw std::invalid_argument("head_dim must be even and at most 512");
     return kv;
 }
@@ -263,6 +265,7 @@ NB_MODULE(_native, m) {
              nb::call_guard<nb::gil_scoped_release>())
         .def("put", &Tiers::put, nb::call_guard<nb::gil_scoped_release>())
         .def("drop", &Tiers::drop)
+        .def("stored", &Tiers::stored)
         .def("copy", &Tiers::copy_pages)
         .def("load", [](Tiers& t, int64_t page, int head, uintptr_t out) { return t.load(page, head, (uint8_t*)out); })
         .def("step", &Tiers::step)

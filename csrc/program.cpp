@@ -230,7 +230,7 @@ class FetchOp : public Op {
             const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
             const int skip = what_.window && !s.page_positions ? std::max(0, s.start - what_.window + 1) / kv_.page_size : 0;
             const int count = s.num_pages - (s.cut ? *s.cut / kv_.page_size : 0) - skip;
-            work.tiers->want(head, list + skip, count, first, what_.ahead, misses);
+            work.tiers->want(head, list + skip, count, {first, what_.ahead, what_.ahead}, misses);
         }
     }
 
@@ -289,7 +289,7 @@ class PickPartialOp : public Op {
         : q_(q), layer_(layer), keys_(keys), width_(width), alpha_(alpha), kv_(kv) {}
     const char* name() const override { return "pick_partial"; }
     void prepare(const Work& work) override {
-        if (work.chosen) work.selection->prepare_partial(args(work), (int)work.own->size());
+        if (work.chosen) work.selection->prepare_partial((int)work.own->size());
     }
     void run(Member& member, const Work& work) override {
         if (work.chosen) work.selection->pick_partial(member, *work.kernels, args(work));
@@ -422,7 +422,7 @@ void Program::hold() {
         tiers_->next(h);
         for (int layer = 0; layer < layers_; layer++) {
             const int64_t first = layer * kv_.pages_per_layer;
-            tiers_->want(h, pages.data(), (int)pages.size(), first, layers_ + 1, misses);
+            tiers_->want(h, pages.data(), (int)pages.size(), {first, layers_ + 1, false}, misses);
         }
     }
     tiers_->fetch(misses);

@@ -212,16 +212,17 @@ void Selection::list(const Row& row, int head, int count) {
     int32_t* positions = positions_.data() + row.list + (size_t)head * row.listed;
     const int all = row.listed - row.count + count;
     for (int i = count; i < row.listed; i++) list[i] = row.eligible + std::min(i, all - 1) - count;
-    for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_, list[i] = row.seen(list[i]);
+    for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_;
+    for (int i = 0; i < count; i++) list[i] = row.seen(list[i]);
+    for (int i = count; i < row.listed; i++) list[i] = row.pages[list[i]];  // what every row reads is exact
 }
 
 // ---- by partial keys
 
-void Selection::prepare_partial(const PartialArgs& args, int threads) {
+void Selection::prepare_partial(int threads) {
     scratch_.resize(threads);
     const size_t need = scores_.size() * heads_.group();
     if (logits_.size() < need) logits_.resize(need);
-    (void)args;
 }
 
 void Selection::pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args) {

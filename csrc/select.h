@@ -60,7 +60,7 @@ class Selection {
     void prepare(const PickArgs& args, int threads);  // on one thread, before `pick`s like this
     void pick(Member& member, const Kernels& kernels, const PickArgs& args);
     // The pages that have a token whose score is within alpha of a query's best; equally many for all KV heads.
-    void prepare_partial(const PartialArgs& args, int threads);
+    void prepare_partial(int threads);
     void pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args);
     int64_t take_left_out() { return left_out_.exchange(0); }  // by pick_partial, of a head, in all layers
     int64_t unread() const { return unread_; }  // pages of one head that the rows leave out at least

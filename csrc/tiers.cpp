@@ -51,6 +51,7 @@ Transfer Tiers::transfer(const Miss& m) const {
 void Tiers::alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart) {
     const int64_t all = shape_.layers * shape_.stages, n = (int64_t)names.size();
     if (n == 0) return;
+    for (int64_t name : names) groups_.erase(name);  // of what had these names before
     std::vector<std::vector<int32_t>>& lists = groups_[names[0]];
     lists.assign((size_t)(all * shape_.heads), {});
     for (int64_t i = 0; i < all * shape_.heads; i++)
@@ -83,17 +84,17 @@ void Tiers::forget(int64_t page, int head) {
 
 // ---- of one head
 
-void Tiers::want(int head, const int32_t* pages, int count, int64_t first, int hold, std::vector<Miss>& misses) {
+void Tiers::want(int head, const int32_t* pages, int count, const Wish& wish, std::vector<Miss>& misses) {
     Head& h = heads_[head];
     for (int i = 0; i < count; i++) {
-        const int64_t page = pages[i] + first;
+        const int64_t page = pages[i] + wish.first;
         int32_t& place = places_[page * shape_.heads + head];
         if (place >= 0) {
             h.hits += h.until[place] < h.now;  // and not a second time
         } else {
             const int taken = take(head);
             if (taken < 0) {
-                h.full |= !hold;  // a guess that finds no room is asked for again when it is needed
+                h.full |= !wish.guess;
                 continue;
             }
             place = taken;
@@ -104,7 +105,7 @@ void Tiers::want(int head, const int32_t* pages, int count, int64_t first, int h
             else if (kept == LOST || is_alias(page)) break_cell(head, place);
         }
         h.used[place] = 1;
-        h.until[place] = std::max(h.until[place], h.now + (uint64_t)hold);
+        h.until[place] = std::max(h.until[place], h.now + (uint64_t)wish.hold);
     }
 }
 
@@ -193,7 +194,7 @@ void Tiers::bring(int64_t layer, const std::vector<int64_t>& pages, bool written
     const std::vector<int32_t> list(pages.begin(), pages.end());
     for (int h = 0; h < shape_.heads; h++) {
         next(h);
-        want(h, list.data(), (int)list.size(), layer * shape_.layer_pages, 0, misses);
+        want(h, list.data(), (int)list.size(), {layer * shape_.layer_pages, 0, false}, misses);
     }
     fetch(misses);
     if (!written) return;
@@ -229,6 +230,14 @@ void Tiers::put(const std::vector<int64_t>& pages) {
         const size_t at = index % shape_.cells;
         h.kept[h.owner[at]] = NOWHERE, h.dirty[at] = 1, h.failures++;
     }
+}
+
+bool Tiers::stored(const std::vector<int64_t>& pages) const {
+    for (int64_t layer = 0; layer < shape_.layers; layer++)
+        for (const Head& h : heads_)
+            for (int64_t p : pages)
+                if (h.kept[layer * shape_.layer_pages + p] != STORED) return false;
+    return true;
 }
 
 void Tiers::drop(const std::vector<int64_t>& pages) {

@@ -51,6 +51,12 @@ class Tiers {
     const std::vector<int32_t>& apart(int64_t alias, int head) const;
     void set_keys(std::shared_ptr<LowRankKeys> keys) { keys_ = std::move(keys); }
 
+    // For how many more of `next` pages stay. A guess that finds no room is left out: it is asked for when it is needed.
+    struct Wish {
+        int64_t first;  // added to page numbers
+        int hold;
+        bool guess;
+    };
     // A page that has to be brought into a cell.
     struct Miss {
         int64_t page;
@@ -61,9 +67,9 @@ class Tiers {
 
     // What earlier wants have brought may go.
     void next(int head) { heads_[head].now++; }
-    // Cells for these pages (+ first), which stay until `next`, or with `hold` for so many of them longer. `misses`: those
-    // that now lie in a cell which does not hold them yet. Where there is no room, `full` says so from then on.
-    void want(int head, const int32_t* pages, int count, int64_t first, int hold, std::vector<Miss>& misses);
+    // Cells for these pages, which stay until `next` at least. `misses`: those that now lie in a cell which does not hold
+    // them yet. Where there is no room, `check` throws from then on, unless it was a guess.
+    void want(int head, const int32_t* pages, int count, const Wish& wish, std::vector<Miss>& misses);
     void touch(int head, int64_t page) { heads_[head].dirty[places_[page * shape_.heads + head]] = 1; }
 
     // ---- of all heads, on one thread
@@ -93,6 +99,8 @@ class Tiers {
     bool load(int64_t page, int head, uint8_t* out);
     // Begin a step: nothing is held, and what could not be read in the last one is forgotten.
     void step();
+    // Whether the slow tier holds these pages of all layers, as they are.
+    bool stored(const std::vector<int64_t>& pages) const;
     // Throws if there was no room for something that was wanted in the step.
     void check() const;
 

@@ -17,6 +17,7 @@ from dovetail.ops.cpu import MAX_HEAD_DIM, native
 from dovetail.options import Options
 
 GIB = 1 << 30
+SECTOR = 4096  # bytes of a disk that are read or written together
 TORCH = "torch"  # the reference kernels
 PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # stored formats without blocks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -199,10 +200,12 @@ def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> s
         raise ConfigError("a slow tier for KV needs the native library, which this installation or CPU lacks")
     from dovetail.runtime.store import fits_tiles
 
-    if not fits_tiles(kv_dtype, positive("block_size", options.block_size, 16)):
+    size = positive("block_size", options.block_size, 16)
+    if not fits_tiles(kv_dtype, size):
+        change = "--kv-cache-dtype bf16" if fits_tiles("bf16", size) else "--block-size 16"
         raise ConfigError(
             f"a slow tier holds KV in bf16 or float32, in pages of a multiple of 16 tokens, not {kv_dtype} in "
-            f"pages of {options.block_size}; use --kv-cache-dtype bf16"
+            f"pages of {size}; use {change}"
         )
     if backend == "host":
         if folder is not None:
@@ -212,7 +215,8 @@ def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> s
     if folder is None:
         place.mkdir(parents=True, exist_ok=True)
     if not place.is_dir():
-        raise ConfigError(f"kv_offloading_path '{folder}' is no folder")
+        wrong = "is a file" if place.exists() else "does not exist"
+        raise ConfigError(f"kv_offloading_path '{folder}' {wrong}; give a folder on a disk")
     return str(place)
 
 
@@ -267,14 +271,22 @@ def _and_beside(sizes: KVSizes, pages: int, seqs: int) -> str:
 
 @dataclass(frozen=True)
 class KVSizes:
-    """Tokens per page, the longest sequence wanted, bytes of a page over all layers, layers, and what techniques
-    keep beside KV."""
+    """Tokens per page, the longest sequence wanted, bytes of a page over all layers, layers, KV heads, and what
+    techniques keep beside KV."""
 
     block_size: int
     length: int
     page_bytes: int
     num_layers: int
+    num_kv_heads: int
     beside: Beside
+
+    def stored(self, backend: str) -> int:
+        """Bytes of a page in a slow tier: on a disk, what is moved together takes whole sectors."""
+        if backend != "disk":
+            return self.page_bytes
+        blobs = self.num_layers * self.num_kv_heads
+        return blobs * SECTOR * pages_for(self.page_bytes // blobs, SECTOR)
 
 
 def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
@@ -290,19 +302,22 @@ def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
             )
         length = pages * size
     if length < 2:
-        raise CapacityError(f"{pages} pages of KV hold {length} token; at least 2 are needed")
+        raise CapacityError(
+            f"{pages} pages of KV hold {length} tokens, and at least 2 are needed; raise {option} "
+            f"(a page of {size} tokens takes {page_bytes} bytes)"
+        )
     return length
 
 
 def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
     """The slow tier bounds the pages; the device must hold one layer of all of them and what a step writes."""
     asked = positive("kv_offloading_size", options.kv_offloading_size, 0)
-    pages = asked // sizes.page_bytes
+    pages = asked // sizes.stored(options.kv_offloading_backend)
     length = _length(options, sizes, pages, "--kv-offloading-size")
     cell = sizes.page_bytes // sizes.num_layers
     tokens = positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS)
     seqs = _seqs(options)
-    written = pages_for(tokens, sizes.block_size) + min(tokens, seqs)
+    written = _most_written(tokens, seqs, sizes.block_size)
     needed = min(pages + written * sizes.num_layers, pages * sizes.num_layers)
     left = max(0, memory - pages * sizes.beside.page - seqs * sizes.beside.request)
     cells = min(left // cell, pages * sizes.num_layers)
@@ -314,6 +329,13 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
             f"--max-num-batched-tokens or --max-num-seqs"
         )
     return KVBudget(sizes.block_size, pages, cells * cell, length, cells)
+
+
+def _most_written(tokens: int, seqs: int, size: int) -> int:
+    """Pages that `tokens` of at most `seqs` sequences can lie in; two of one sequence can lie in two pages."""
+    across = min(tokens // 2, seqs)
+    rest = tokens - 2 * across
+    return 2 * across + rest // size + min(rest, seqs - across)
 
 
 def positive(name: str, value: int | None, default: int) -> int:
@@ -352,7 +374,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
-    native_page = 0 if kernels == TORCH else positive("block_size", options.block_size, 16)
+    tiled = kernels != TORCH or options.kv_offloading_size is not None
+    native_page = positive("block_size", options.block_size, 16) if tiled else 0
     folder = resolve_slow_tier(options, (device, kv_dtype), found.folder)
     size = _block_size(options)
     sizes = KVSizes(
@@ -360,6 +383,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         options.max_model_len or model.max_position_embeddings,
         found.token_bytes(geometry, kv_dtype, native_page) * size,
         model.num_layers,
+        geometry.num_kv_heads,
         found.beside(geometry, size, KEY_BYTES.get(kv_dtype, 4)),
     )
     kv = resolve_kv(options, model, sizes, machine.free_memory)

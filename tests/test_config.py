@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.config import Found, Machine, Options, resolve
+from dovetail.config import Found, Machine, Options, _most_written, resolve
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.technique import Beside, Composition, Technique
 from dovetail.models import geometry
@@ -142,17 +142,34 @@ def test_what_techniques_keep_is_within_kv_memory_beside_a_slow_tier() -> None:
     """One layer of all pages, and both of those that a step writes, is a page of half the bytes for each."""
     if native() is None:
         pytest.skip("a slow tier needs the native library")
-    page, options = 2048, {"max_num_batched_tokens": 16, "max_num_seqs": 1, **TIERED}
+    page, options = 4096, {"max_num_batched_tokens": 16, "max_num_seqs": 1, **TIERED}
     cells = (20 + 2 * 2) * page // 2
     found = beside(page=10, request=1000)
     size = {"kv_offloading_size": 20 * page, "max_model_len": 320}
     assert settle(found, kv_memory=cells + 1200, **size, **options).num_kv_cells == 24
-    with pytest.raises(CapacityError, match=r"24576 bytes, and what keeper keeps beside KV 1200 bytes; raise"):
+    with pytest.raises(CapacityError, match=r"49152 bytes, and what keeper keeps beside KV 1200 bytes; raise"):
         settle(found, kv_memory=cells + 1199, **size, **options)
     all_of_it = {"kv_offloading_size": 2 * page, "max_model_len": 32}  # fewer pages than a step may write
     assert settle(kv_memory=2 * page, **all_of_it, **options).num_kv_cells == 4
-    with pytest.raises(CapacityError, match=r"take 4096 bytes; raise"):
+    with pytest.raises(CapacityError, match=r"take 8192 bytes; raise"):
         settle(kv_memory=2 * page - 1, **all_of_it, **options)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("seqs", [1, 2, 3])
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_the_most_pages_that_a_step_can_write(tokens: int, seqs: int, size: int) -> None:
+    def most(left: int, spans: int) -> int:
+        """Of `left` tokens in at most so many spans, each from anywhere in a page."""
+        if not left or not spans:
+            return 0
+        return max(
+            (start + n - 1) // size + 1 + most(left - n, spans - 1)
+            for n in range(1, left + 1)
+            for start in range(size)
+        )
+
+    assert _most_written(tokens, seqs, size) == most(tokens, seqs)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])

@@ -86,6 +86,7 @@ class Engine:
 
     def _fail(self, request: Request, error: str, tokens: Sequence[int] = ()) -> Progress:
         request.finish_reason = "error"
+        self.scheduler.distrust(request)
         self.scheduler.leave(request)  # not stored: its KV is not to be trusted
         return Progress(request, tokens, error=error)
 

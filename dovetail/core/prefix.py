@@ -82,14 +82,31 @@ class RadixPrefix:
             node = child
         node.used = next(self._clock)
 
-    def evict(self, n: int) -> int:
-        """Free up to n pages that only the tree holds, oldest leaves first; returns how many."""
+    def evict(self, what: int | Request) -> int:
+        """Free up to so many pages that only the tree holds, oldest leaves first; or give up everything that has a
+        request's first page. Returns how many pages are free now."""
+        return self._forget(what) if isinstance(what, Request) else self._evict(what)
+
+    def _forget(self, request: Request) -> int:
+        root = self.roots.get(request.salt)
+        first = root and root.children.pop(tuple(request.tokens[: self.pool.page_size]), None)
+        if root is None or first is None:
+            return 0
+        freed = 0
+        for node in list(self._nodes(first)):
+            freed += self.pool.release(node.pages)
+            node.pages, node.children = [], {}
+        if not root.children:
+            del self.roots[request.salt]
+        return freed
+
+    def _evict(self, n: int) -> int:
         freed, busy = 0, []
         while self._queue and freed < n:
             used, _, leaf = heapq.heappop(self._queue)
             leaf.queued = False
-            if leaf.children:
-                continue  # queued again when it becomes a leaf
+            if leaf.children or not leaf.pages:
+                continue  # queued again when it becomes a leaf; or dropped
             if leaf.used > used:
                 self._enqueue(leaf)
                 continue
@@ -152,8 +169,8 @@ class RadixPrefix:
         upper.children[node.key] = node
         return upper
 
-    def _nodes(self) -> Iterator[Node]:
-        stack = list(self.roots.values())
+    def _nodes(self, *first: Node) -> Iterator[Node]:
+        stack = list(first or self.roots.values())
         while stack:
             node = stack.pop()
             stack += node.children.values()

@@ -301,6 +301,10 @@ class Scheduler:
         if self.limits.prefix_caching:
             self.reuse.store(request, min(request.computed, self._reusable(request)))
 
+    def distrust(self, request: Request) -> None:
+        """Whatever the request has read is not offered again."""
+        self.reuse.evict(request)
+
     def _reusable(self, request: Request) -> int:
         """Tokens whose KV is the same in any request: a row that drops pages has KV of its own kind."""
         return request.dense_until if self.seams.selector.window < UNLIMITED else len(request.tokens)

@@ -60,7 +60,8 @@ class Reuse(Protocol):
 
     `match`: what is stored of the request's first `limit` tokens; a place to compute some of it again is one
     whose `computed` is below what its pages hold.
-    `store`: keep the committed whole pages of the first `limit` tokens. `evict`: free up to n pages.
+    `store`: keep the committed whole pages of the first `limit` tokens. `evict`: free up to n pages, or
+    give up all that begins as a request does; how many are free now.
     `held` is what `PagePool.check` is told: the lists of pages that this store holds a reference to.
     """
 
@@ -69,7 +70,7 @@ class Reuse(Protocol):
 
     def match(self, request: Request, limit: int) -> Stored: ...
     def store(self, request: Request, limit: int) -> None: ...
-    def evict(self, n: int) -> int: ...
+    def evict(self, what: int | Request) -> int: ...
 
 
 class RowFilter:
@@ -96,9 +97,10 @@ class Codec:
     def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
         """The dense parts, `tokens[:dense_until]`, are committed, and from now on rows may leave pages unread.
 
-        For each request id aliases of its first pages, int64 [n], each at least `kv.num_pages`: such a row
-        sees its page j < n under number alias[j]. A request that is absent has none. `kv.keys(layer, pages)`
-        reads what was written. In stage s of a program, numbers are higher by s * `kv.stage_pages`.
+        For each request id aliases of its first pages, int64 [n], each at least `kv.num_pages`: where such a row
+        chooses its page j < n, it sees it under number alias[j]. A request that is absent has none.
+        `kv.keys(layer, pages)` reads what was written. In stage s of a program, numbers are higher by
+        s * `kv.stage_pages`.
         """
         return {}
 

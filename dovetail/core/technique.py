@@ -89,6 +89,9 @@ class Composition:
         return [t.spec for t in self.techniques]
 
 
+PROVIDERS = {"a slow tier": "give its size with --kv-offloading-size"}  # what users can do about needs
+
+
 def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Composition:
     """Put techniques together, or refuse with ConfigError naming both parties.
 
@@ -99,6 +102,8 @@ def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Comp
         for seam in t.fills:
             if seam not in SEAMS:
                 raise ConfigError(f"{t.name} fills '{seam}', which is no seam; the seams are {', '.join(SEAMS)}")
+            if seam in owner and owner[seam].name == t.name:
+                raise ConfigError(f"{t.name} is given twice; name it once, with all its options")
             if seam in owner:
                 raise ConfigError(
                     f"{owner[seam].name} and {t.name} both fill the '{seam}' seam; use one of them, "
@@ -108,7 +113,8 @@ def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Comp
     offered = facts.union(*(t.provides for t in techniques))
     for t in techniques:
         if missing := t.needs - offered:
-            raise ConfigError(f"{t.name} needs {', '.join(sorted(missing))}, which nothing here provides")
+            advice = "".join(f"; {PROVIDERS[m]}" for m in sorted(missing) if m in PROVIDERS)
+            raise ConfigError(f"{t.name} needs {', '.join(sorted(missing))}, which nothing here provides{advice}")
         if clash := t.excludes & facts:
             raise ConfigError(f"{t.name} cannot be used here: {', '.join(sorted(clash))}")
         for other in techniques:

@@ -63,7 +63,8 @@ def _pydoc() -> str:
 
 def _read(path: Path, known: str) -> str:
     if known and not path.is_file():
-        raise ConfigError(f"corpus '{path}': there is no such file, and the corpora known by name are {known}")
+        wrong = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"corpus '{path}': {wrong}, and the corpora known by name are {known}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ from dovetail.core.seams import Geometry, Seams, Variant
 from dovetail.core.types import ALL, Sealed, StepPlan
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
-from dovetail.runtime.residency import Offload, TieredStore, TierShape
+from dovetail.runtime.residency import Offload, TieredStore, TierShape, tiers_of
 from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
 
 
@@ -115,6 +115,11 @@ class KV:
     def values(self, layer: int, pages: Tensor) -> Tensor:
         return self.v.read(layer, self._slots(pages))
 
+    def stored(self, pages: Tensor) -> bool:
+        """Whether the completed `pages` [n], of every stage, can be brought back when the device has let them go."""
+        tiers = tiers_of(self.k)
+        return tiers is None or all(tiers.stored(pages + s * self.stage_pages) for s in range(self.num_stages))
+
     def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
         """k, v [rows, KV heads, head_dim] of the batch's rows."""
         self.k.write(layer, batch.slots, k)
@@ -145,7 +150,9 @@ class KV:
         logical = self._always_read(pages.pages, batch)
         physical = self._numbers(batch.tables, logical, batch)
         both = self._read_heads(self.k, layer, physical), self._read_heads(self.v, layer, physical)
-        seen = self._numbers(batch.once(ALIASES, lambda: self._aliased(batch)), logical, batch)
+        seen, last = physical.clone(), pages.pages.shape[2]  # what every row reads is exact
+        tables = batch.once(ALIASES, lambda: self._aliased(batch))
+        seen[..., :last] = self._numbers(tables, logical[..., :last], batch)
         k, v = self.seams.codec.open(layer, seen, both)
         offsets = torch.arange(self.page_size, device=q.device)
         keys = Keys(k, v, (logical * self.page_size)[..., None] + offsets)

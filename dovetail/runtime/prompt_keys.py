@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Prompt:
     aliases: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     keys: dict[int, LowRank] = field(default_factory=dict)
     users: int = 0
-    whole: bool = True  # False: a read failed, and the pages stay as they are
+    whole: bool = True  # False: a read or a write failed, and the pages stay as they are
 
 
 class PromptKeys:
@@ -136,12 +136,14 @@ class PromptKeys:
         prompt = Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device))
         if len(pages) <= how.longer_than:
             return prompt
+        if not kv.stored(torch.tensor(pages, device=kv.device)):
+            return replace(prompt, whole=False)
         for i in range(shape[0]):
             if i % layers in kv.own_window:
                 continue
             keys = kv.keys(i % layers, torch.tensor(pages, device=kv.device) + i // layers * kv.stage_pages)
             if not bool(keys.isfinite().all()):
-                return Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device), whole=False)
+                return replace(prompt, outliers=torch.zeros_like(prompt.outliers), keys={}, whole=False)
             prompt.outliers[i] = outliers(keys, how.chunk, how.outliers)
             prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
         self._name(prompt)

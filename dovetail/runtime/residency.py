@@ -58,6 +58,7 @@ class Tiers(Residency):
         except RuntimeError as error:
             raise CapacityError(f"{error}; see --kv-offloading-size and --kv-offloading-path") from None
         self.cells, self.pages, self.page_size = cells, shape.pages, shape.page_size
+        self.stages = [s * g.num_layers * shape.pages for s in range(shape.num_stages)]  # added to page numbers
         self.places = torch.from_numpy(self.native.places())  # [pages of all layers, KV heads]
 
     def put(self, pages: Tensor) -> None:
@@ -65,6 +66,10 @@ class Tiers(Residency):
 
     def drop(self, pages: Tensor) -> None:
         self.native.drop(pages.tolist())
+
+    def stored(self, pages: Tensor) -> bool:
+        """Whether the slow tier holds all of `pages` [n]: none could not be written."""
+        return bool(self.native.stored(pages.tolist()))
 
     def slots(self, layer: int, slots: Tensor, *, written: bool = False) -> Tensor:
         """Slots [n] of pages as slots of cells [n, KV heads], which hold them until this is called again."""
@@ -122,7 +127,9 @@ class TieredStore:
         """Copy whole pages, given as their slots. V lies in K's blobs."""
         if self.store.keys:
             size = self.tiers.page_size
-            self.tiers.native.copy(*((s[::size] // size).tolist() for s in (source, target)))
+            pages = [s[::size] // size for s in (source, target)]
+            for first in self.tiers.stages:
+                self.tiers.native.copy(*((p + first).tolist() for p in pages))
 
 
 def blob_bytes(geometry: Geometry, page_size: int, dtype: torch.dtype) -> int:

@@ -17,7 +17,10 @@ from dovetail.runtime.odds import odds
 
 _MASK = 2**64 - 1
 LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
-UNSOUND = "no token can be chosen: the logits are NaN or infinite, or every token is forbidden"
+UNSOUND = (
+    "no token can be chosen: the logits are NaN or infinite, as after a read or write of a slow tier that failed, "
+    "or every token is forbidden"
+)
 
 
 class Row(NamedTuple):

@@ -18,6 +18,7 @@ MODULES = {
     "shadowkv": "shadowkv",
     "sink-window": "sink_window",
 }
+MOST = 2**31 - 1  # of a whole number: more tokens than any sequence has
 
 
 def technique(spec: str) -> Technique:
@@ -57,9 +58,12 @@ def _parse(name: str, key: str, value: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return kind(value)
+        found = kind(value)
     except (ValueError, KeyError):
         raise ConfigError(f"{name}: {key} must be {_article(kind.__name__)}, got '{value}'") from None
+    if kind is int and abs(found) > MOST:
+        raise ConfigError(f"{name}: {key} must be at most {MOST}, got {value}")
+    return found
 
 
 def _article(noun: str) -> str:

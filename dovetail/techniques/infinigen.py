@@ -246,7 +246,8 @@ def infinigen(
         raise ConfigError(f"infinigen: eviction={eviction} means nothing without a pool; give pool=TOKENS")
     if pool and pool < budget:
         raise ConfigError(
-            f"infinigen: a pool of {pool} tokens is less than the budget of {budget} that a row may read"
+            f"infinigen: a pool of {pool} tokens is less than the budget of {budget} that a row may read; "
+            f"give at least that, or 0 for no limit"
         )
     if not (alpha > 0 and 0 < partial <= 1 and budget >= 1 and skip_layers >= 1):
         raise ConfigError(

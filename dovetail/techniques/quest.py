@@ -97,10 +97,10 @@ def quest(
         size, layers = site.page_size, site.geometry.num_layers
         if page not in (0, size):
             raise ConfigError(f"quest: page={page} must be the KV's block size, {size}; use --block-size {page}")
-        if budget < 2 * size:
+        if budget < 3 * size:
             raise ConfigError(
                 f"quest: a budget of {budget} tokens leaves nothing to choose: the page of {size} that is being "
-                f"filled and the one before it are always read; give at least {2 * size}"
+                f"filled and the one before it are always read; give at least {3 * size}"
             )
         if size % (chunk or size):
             raise ConfigError(

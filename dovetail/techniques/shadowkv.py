@@ -132,12 +132,12 @@ class Options:
         return (LOCAL * self.chunk - 1) // page_size + 2
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
-        """Landmarks or codes, coefficients, marks of outliers and angles of every page; a basis of every request,
-        as it was computed and as native programs read it."""
+        """Landmarks or codes, coefficients, angles and marks of outliers of every page, the marks twice; a basis
+        of every request. Native programs have marks and bases of their own."""
         width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers - len(shape.sliding_layers)
         rank = min(self.rank or width, width)
         rank += rank % 2
-        marks, coefficients = shape.num_layers * shape.num_kv_heads, layers * page_size * rank * value
+        marks, coefficients = 2 * shape.num_layers * shape.num_kv_heads, layers * page_size * rank * value
         vectors = num_vectors(self.score, page_size, self.chunk, value)
         found = summary_bytes(shape, value, vectors, pad=32 if self.score == "landmarks" else 16)
         angles = pages_for(page_size, 16) * 2 * 4 * padded(shape.head_dim // 2)
@@ -213,19 +213,3 @@ def shadowkv(
 
 def _activity(seams: Seams) -> int:
     return seams.selector.dropped if isinstance(seams.selector, ShadowKVSelector) else 0
-
-
-def resident_bytes(options: Options, shape: Geometry, tokens: int, page_size: int = 16) -> dict[str, float]:
-    """Bytes on the device of one request with a prompt of `tokens` tokens, by what they hold, and `dense`: what K
-    and V would be. 2 bytes a number. `cells` hold the budget: outliers, recent and chosen pages alike."""
-    width, pages = shape.num_kv_heads * shape.head_dim, pages_for(tokens, page_size)
-    rank, cells = min(options.rank or width, tokens), min(pages, pages_for(options.budget, page_size))
-    counts = {
-        "coefficients": 2 * pages * page_size * rank,
-        "basis": 2 * rank * width,
-        options.score: 2 * pages * num_vectors(options.score, page_size, options.chunk, 2) * width,
-        "outlier marks": pages * shape.num_kv_heads,
-        "cells": 2 * 2 * cells * page_size * width,
-        "dense": 2 * 2 * tokens * width,
-    }
-    return {name: float(shape.num_layers * count) for name, count in counts.items()}

@@ -77,6 +77,33 @@ def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]
     pool.check([])
 
 
+@given(st.lists(tokens, min_size=1, max_size=12), st.integers(0, 11), st.integers(0, 40))
+def test_what_begins_as_a_request_does_is_given_up(stored: list[list[int]], which: int, n: int) -> None:
+    pool = PagePool(128, SIZE)
+    tree = RadixPrefix(pool)
+    for text in stored:
+        r = request(pool, text)
+        r.table.grow(0, len(text))
+        tree.store(r, len(text))
+        r.table.clear()
+    text = stored[which % len(stored)]
+    held = tree.match(request(pool, text), len(text)).pages
+    total = sum(map(len, tree.held))
+    freed = tree.evict(request(pool, text))
+    pool.check([*pages(tree), held])
+    assert total - sum(map(len, tree.held)) == freed + len(held)
+    for other in stored:
+        left = tree.match(request(pool, other), len(other)).pages
+        begins = other[:SIZE] == text[:SIZE] and len(text) >= SIZE
+        assert len(left) == (0 if begins else len(other) // SIZE)
+        pool.release(left)
+    pool.release(held)
+    left = sum(map(len, tree.held))
+    assert tree.evict(n) == min(n, left)
+    tree.clear()
+    pool.check([])
+
+
 def test_least_recently_used_goes_first() -> None:
     pool = PagePool(16, SIZE)
     tree = RadixPrefix(pool)

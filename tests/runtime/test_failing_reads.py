@@ -1,4 +1,4 @@
-"""Reads from a slow tier that fail: whom they harm, what is left of them, and that nobody sees it later."""
+"""Reads and writes of a slow tier that fail: whom they harm, what is left, and that nobody sees it later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dovetail.core.engine import Engine
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request
 from dovetail.ops.cpu import isas
-from tests.runtime.test_residency import BEST, LAYERS, engine_of, tight, unreadable
+from tests.runtime.test_residency import BEST, LAYERS, engine_of, tight, unreadable, unwritable
 from tests.tiny import TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
@@ -140,3 +140,30 @@ def test_what_a_failing_read_leaves_in_the_padding_is_gone_when_cells_are_writte
 def padding(tiles: torch.Tensor, kv: str) -> torch.Tensor:
     """The dimensions of K beyond 12: float32 [.., dim, 16], bfloat16 [.., dim / 2, 16, 2]."""
     return tiles[..., 12:, :] if kv == "float32" else tiles[..., 6:, :, :]
+
+
+@pytest.mark.parametrize("spec", ["", "quest:budget=48,skip_layers=0"])
+def test_a_prompt_that_was_lost_is_computed_again(tmp_path: Path, spec: str) -> None:
+    """Pages that could not be written are gone when the device needs their room. Who reads them fails, once."""
+    use = [spec] if spec else []
+    engine = engine_of(*use, **tight(pages=36, kv_offloading_path=str(tmp_path)))
+    with unwritable(engine.seams.residency):  # type: ignore[arg-type]
+        _, failed = together(engine, {"long": LONG, "other": OTHER})
+    assert failed
+    for _ in range(2):  # whoever meets what is lost first makes room for the next one
+        found, failed = together(engine, {"long": LONG})
+    assert not failed
+    assert found["long"].output == run_all(engine_of(*use), [LONG], GREEDY)[0]
+
+
+def test_a_prompt_that_cannot_be_written_keeps_its_keys(tmp_path: Path) -> None:
+    """An alias brings V from the slow tier, where there is none: rows read the pages as they are."""
+    options: dict[str, Any] = dict(kv_offloading_path=str(tmp_path), enable_prefix_caching=False)
+    engine = engine_of(SHADOWKV, num_kv_cells=40 * LAYERS, **options)
+    request = make_request(engine, "long", LONG, GREEDY)
+    engine.add(request)
+    with unwritable(engine.seams.residency):  # type: ignore[arg-type]
+        while engine.busy:
+            engine.step()
+    assert request.finish_reason == "length"
+    assert request.output == run_all(exact_keys(engine_of(SHADOWKV)), [LONG], GREEDY)[0]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dovetail.core.errors import CapacityError
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.seams import Geometry
 from dovetail.models.llama import geometry
 from dovetail.ops.cpu import isas, native
 from dovetail.runtime.native import NativeExecutor
@@ -118,7 +119,7 @@ def test_wanting_more_at_once_than_there_are_cells_is_an_error() -> None:
 # -- the engine
 
 LOSSY = [
-    "quest:budget=32,skip_layers=0",
+    "quest:budget=48,skip_layers=0",
     "quest:budget=48,skip_layers=1,score=bound",
     "sink-window:window=20",
     "shadowkv:rank=8,budget=128,outliers=2",
@@ -249,6 +250,42 @@ def test_an_emulated_link_bounds_the_bytes_per_second() -> None:
     run_all(engine, PROMPTS, SamplingParams(temperature=0, max_tokens=4))
     stats = engine.seams.residency.stats()
     assert stats["stall_seconds"] > 0.5 * stats["bytes_in"] / 0.01e9
+
+
+def test_a_step_that_writes_more_than_there_are_cells_for_writes_nothing() -> None:
+    engine = engine_of(pages=20, num_kv_cells=3 * LAYERS)
+    for i in range(4):  # each writes a page of every layer
+        engine.add(make_request(engine, f"r{i}", (i, 2, 3), GREEDY))
+    with pytest.raises(RuntimeError, match="a step wants more KV at once than the device has room for"):
+        engine.step()
+
+
+def test_pages_are_copied_in_every_stage() -> None:
+    shape, slots = Geometry(2, 2, 2, 8, 61), torch.arange(16)
+    k, _ = TieredStore.pair(TierShape(shape, 2, 3, 16), torch.float32, Offload(8, "", 0.0))
+    expected = torch.randn(4, 16, 2, 8)
+    for stage in range(2):
+        for layer in range(2):
+            k.write(layer, slots + stage * 2 * 3 * 16, expected[2 * stage + layer])
+    k.copy(slots, slots + 2 * 16)
+    for stage in range(2):
+        for layer in range(2):
+            found = k.read(layer, slots + (stage * 2 * 3 + 2) * 16)
+            assert torch.equal(found, expected[2 * stage + layer]), (stage, layer)
+
+
+@contextmanager
+def unwritable(tiers: Tiers) -> Iterator[None]:
+    """Nothing can be written to the tier's file meanwhile."""
+    file = tiers.native.descriptor
+    kept, full = os.dup(file), os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
+    os.dup2(full, file)
+    try:
+        yield
+    finally:
+        os.dup2(kept, file)
+        os.close(kept)
+        os.close(full)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def test_landmarks_and_prompts_of_shadowkv(
     prompt = prompts._of["r"]
     held = len(PROMPT) // SIZE  # pages
     assert len(prompt.aliases) == held == prompt.outliers.shape[2]
-    rows = prompt.outliers.nbytes + sum(k.coefficients.nbytes for k in prompt.keys.values())
+    rows = 2 * prompt.outliers.nbytes + sum(k.coefficients.nbytes for k in prompt.keys.values())
     basis = sum(k.basis.nbytes for k in prompt.keys.values())
     angles, packed = 2 * padded(SHAPE.head_dim // 2) * 4, padded(SHAPE.head_dim) / SHAPE.head_dim  # natively
     request = basis + round(basis * packed)

@@ -20,7 +20,7 @@ FACTS = facts(CHECKPOINT.config) | OFFERED
 LOSSY = [
     *("sink-window:sink=4,window=8", "sink-window:sink=0,window=5", "sink-window:sink=9,window=16"),
     *(
-        "quest:budget=8,skip_layers=0",
+        "quest:budget=12,skip_layers=0,score=bound",
         "quest:budget=16,skip_layers=1",
         "quest:budget=12,skip_layers=0,score=mean_std,chunk=2",
         "quest:budget=12,skip_layers=0,score=codes",

@@ -20,7 +20,7 @@ SLOW: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("quest:budget=31,skip_layers=0", r"quest: a budget of 31 tokens .* page of 16 .* give at least 32"),
+        ("quest:budget=47,skip_layers=0", r"quest: a budget of 47 tokens .* page of 16 .* give at least 48"),
         ("quest:budget=64,skip_layers=0,score=bound,chunk=5", r"quest: chunk=5 .* block size, 16; use a divisor"),
         ("quest:budget=64,skip_layers=0,page=32", r"quest: page=32 must be .* 16; use --block-size 32"),
         ("quest:budget=64", r"quest: skip_layers=2 skips all of the model's 2 layers"),
@@ -44,12 +44,12 @@ def test_what_does_not_fit_the_model_is_refused_at_start(tiny_model: Path, spec:
     ("spec", "memory", "words"),
     [
         # Of 2 layers and 2 KV heads of 8: a float32 page takes 8192 bytes. Codes are 3 vectors of 16, landmarks
-        # 2 of 32, coefficients 16 of 4, marks a byte, angles 2 of 16 over all layers; a request.s basis 4 of 16
+        # 2 of 32, coefficients 16 of 4, marks two bytes, angles 2 of 16 over all layers; a request.s basis 4 of 16
         # and, packed, 4 of 32. Partial keys: 16 of 4.
         ("quest:budget=64,skip_layers=0", 8192 + 768, "8192 bytes, and what quest keeps beside KV 768 bytes"),
         (
-            "shadowkv:rank=4,budget=256,outliers=2", 36 * 4096 + 32 * (1024 + 512 + 4 + 128) + 512 + 1024,
-            "147456 bytes, and what shadowkv keeps beside KV 54912 bytes",
+            "shadowkv:rank=4,budget=256,outliers=2", 36 * 4096 + 32 * (1024 + 512 + 2 * 4 + 128) + 512 + 1024,
+            "147456 bytes, and what shadowkv keeps beside KV 55040 bytes",
         ),
         (
             "infinigen:skip_layers=1", 36 * 4096 + 32 * 1024,

@@ -11,13 +11,12 @@ from dovetail.checkpoint.config import RopeConfig
 from dovetail.core.engine import Engine
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.seams import Geometry
 from dovetail.core.technique import compose
 from dovetail.core.types import PageSet
 from dovetail.models import MODELS, Llama
 from dovetail.ops.cpu import isas
 from dovetail.techniques import technique
-from dovetail.techniques.shadowkv import SCORES, Options, resident_bytes
+from dovetail.techniques.shadowkv import SCORES
 from tests.tiny import FACTS, TinyCheckpoint, finish, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
@@ -205,29 +204,3 @@ def test_without_a_slow_tier_or_rotary_positions_it_is_refused_by_name() -> None
     for fact in FACTS:
         with pytest.raises(ConfigError, match=f"shadowkv needs {fact}"):
             compose(technique("shadowkv"), facts=FACTS - {fact})
-
-
-def test_a_sixth_of_the_keys_and_values_of_a_long_prompt_stays_on_the_device() -> None:
-    llama = Geometry(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256)
-    options = Options(rank=160, energy=0.0, budget=2048 + 48 * 8 + 48, chunk=8, outliers=48)
-    bytes_ = resident_bytes(options, llama, 122 * 1024)
-    share = sum(v for k, v in bytes_.items() if k != "dense") / bytes_["dense"]
-    assert 0.16 < share < 1 / 6
-    assert bytes_["coefficients"] / bytes_["dense"] == pytest.approx(160 / 2048)  # r / (2 KV heads x head_dim)
-    assert bytes_["landmarks"] / bytes_["dense"] == pytest.approx(1 / 16)  # 1 / (2 chunk)
-
-
-def test_the_bytes_that_are_counted_are_the_bytes_that_are_held() -> None:
-    engine = tiny_engine(
-        "shadowkv:rank=8,budget=96,chunk=8,outliers=2", page_size=16, pages=24, dtype="float32",
-        kv_cache_dtype="bf16",
-    )  # fmt: skip
-    request = make_request(engine, "r", tuple(i * i % 61 for i in range(160)), PARAMS)
-    engine.add(request)
-    while request.num_output < 3:
-        engine.step()
-    prompt = prompts_of(engine)._of["r"]
-    want = resident_bytes(Options(8, 0.0, 96, 8, 2), Geometry(2, 4, 2, 8, 61), 160)
-    held = sum(k.bytes for k in prompt.keys.values())
-    assert held == want["coefficients"] + want["basis"]
-    assert prompt.outliers.nbytes == want["outlier marks"]
