@@ -116,7 +116,7 @@ class KV:
         return self.v.read(layer, self._slots(pages))
 
     def stored(self, pages: Tensor) -> bool:
-        """Whether the completed `pages` [n], of every stage, can be brought back when the device has let them go."""
+        """Whether the completed `pages` [n], of every stage, can be brought back to the device."""
         tiers = tiers_of(self.k)
         return tiers is None or all(tiers.stored(pages + s * self.stage_pages) for s in range(self.num_stages))
 
