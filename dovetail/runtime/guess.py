@@ -153,7 +153,7 @@ def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str,
             inputs = guesser.norm_of(layer)(hidden if before is None else before)
             error = q - guesser.projected(layer, before) if before is not None else torch.zeros_like(q)
             for name, part in zip(("weight", "bias"), fit(inputs, error, how.fit), strict=True):
-                found[name].append(part)
+                found[name].append(part.float())
             placed = [guesser.rotated(layer, q, positions * f) for f in stretches(context // n)]
             groups = torch.cat(placed).unflatten(1, (shape.num_kv_heads, -1))
             found["basis"].append(skew(groups.transpose(0, 1).flatten(1, 2)))

@@ -1,8 +1,8 @@
 """InfiniGen (Lee et al., OSDI 2024, arXiv 2406.19707): the pages that a layer reads are guessed one layer earlier,
 so that they can be on their way from slow memory while that layer computes.
 
-The input of layer i - 1 stands in for that of layer i: it goes through layer i's norm and query weights, plus the
-mean error of such guesses on some text, and is scored against partial keys: a few columns of the rotated keys,
+The input of layer i - 1 stands in for that of layer i: it goes through layer i's norm and query weights, plus what
+such guesses miss on some text (`fit`), and is scored against partial keys: a few columns of the rotated keys,
 turned so that these say most (`ops.skew`). Each KV head reads the pages whose best token scores within `alpha` of
 the best of all; all KV heads of a layer read equally many, the mean of their counts. What is read is what was
 guessed.

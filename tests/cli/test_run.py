@@ -84,7 +84,8 @@ def test_logprobs(tiny_model):
     [
         (["--use", "nonsense"], "the known ones are"),
         (["--use", "ngram:speed=9"], "tokens, min_n, max_n"),
-        (["--use", "ngram", "--use", "ngram"], "both fill"),
+        (["--use", "ngram", "--use", "ngram"], "ngram is given twice"),
+        (["--use", "quest", "--use", "sink-window"], "both fill"),
         (["--use", "ngram,sink-window"], "repeat --use to combine"),
         (["--use", "ngram:tokens=4,sink-window"], "repeat --use to combine"),
         (["--use", "ngram:tokens=x"], "tokens must be an int"),

@@ -220,7 +220,7 @@ def test_native_codes_are_the_definition(tiny_model: Path, kv: str, block: int) 
     if not isas():
         pytest.skip("the native kernels were not built")
     llm = LLM(
-        tiny_model, use="quest:budget=96,skip_layers=0,score=codes", kv_cache_dtype=kv, block_size=block,
+        tiny_model, use="quest:budget=144,skip_layers=0,score=codes", kv_cache_dtype=kv, block_size=block,
         kv_memory="64MiB",
     )  # fmt: skip
     llm.generate([[i * i % 250 for i in range(200)]], SamplingParams(temperature=0, max_tokens=9), progress=False)
@@ -242,7 +242,7 @@ def test_native_summaries_are_the_definitions(
 ) -> None:
     if not isas():
         pytest.skip("the native kernels were not built")
-    use = f"quest:budget=96,skip_layers=0,score={kind},chunk={chunk}"
+    use = f"quest:budget=144,skip_layers=0,score={kind},chunk={chunk}"
     llm = LLM(tiny_model, use=use, kv_cache_dtype=kv, block_size=block)
     llm.generate([[i % 250 for i in range(200)]], SamplingParams(temperature=0, max_tokens=9), progress=False)
     executor: Any = llm.engine.executor
@@ -290,7 +290,7 @@ def test_codes_choose_the_same_pages_in_every_layout(tiny_model: Path, kv: str, 
     if not isas():
         pytest.skip("the native kernels were not built")
     options: dict[str, Any] = {
-        "use": f"quest:budget={max(64, 2 * block + 16)},skip_layers=0", "kv_cache_dtype": kv, "block_size": block,
+        "use": f"quest:budget={max(64, 3 * block)},skip_layers=0", "kv_cache_dtype": kv, "block_size": block,
     }  # fmt: skip
     assert texts(tiny_model, **options) == texts(tiny_model, kernels="torch", **options)
 
