@@ -9,7 +9,7 @@ namespace dovetail {
 
 // TILED: per head and page, tiles of 16 tokens as attention reads them, those of K and then those of V (page sizes
 // that are multiples of 16); `v` is the first tile of V. A head's pages lie together: pages that follow each other are one
-// stream, and a memory reads streams faster than pieces.
+// stream.
 // NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles as they are read.
 enum Layout : int { TILED, NHD, HND };
 enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4 };

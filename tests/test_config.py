@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.config import Found, Machine, Options, _most_written, resolve
+from dovetail.config import Found, KVSizes, Machine, Options, _most_written, resolve
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.technique import Beside, Composition, Technique
 from dovetail.models import geometry
@@ -153,6 +153,12 @@ def test_what_techniques_keep_is_within_kv_memory_beside_a_slow_tier() -> None:
     assert settle(kv_memory=2 * page, **all_of_it, **options).num_kv_cells == 4
     with pytest.raises(CapacityError, match=r"take 8192 bytes; raise"):
         settle(kv_memory=2 * page - 1, **all_of_it, **options)
+
+
+def test_a_disk_keeps_what_moves_together_in_whole_sectors() -> None:
+    """96 dimensions in bf16: 6144 bytes of K and V of 16 tokens take two sectors."""
+    sizes = KVSizes(16, 160, 2 * 3 * 6144, 2, 3, Beside())
+    assert (sizes.stored("host"), sizes.stored("disk")) == (2 * 3 * 6144, 2 * 3 * 8192)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

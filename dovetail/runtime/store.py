@@ -180,7 +180,7 @@ class TiledStore:
 
     K tiles have tokens in lanes: float32 [dim][16], bfloat16 [dim / 2][16][2]. V tiles have dimensions in lanes:
     float32 [16][dim], bfloat16 [8][dim][2]. K and V of a page and head lie one behind the other, and so do all
-    pages of a head: pages that follow each other are one stream, and memory reads streams faster than pieces.
+    pages of a head: pages that follow each other are one stream.
     """
 
     layout = "tiled"

@@ -89,6 +89,7 @@ def test_logprobs(tiny_model):
         (["--use", "ngram,sink-window"], "repeat --use to combine"),
         (["--use", "ngram:tokens=4,sink-window"], "repeat --use to combine"),
         (["--use", "ngram:tokens=x"], "tokens must be an int"),
+        (["--use", f"quest:budget={10**20}"], "budget must be at most 2147483647"),
         (["more", "words"], "put the prompt in quotes"),
         (["--temperature", "nan"], "temperature must be between"),
         (["--top-p", "1.5"], "top_p must be between"),

@@ -53,9 +53,7 @@ def test_match_is_the_longest_stored_prefix_of_whole_pages(
     pool.check(pages(tree))
 
 
-@given(st.lists(tokens, min_size=1, max_size=12), st.integers(0, 40), st.integers(0, 11))
-@settings(max_examples=200)
-def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]], n: int, reader: int) -> None:
+def tree_of(stored: list[list[int]]) -> tuple[PagePool, RadixPrefix]:
     pool = PagePool(128, SIZE)
     tree = RadixPrefix(pool)
     for text in stored:
@@ -63,6 +61,13 @@ def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]
         r.table.grow(0, len(text))
         tree.store(r, len(text))
         r.table.clear()
+    return pool, tree
+
+
+@given(st.lists(tokens, min_size=1, max_size=12), st.integers(0, 40), st.integers(0, 11))
+@settings(max_examples=200)
+def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]], n: int, reader: int) -> None:
+    pool, tree = tree_of(stored)
     text = stored[reader % len(stored)]
     held = tree.match(request(pool, text), len(text)).pages
     total = sum(map(len, tree.held))
@@ -79,13 +84,7 @@ def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]
 
 @given(st.lists(tokens, min_size=1, max_size=12), st.integers(0, 11), st.integers(0, 40))
 def test_what_begins_as_a_request_does_is_given_up(stored: list[list[int]], which: int, n: int) -> None:
-    pool = PagePool(128, SIZE)
-    tree = RadixPrefix(pool)
-    for text in stored:
-        r = request(pool, text)
-        r.table.grow(0, len(text))
-        tree.store(r, len(text))
-        r.table.clear()
+    pool, tree = tree_of(stored)
     text = stored[which % len(stored)]
     held = tree.match(request(pool, text), len(text)).pages
     total = sum(map(len, tree.held))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -275,31 +275,20 @@ def test_pages_are_copied_in_every_stage() -> None:
 
 
 @contextmanager
-def unwritable(tiers: Tiers) -> Iterator[None]:
-    """Nothing can be written to the tier's file meanwhile."""
+def opened_only_to(flag: int, tiers: Tiers) -> Iterator[None]:
     file = tiers.native.descriptor
-    kept, full = os.dup(file), os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_DIRECT)
-    os.dup2(full, file)
+    kept, other = os.dup(file), os.open(f"/proc/self/fd/{file}", flag | os.O_DIRECT)
+    os.dup2(other, file)
     try:
         yield
     finally:
         os.dup2(kept, file)
         os.close(kept)
-        os.close(full)
+        os.close(other)
 
 
-@contextmanager
-def unreadable(tiers: Tiers) -> Iterator[None]:
-    """Nothing can be read from the tier's file meanwhile. What is written arrives: evictions go on."""
-    file = tiers.native.descriptor
-    kept, blind = os.dup(file), os.open(f"/proc/self/fd/{file}", os.O_WRONLY | os.O_DIRECT)
-    os.dup2(blind, file)
-    try:
-        yield
-    finally:
-        os.dup2(kept, file)
-        os.close(kept)
-        os.close(blind)
+# Nothing can be written to the tier's file meanwhile; or read from it, while what is written arrives.
+unwritable, unreadable = partial(opened_only_to, os.O_RDONLY), partial(opened_only_to, os.O_WRONLY)
 
 
 def test_a_failing_read_ends_its_request_and_no_other(tmp_path) -> None:

@@ -44,7 +44,7 @@ def test_what_does_not_fit_the_model_is_refused_at_start(tiny_model: Path, spec:
     ("spec", "memory", "words"),
     [
         # Of 2 layers and 2 KV heads of 8: a float32 page takes 8192 bytes. Codes are 3 vectors of 16, landmarks
-        # 2 of 32, coefficients 16 of 4, marks two bytes, angles 2 of 16 over all layers; a request.s basis 4 of 16
+        # 2 of 32, coefficients 16 of 4, marks two bytes, angles 2 of 16 over all layers; a request's basis 4 of 16
         # and, packed, 4 of 32. Partial keys: 16 of 4.
         ("quest:budget=64,skip_layers=0", 8192 + 768, "8192 bytes, and what quest keeps beside KV 768 bytes"),
         (
