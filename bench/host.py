@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail import LLM, SamplingParams, aliases
+from dovetail import LLM, SamplingParams
 from dovetail.checkpoint import open_checkpoint
 from dovetail.config import Config
 from dovetail.core.engine import Engine
@@ -33,11 +33,11 @@ from dovetail.core.scheduler import Limits
 from dovetail.core.seams import Geometry, Site
 from dovetail.core.technique import compose
 from dovetail.core.types import SpanResult, StepPlan, StepResult
-from dovetail.hub import models_home
+from dovetail.hub import aliases, models_home
 from dovetail.session import Session
 from dovetail.techniques import technique
-from dovetail.testing import ByteTokenizer
-from dovetail.tokenizer import Tokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
+from dovetail.text.tokenizer import Tokenizer
 
 TEXT = "Once upon a time there was a naïve fox — it said “hello” 🎉, wrote 3.14 lines of code:\n\tx = [1, 2]\n" * 8
 PARTS = ("plan", "commit", "text")

@@ -50,7 +50,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dovetail import machine
 from dovetail.bench.attention import (
     GROUPED,
     KV_DTYPES,
@@ -65,6 +64,7 @@ from dovetail.bench.attention import (
 )
 from dovetail.bench.ratio import Ratio
 from dovetail.bench.rounds import interleave
+from dovetail.host import machine
 from dovetail.ops import cpu
 from dovetail.ops.dequant import BLOCKS
 

@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from dovetail import DovetailError, machine
+from dovetail import DovetailError
 from dovetail.bench.points import Prompts
 from dovetail.bench.turns import in_turns
+from dovetail.host import machine
 
 BENCH = Path(__file__).resolve().parent
 FULL_BANDWIDTH = 75.0  # GB/s of an undisturbed machine of the kind these figures are compared on

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import CapacityError, ConfigError
+from dovetail.core.model import ModelConfig
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside, Composition

@@ -11,11 +11,11 @@ from dovetail.core.errors import ConfigError, ModelError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Probe
-from dovetail.interrupts import uninterrupted
+from dovetail.host.interrupts import uninterrupted
+from dovetail.host.units import parse_size
 from dovetail.options import SIZES
 from dovetail.outputs import Answer, RequestOutput
 from dovetail.session import SERVING, Session
-from dovetail.units import parse_size
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -43,12 +43,13 @@ class LLM:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
+        from dovetail.build import build_engine, stored_format
         from dovetail.checkpoint import open_checkpoint
-        from dovetail.hub import architecture, home
+        from dovetail.host.files import home
+        from dovetail.hub import architecture
         from dovetail.hub import resolve as find
         from dovetail.models import MODELS, facts, geometry
         from dovetail.runtime.kv import bytes_per_token
-        from dovetail.runtime.loader import build_engine, stored_format
         from dovetail.techniques import technique
 
         asked = _options(options)
@@ -169,13 +170,13 @@ class LLM:
 
     def _calibration(self, file: str) -> list[int]:
         """Tokens of the first part of a text: a corpus by name, a file, or for "" what every Python ships."""
-        from dovetail.evals.corpus import DEFAULT, corpus
+        from dovetail.text.corpus import DEFAULT, corpus
 
         ids: list[int] = self.tokenizer.encode(corpus(file or DEFAULT).text[:CALIBRATION])
         return ids
 
     def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
-        from dovetail.progress import counter
+        from dovetail.show.progress import counter
 
         left = {answer.request_id for answer in answers}
         try:
@@ -202,7 +203,7 @@ class LLM:
 
 def _tokenizer(given: Any) -> Any:
     """A tokenizer object as it is; a path means a directory with tokenizer.json."""
-    from dovetail.tokenizer import Tokenizer
+    from dovetail.text.tokenizer import Tokenizer
 
     return Tokenizer.from_directory(given) if isinstance(given, (str, Path)) else given
 
@@ -241,7 +242,7 @@ def _prompts(prompts: Any) -> list[Prompt]:
 def _machine(device: str) -> Machine:
     import torch
 
-    from dovetail.machine import cores, memory
+    from dovetail.host.machine import cores, memory
     from dovetail.ops.cpu import emulated, isas
 
     found, cuda = cores(), torch.cuda.is_available()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from dovetail.core.engine import Progress
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request, TokenLogprobs
-from dovetail.detokenizer import Detokenizer
-from dovetail.tokenizer import Tokenizer
+from dovetail.text.detokenizer import Detokenizer
+from dovetail.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

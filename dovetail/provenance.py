@@ -29,7 +29,7 @@ def provenance(llm: LLM | None = None) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    from dovetail import machine
+    from dovetail.host import machine
     from dovetail.ops.cpu import isas
 
     cores = machine.cores()

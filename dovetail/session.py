@@ -14,9 +14,9 @@ from dovetail.core.errors import RequestError
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe, Request
+from dovetail.host.turns import Turns
 from dovetail.outputs import Answer, Stream
-from dovetail.tokenizer import Tokenizer
-from dovetail.turns import Turns
+from dovetail.text.tokenizer import Tokenizer
 
 _MASK = 2**64 - 1
 SERVING = Probe()  # nothing is measured

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dovetail.core.errors import ConfigError
+from dovetail.host.units import parse_size
 from dovetail.options import SIZES, Options
 from dovetail.techniques import MODULES
-from dovetail.units import parse_size
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dovetail import LLM, ConfigError, ModelError, RequestError, SamplingParams
-from dovetail.interrupts import uninterrupted
+from dovetail.host.interrupts import uninterrupted
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -46,7 +46,7 @@ def test_progress_counts_every_answer_once(llm: LLM, monkeypatch) -> None:
     def counter(what, total, enabled):
         yield told.append
 
-    monkeypatch.setattr("dovetail.progress.counter", counter)
+    monkeypatch.setattr("dovetail.show.progress.counter", counter)
     lengths = [3, 1, 5, 3]
     params = [SamplingParams(temperature=1, max_tokens=n, n=2, ignore_eos=True) for n in lengths]
     llm.generate(["a", "b", "c", "d"], params)

@@ -17,7 +17,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request, Span
 from dovetail.outputs import Stream
 from dovetail.session import Session
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.tiny import TinyCheckpoint, tiny_config, tiny_engine
 
 CHECKPOINT = TinyCheckpoint(tiny_config(vocab_size=260))

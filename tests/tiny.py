@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from dovetail.checkpoint.config import ModelConfig
-from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.build import build_engine
 from dovetail.config import Config
 from dovetail.core.engine import Engine
+from dovetail.core.model import ModelConfig
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Request
 from dovetail.layers.embedding import Embedding
 from dovetail.models import facts
-from dovetail.runtime.loader import build_engine
+from dovetail.ops.stored import StoredTensor
 from dovetail.techniques import technique
 
 VOCAB = 61

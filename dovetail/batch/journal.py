@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.files import replacing
+from dovetail.host.files import replacing
 
 SYNC_SECONDS = 1.0
 PREFIX = "batch_req_"

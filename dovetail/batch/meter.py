@@ -6,7 +6,7 @@ import sys
 import time
 
 from dovetail.batch.runner import Runner
-from dovetail.units import format_duration
+from dovetail.host.units import format_duration
 
 TERMINAL_SECONDS = 0.2
 PLAIN_SECONDS = 10.0

@@ -67,7 +67,7 @@ def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    from dovetail.server.protocol import json_object
+    from dovetail.host.json_file import json_object
 
     if len(line) >= MAX_LINE:
         raise RequestError(f"the line is longer than {MAX_LINE} bytes")

@@ -16,8 +16,9 @@ from torch import Tensor
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant
+from dovetail.ops.cpu import padded
 from dovetail.ops.template import with_tables
-from dovetail.runtime.store import FloatStore, TiledStore, padded
+from dovetail.runtime.store import FloatStore, TiledStore
 
 PAGE = 16  # tokens
 KV_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}

@@ -13,7 +13,7 @@ from typing import Any
 
 from dovetail.bench.samples import Path, at
 from dovetail.core.errors import ConfigError, ModelError
-from dovetail.json_file import parse_json_object, read_bytes
+from dovetail.host.json_file import parse_json_object, read_bytes
 
 MAX_BYTES = 64 << 20
 ORIGIN = ("machine", "versions", "commit", "config")

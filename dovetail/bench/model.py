@@ -14,8 +14,8 @@ from dovetail.bench.samples import PERCENTILES, percentile
 from dovetail.bench.side import Side, result
 from dovetail.bench.startup import start
 from dovetail.bench.turns import in_turns
-from dovetail.progress import Advance, counter
 from dovetail.setting import Setting
+from dovetail.show.progress import Advance, counter
 
 LATENCY_CONTEXT = 16
 _TABLES = (

@@ -17,9 +17,9 @@ from dovetail.bench.turns import in_turns
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.sampling import SamplingParams
 from dovetail.llm import LLM
-from dovetail.progress import Advance, counter
 from dovetail.session import token_ids
 from dovetail.setting import Setting
+from dovetail.show.progress import Advance, counter
 
 SHOWN_LINES = 5  # of those that cannot be used
 

@@ -56,7 +56,7 @@ def _text(line: bytes) -> str:
 
 
 def _json_line(number: int, line: bytes) -> Line:
-    from dovetail.server.protocol import json_object
+    from dovetail.host.json_file import json_object
 
     if len(line) >= MAX_LINE:
         raise RequestError(f"the line is longer than {MAX_LINE} bytes")

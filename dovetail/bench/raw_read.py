@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dovetail import machine
+from dovetail.host import machine
 from dovetail.ops import cpu
 
 READ_MB = 256

@@ -19,7 +19,7 @@ from dovetail.bench.target import Target
 from dovetail.bench.turns import in_turns
 from dovetail.bench.workload import LoadRequest, Workload
 from dovetail.core.errors import ConfigError, RequestError
-from dovetail.progress import counter, note
+from dovetail.show.progress import counter, note
 
 CACHED = 0.25  # share of prompt tokens in a prefix cache, above which prompts were not new to the server
 

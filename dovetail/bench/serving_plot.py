@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dovetail import plot
+from dovetail.show import plot
 
 
 def draw(points: Sequence[dict[str, Any]], destination: Path) -> None:

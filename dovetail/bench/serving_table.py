@@ -10,7 +10,7 @@ from dovetail.bench.samples import PERCENTILES, at
 from dovetail.bench.serving_report import FIGURES
 from dovetail.bench.serving_rounds import LATENCIES, RATES
 from dovetail.bench.slo import ATTAINED
-from dovetail.table import table
+from dovetail.show.table import table
 
 Point = dict[str, Any]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from dovetail.bench.record import Record
 from dovetail.core.errors import ConfigError
-from dovetail.units import parse_duration
+from dovetail.host.units import parse_duration
 
 ATTAINED = 0.9  # share of the requests that must meet it for a rate to count as met
 

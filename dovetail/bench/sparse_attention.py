@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dovetail.bench.attention import KV_DTYPES, Attention, Kernels, KVPool, Request
 from dovetail.core.pages import pages_for
+from dovetail.ops.cpu import lazy_zeros, padded
 from dovetail.ops.pages import num_vectors
-from dovetail.runtime.store import lazy_zeros, padded
 
 SPAN = 16  # pages
 NOISE = 0.5  # of a token's key, beside the 1 of what its page's keys have in common

@@ -8,8 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from dovetail.core.errors import DovetailError
-from dovetail.interrupts import uninterrupted
-from dovetail.process import peak_rss, since_start
+from dovetail.host.interrupts import uninterrupted
+from dovetail.host.process import peak_rss, since_start
 
 if TYPE_CHECKING:
     from dovetail.setting import Setting

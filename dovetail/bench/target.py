@@ -15,7 +15,7 @@ from dovetail.bench.asking import Asking
 from dovetail.bench.client import Client, Served
 from dovetail.bench.server_process import ServerProcess, serving
 from dovetail.core.errors import ConfigError
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 _HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?", re.ASCII)
 

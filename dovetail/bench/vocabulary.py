@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dovetail.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dovetail.tokenizer import Tokenizer
+    from dovetail.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
 

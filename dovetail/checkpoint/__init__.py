@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 from dovetail.checkpoint.checkpoint import Checkpoint
-from dovetail.checkpoint.config import ModelConfig, RopeConfig
 from dovetail.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from dovetail.checkpoint.hf import HFCheckpoint
 from dovetail.checkpoint.layout import validate
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig, RopeConfig
+from dovetail.ops.stored import StoredTensor
 
 __all__ = ["Checkpoint", "ModelConfig", "RopeConfig", "StoredTensor", "open_checkpoint", "validate"]
 

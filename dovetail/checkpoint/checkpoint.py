@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from dovetail.checkpoint.config import ModelConfig
-from dovetail.checkpoint.tensor import StoredTensor
-from dovetail.tokenizer import Tokenizer
+from dovetail.core.model import ModelConfig
+from dovetail.ops.stored import StoredTensor
+from dovetail.text.tokenizer import Tokenizer
 
 
 class Checkpoint(Protocol):

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from dovetail.checkpoint.architectures import ARCHITECTURES
 from dovetail.checkpoint.checkpoint import Checkpoint
-from dovetail.checkpoint.config import ModelConfig, RopeConfig
 from dovetail.checkpoint.layout import expected_shapes
 from dovetail.core.errors import ConfigError, ModelError
-from dovetail.files import explaining, require_space, user_mode
-from dovetail.tokenizer import Tokenizer
+from dovetail.core.model import ModelConfig, RopeConfig
+from dovetail.host.files import explaining, require_space, user_mode
+from dovetail.text.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
 _REMEDY = "choose another folder"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig
 
 LIMIT = 1 << 31  # no size of a model reaches this; kernels index rows with 32 bits
 ROPE_KINDS = {

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dovetail.checkpoint.tensor import CUT_SHORT, StoredTensor
 from dovetail.core.errors import ModelError
 from dovetail.ops.dequant import BLOCKS
+from dovetail.ops.stored import CUT_SHORT, StoredTensor
 
 MAX_ENTRIES = 1 << 15  # metadata keys, and tensors: each costs a few hundred bytes of Python objects
 MAX_STRING = 1 << 20  # bytes of one string value (chat templates and licences are tens of kilobytes)

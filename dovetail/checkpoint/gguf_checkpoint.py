@@ -12,9 +12,9 @@ from dovetail.checkpoint.architectures import ARCHITECTURES
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.checkpoint.gguf_config import parse_gguf_config
 from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ModelError
-from dovetail.tokenizer import Tokenizer
+from dovetail.ops.stored import StoredTensor
+from dovetail.text.tokenizer import Tokenizer
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {

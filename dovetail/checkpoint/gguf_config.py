@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from dovetail.checkpoint.architectures import find_architecture
-from dovetail.checkpoint.config import ModelConfig, RopeConfig
 from dovetail.checkpoint.geometry import LIMIT, check_geometry
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig, RopeConfig
 
 _YARN = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 

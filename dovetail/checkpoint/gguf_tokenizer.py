@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.checkpoint.gguf_config import gguf_eos_ids
 from dovetail.core.errors import ModelError
-from dovetail.tokenizer import Tokenizer, guarded
+from dovetail.text.tokenizer import Tokenizer, guarded
 
 _LOG = logging.getLogger(__name__)
 

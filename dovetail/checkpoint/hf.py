@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dovetail.checkpoint.hf_config import Fields, parse_hf_config
-from dovetail.checkpoint.tensor import CUT_SHORT, StoredTensor
 from dovetail.core.errors import ModelError
-from dovetail.json_file import parse_json_object, read_json_object
-from dovetail.tokenizer import Tokenizer
+from dovetail.host.json_file import parse_json_object, read_json_object
+from dovetail.ops.stored import CUT_SHORT, StoredTensor
+from dovetail.text.tokenizer import Tokenizer
 
 _HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
 _INDEX = "model.safetensors.index.json"

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from dovetail.checkpoint.architectures import Architecture, find_architecture
-from dovetail.checkpoint.config import ModelConfig, RopeConfig
 from dovetail.checkpoint.geometry import LIMIT, check_geometry
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig, RopeConfig
 
 
 class Fields:

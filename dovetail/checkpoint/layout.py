@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig
 
 if TYPE_CHECKING:
     from dovetail.checkpoint.checkpoint import Checkpoint

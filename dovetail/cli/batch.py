@@ -12,7 +12,7 @@ from dovetail.cli import terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.batch.journal import Journal

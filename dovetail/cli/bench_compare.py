@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dovetail.cli.result import JsonOption, write_json
-from dovetail.table import table
+from dovetail.show.table import table
 
 SHOWN_NAMES = 8  # of figures that only one of the results has
 

@@ -10,7 +10,7 @@ from dovetail.cli import terminal
 from dovetail.cli.bench_report import AGAINST_HELP, ROUNDS_HELP, finish, settings, show
 from dovetail.cli.engine_options import EngineOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 ROUNDS, QUICK_ROUNDS = 5, 2
 STARTS, QUICK_STARTS = 3, 1

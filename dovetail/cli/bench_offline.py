@@ -11,7 +11,7 @@ from dovetail.cli import terminal
 from dovetail.cli.bench_report import AGAINST_HELP, ROUNDS_HELP, finish, settings, show
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 MAX_TOKENS = 128
 ROUNDS = 3  # of two settings; one alone is measured once

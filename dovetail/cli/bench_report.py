@@ -9,8 +9,8 @@ import typer
 
 from dovetail.bench.samples import at
 from dovetail.cli.engine_options import EngineOptions
-from dovetail.progress import note
-from dovetail.table import table
+from dovetail.show.progress import note
+from dovetail.show.table import table
 
 if TYPE_CHECKING:
     from dovetail.setting import Setting

@@ -17,8 +17,8 @@ from dovetail.cli.load_options import AskOptions, LoadOptions
 from dovetail.cli.load_setup import LoadSetup
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError
-from dovetail.plot import PlotOption
-from dovetail.progress import note
+from dovetail.show.plot import PlotOption
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.bench.serving import ServingBench

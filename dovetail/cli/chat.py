@@ -14,8 +14,8 @@ import typer
 from dovetail.cli import EXIT_INTERRUPTED, terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.core.errors import ConfigError, RequestError
-from dovetail.process import since_start
-from dovetail.progress import note
+from dovetail.host.process import since_start
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.cli.conversation import Conversation

@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    from dovetail import machine
+    from dovetail.host import machine
 
     cores = machine.cores()
     return {
@@ -57,7 +57,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, Any]:
-    from dovetail import machine
+    from dovetail.host import machine
 
     memory = machine.memory()
     # Several times the last-level cache, and never so much that measuring pushes something else out.
@@ -125,13 +125,12 @@ def _packages() -> dict[str, str | None]:
 def _caches() -> dict[str, Any]:
     from huggingface_hub import constants
 
-    from dovetail import hub
-    from dovetail.files import free_bytes, tree_bytes
+    from dovetail.host.files import free_bytes, home, tree_bytes
 
     return {
-        "home": str(hub.home()),
-        "home_bytes": tree_bytes(hub.home()),
-        "home_free": free_bytes(hub.home()),
+        "home": str(home()),
+        "home_bytes": tree_bytes(home()),
+        "home_free": free_bytes(home()),
         "hugging_face": constants.HF_HUB_CACHE,
     }
 
@@ -153,7 +152,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    from dovetail.units import format_size
+    from dovetail.host.units import format_size
 
     cpu, memory, caches = report["cpu"], report["memory"], report["caches"]
     quota = "none" if cpu["cgroup_quota"] is None else f"{cpu['cgroup_quota']:g} cores"

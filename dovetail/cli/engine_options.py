@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, TypeVar, get_t
 import typer
 
 from dovetail.core.errors import ConfigError
+from dovetail.host.units import parse_size
 from dovetail.options import SIZES, Options
 from dovetail.techniques import MODULES
-from dovetail.units import parse_size
 
 if TYPE_CHECKING:
     from dovetail.core.sampling import SamplingParams

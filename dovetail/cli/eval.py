@@ -13,8 +13,8 @@ from dovetail.cli.result import JsonOption, write_json
 from dovetail.cli.suite_options import SuiteOptions
 from dovetail.core.errors import ConfigError
 from dovetail.evals import SUITES
-from dovetail.plot import PlotOption
-from dovetail.progress import note
+from dovetail.show.plot import PlotOption
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.evals.journal import Journal
@@ -72,7 +72,7 @@ def command(
     if len(asked.settings) > 1:
         print(_table(asked.suite, results))
     if plot is not None:
-        from dovetail.plot import save
+        from dovetail.show.plot import save
 
         save(asked.suite.draw(results), plot)
     write_json(json_file, _json(asked, results))
@@ -161,7 +161,7 @@ def _say(asked: Run, result: Result) -> None:
 def _table(suite: Suite, results: Sequence[Result]) -> str:
     """One line for each setting; `best` are those that none beats in quality and speed together."""
     from dovetail.evals.plots import pareto
-    from dovetail.table import table
+    from dovetail.show.table import table
 
     measured = [r for r in results if r["state"] == "measured" and "decode_tokens_per_s" in r]
     sign = 1 if suite.higher else -1

@@ -23,8 +23,9 @@ def command(
       dovetail list --json -
     """
     from dovetail import hub
-    from dovetail.aliases import ALIASES
-    from dovetail.units import format_size
+    from dovetail.host.files import home
+    from dovetail.host.units import format_size
+    from dovetail.hub.aliases import ALIASES
 
     models = hub.list_models()
     rows = [(model.name, format_size(model.size), str(model.path)) for model in models]
@@ -44,4 +45,4 @@ def command(
         {"name": model.name, "path": str(model.path), "bytes": model.size, "source": model.source}
         for model in models
     ]
-    write_json(json_file, {"models": listed, "aliases": list(ALIASES), "home": str(hub.home())})
+    write_json(json_file, {"models": listed, "aliases": list(ALIASES), "home": str(home())})

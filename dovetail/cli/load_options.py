@@ -19,7 +19,7 @@ from dovetail.bench.trace import Kind, Trace
 from dovetail.bench.workload import Lengths, Limits, Rows, Synthetic
 from dovetail.cli.engine_options import OptionGroup
 from dovetail.core.errors import ConfigError, RequestError
-from dovetail.units import parse_duration
+from dovetail.host.units import parse_duration
 
 if TYPE_CHECKING:
     from dovetail.bench.serving import Plan

@@ -14,7 +14,7 @@ from dovetail.bench.workload import Rows, Workload, check_synthetic
 from dovetail.cli.engine_options import EngineOptions
 from dovetail.cli.load_options import AskOptions, LoadOptions, Prompts
 from dovetail.core.errors import ConfigError
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.bench.serving import Plan

@@ -24,7 +24,7 @@ def command(
       dovetail pull org/name:model.Q4_K_M.gguf
     """
     from dovetail import hub
-    from dovetail.files import tree_bytes
+    from dovetail.host.files import tree_bytes
 
     started = time.perf_counter()
     path = hub.verify(model) if verify else hub.resolve(model, refresh=True)

@@ -8,7 +8,7 @@ import typer
 
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError
-from dovetail.plot import PlotOption, save
+from dovetail.show.plot import PlotOption, save
 
 
 def command(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dovetail.core.errors import ConfigError
-from dovetail.files import replacing
+from dovetail.host.files import replacing
 
 
 def _checked(destination: str | None) -> str | None:

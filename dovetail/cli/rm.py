@@ -21,7 +21,7 @@ def command(
       dovetail rm HuggingFaceTB/SmolLM2-360M-Instruct
     """
     from dovetail import hub
-    from dovetail.units import format_size
+    from dovetail.host.units import format_size
 
     freed = hub.remove(model)
     print(f"removed {model}, {format_size(freed)} freed")

@@ -12,8 +12,8 @@ from dovetail.cli import terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError, RequestError
-from dovetail.process import since_start
-from dovetail.progress import note
+from dovetail.host.process import since_start
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.core.sampling import SamplingParams

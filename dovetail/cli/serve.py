@@ -13,8 +13,8 @@ import typer
 
 from dovetail.cli.engine_options import EngineOptions, spliced
 from dovetail.core.errors import ConfigError
-from dovetail.progress import note
-from dovetail.units import format_size, parse_duration
+from dovetail.host.units import format_size, parse_duration
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.config import Config

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import RequestError
-from dovetail.progress import note
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.cli.engine_options import EngineOptions, SamplingOptions
@@ -76,7 +76,7 @@ def numbers(output: RequestOutput) -> dict[str, Any]:
 
 def summary(output: RequestOutput) -> str:
     """The figures of one answer as a line."""
-    from dovetail.units import format_duration
+    from dovetail.host.units import format_duration
 
     n = numbers(output)
     parts = [

@@ -20,9 +20,9 @@ import numpy as np
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe
-from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.perplexity import windows
 from dovetail.evals.suite import Result, Suite, at_least
+from dovetail.text.corpus import DEFAULT, corpus
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -171,7 +171,7 @@ def _watch(
 
 def _room(rows: int, llm: LLM) -> Any:
     """Rows of logits in a file without a name."""
-    from dovetail.files import require_space
+    from dovetail.host.files import require_space
 
     vocabulary = llm.checkpoint.config.vocab_size
     folder = Path(tempfile.gettempdir())

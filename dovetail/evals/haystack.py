@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dovetail.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dovetail.tokenizer import Tokenizer
+    from dovetail.text.tokenizer import Tokenizer
 
 STOPS = (".", "!", "?")  # end a sentence where a space follows
 BREAKS = ("\n", "。", "！", "？")

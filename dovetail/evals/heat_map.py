@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dovetail.plot import figure
+from dovetail.show.plot import figure
 
 Grid = Sequence[dict[str, Any]]
 COLUMNS = 3

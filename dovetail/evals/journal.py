@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.hub import home
+from dovetail.host.files import home
 
 
 class Journal:

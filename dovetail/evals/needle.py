@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.haystack import haystack
 from dovetail.evals.plots import draw_front
 from dovetail.evals.retrieval import KEYS, VARIANTS, recall
 from dovetail.evals.suite import Result, Suite
 from dovetail.evals.trial import Trial, trial
-from dovetail.progress import counter
 from dovetail.setting import expanded
-from dovetail.table import table
+from dovetail.show.progress import counter
+from dovetail.show.table import table
+from dovetail.text.corpus import DEFAULT, corpus
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM

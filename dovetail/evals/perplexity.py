@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.evals.scoring import score
 from dovetail.evals.suite import Result, Suite, at_least
+from dovetail.text.corpus import DEFAULT, corpus
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM

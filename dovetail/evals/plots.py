@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from dovetail.evals.suite import Result, Suite
-from dovetail.plot import figure
+from dovetail.show.plot import figure
+
+Result = dict[str, Any]
+
+
+class Measurement(Protocol):
+    """What a plot asks of a suite: see `evals.suite.Suite`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def quality(self) -> str: ...
+
+    @property
+    def higher(self) -> bool: ...
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -20,14 +34,14 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front, key=lambda i: points[i])
 
 
-def quality_against_speed(suite: Suite, results: Sequence[Result]) -> Any:
+def quality_against_speed(suite: Measurement, results: Sequence[Result]) -> Any:
     """A Figure: a point for each result, the Pareto front joined by a line. Refused settings are left out."""
     drawn = figure()
     draw_front(drawn.subplots(), suite, results)
     return drawn
 
 
-def draw_front(axes: Any, suite: Suite, results: Sequence[Result]) -> None:
+def draw_front(axes: Any, suite: Measurement, results: Sequence[Result]) -> None:
     measured = [r for r in results if r["state"] == "measured" and "decode_tokens_per_s" in r]
     speeds = [r["decode_tokens_per_s"] for r in measured]
     values = [r[suite.quality] for r in measured]

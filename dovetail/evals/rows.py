@@ -122,7 +122,7 @@ def read_text(path: Path) -> Rows[str]:
 
 def read_jsonl(path: Path) -> Rows[dict[str, Any]]:
     """The JSON objects of a file. ConfigError where it cannot be read, RequestError where it has none."""
-    from dovetail.server.protocol import json_object
+    from dovetail.host.json_file import json_object
 
     return read_lines(path).map(lambda line: json_object(line, "line"))
 

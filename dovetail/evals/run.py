@@ -13,9 +13,9 @@ from dovetail.core.technique import idle
 from dovetail.evals.journal import Journal
 from dovetail.evals.speed import decode_speed
 from dovetail.evals.suite import Result, Suite
-from dovetail.progress import note
 from dovetail.provenance import commit, versions
 from dovetail.setting import Setting
+from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM

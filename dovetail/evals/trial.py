@@ -17,7 +17,7 @@ from dovetail.evals.retrieval import Retrieval, retrieval
 if TYPE_CHECKING:
     from dovetail.llm import LLM
     from dovetail.outputs import RequestOutput
-    from dovetail.tokenizer import Tokenizer
+    from dovetail.text.tokenizer import Tokenizer
 
 SPARE = 8  # tokens of answer for each number besides it: too few to go on to the number of another key
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.ops.stored import StoredTensor
 
 
 class Embedding:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.tensor import StoredTensor
+from dovetail.ops.stored import StoredTensor
 
 
 class Dense:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.ops import cpu
+from dovetail.ops.stored import StoredTensor
 
 
 class Packed:

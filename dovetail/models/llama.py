@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dovetail.checkpoint import Checkpoint
-from dovetail.checkpoint.config import ModelConfig
 from dovetail.core.errors import ModelError
+from dovetail.core.model import ModelConfig
 from dovetail.core.seams import EVERY_ROW, Format, Geometry, RowFilter, SlidingWindow, Variant
 from dovetail.layers.embedding import Embedding, StoredEmbedding
 from dovetail.layers.norm import Norm

@@ -1,4 +1,4 @@
-"""The native CPU kernels' Python face: what this machine can run, and packed weights.
+"""The native CPU kernels' Python face: what this machine can run, packed weights, and memory for them.
 
 torch is imported first, so that both use one OpenMP runtime and one set of threads.
 """
@@ -6,17 +6,21 @@ torch is imported first, so that both use one OpenMP runtime and one set of thre
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ConfigError
+from dovetail.ops.stored import StoredTensor
 
+ALIGNMENT = 4096  # bytes
 TORCH = "torch"  # the name of the reference kernels
 MAX_HEAD_DIM = 512  # buffers of the attention kernels have that size
 ACTIVATIONS = {torch.bfloat16: "bf16"}
@@ -76,3 +80,21 @@ def plain(weight: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     values: Tensor = weight.dequantize(dtype).contiguous()
     return StoredTensor(weight.name, name, weight.shape, values.view(-1, weight.shape[-1]).view(torch.uint8))
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now.
+
+    They begin on a page of memory: vectors across two cache lines are read at half the speed, and pages of KV that
+    are as large as a page of memory are then one.
+    """
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
+
+
+def padded(head_dim: int) -> int:
+    return -(-head_dim // 16) * 16

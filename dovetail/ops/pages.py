@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from dovetail.core.seams import Geometry
-from dovetail.runtime.store import lazy_zeros, padded
+from dovetail.ops.cpu import lazy_zeros, padded
 
 KINDS = ("bound", "mean_std", "codes")
 LEVELS = 4

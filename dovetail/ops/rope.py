@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.config import RopeConfig
 from dovetail.core.errors import ModelError
+from dovetail.core.model import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

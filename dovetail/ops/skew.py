@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dovetail.core.seams import Geometry
-from dovetail.runtime.store import lazy_zeros
+from dovetail.ops.cpu import lazy_zeros
 
 
 def skew(q: Tensor) -> Tensor:

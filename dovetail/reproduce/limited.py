@@ -12,11 +12,11 @@ from dovetail.bench.ratio import Ratio
 from dovetail.bench.turns import in_turns
 from dovetail.checkpoint import open_checkpoint
 from dovetail.core.pages import pages_for
-from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.llm import LLM
 from dovetail.models import geometry
 from dovetail.reproduce import require
 from dovetail.runtime.kv import bytes_per_token
+from dovetail.text.corpus import DEFAULT, corpus
 
 BLOCK, DTYPE = 16, "bf16"  # of KV
 BATCHED = 256  # tokens of a step: what a step writes takes device memory too

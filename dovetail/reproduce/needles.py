@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dovetail.evals.corpus import DEFAULT
 from dovetail.evals.needle import Needle
+from dovetail.host.units import parse_size
 from dovetail.llm import LLM
 from dovetail.reproduce import require
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.techniques import technique
-from dovetail.units import parse_size
+from dovetail.text.corpus import DEFAULT
 
 NAME = "needles"
 NEEDED = 0.95  # of what the plain engine finds

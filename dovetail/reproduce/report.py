@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from dovetail.plot import figure
+from dovetail.host.units import format_duration
 from dovetail.reproduce import SYSTEMS, System
 from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.runner import Reproduction
-from dovetail.table import table
-from dovetail.units import format_duration
+from dovetail.show.plot import figure
+from dovetail.show.table import table
 
 WIDTH = 110
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dovetail import machine
 from dovetail.bench.attention import Kernels
 from dovetail.core.errors import ConfigError
 from dovetail.core.technique import idle
+from dovetail.host import machine
 from dovetail.llm import LLM
 from dovetail.ops import cpu
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from dovetail.progress import counter, note
+from dovetail.host.units import format_duration
 from dovetail.reproduce import System
 from dovetail.reproduce.claim import Claim, Experiment
-from dovetail.units import format_duration
+from dovetail.show.progress import counter, note
 
 EFFORTS = ("quick", "default", "full")
 

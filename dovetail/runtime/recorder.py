@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.seams import Variant
 from dovetail.layers.norm import Norm
 from dovetail.layers.packed import PackedLinear
@@ -17,6 +16,7 @@ from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.pages import Summaries
 from dovetail.ops.rope import Rope
 from dovetail.ops.skew import TurnedKeys
+from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.kv import KV
 from dovetail.runtime.recorded import RecordedSelector
 from dovetail.runtime.residency import TieredStore, tiers_of

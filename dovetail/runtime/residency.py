@@ -17,7 +17,8 @@ from torch import Tensor
 from dovetail.core.errors import CapacityError
 from dovetail.core.seams import Geometry, Residency
 from dovetail.ops import cpu
-from dovetail.runtime.store import TiledStore, padded
+from dovetail.ops.cpu import padded
+from dovetail.runtime.store import TiledStore
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,13 @@ Slots are numbered across layers: slot s of layer i is at i * slots per layer + 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from dovetail.core.errors import ConfigError
+from dovetail.ops.cpu import lazy_zeros, padded
 
 KV_DTYPES = ("float32", "bf16", "float16", "int8", "int4", "float64")
-
-
-ALIGNMENT = 4096  # bytes
-
-
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now.
-
-    They begin on a page of memory: vectors across two cache lines are read at half the speed, and pages of KV that
-    are as large as a page of memory are then one.
-    """
-    if device.type != "cpu":
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
 
 
 class FloatStore:
@@ -267,10 +247,6 @@ class TiledStore:
         else:
             found = self.data[page, head, tile, t]
         return found[..., : self.dim]
-
-
-def padded(head_dim: int) -> int:
-    return -(-head_dim // 16) * 16
 
 
 Store = FloatStore | Int8Store | Int4Store | TiledStore

@@ -11,7 +11,7 @@ from dovetail.server.job import Delta
 from dovetail.server.logprobs import CompletionLogprobs, joined
 from dovetail.server.params import scores_only
 from dovetail.server.protocol import ChatRequest, CompletionRequest
-from dovetail.tokenizer import Tokenizer
+from dovetail.text.tokenizer import Tokenizer
 
 
 def usage(answers: Sequence[Answer], completion_tokens: int) -> dict[str, Any]:

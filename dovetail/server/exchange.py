@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dovetail.core.errors import RequestError
+from dovetail.host.json_file import json_object
 from dovetail.server import errors
-from dovetail.server.protocol import json_object
 
 MAX_BODY = 16 << 20
 BODY_SECONDS = 60.0  # to send a whole body

@@ -7,7 +7,7 @@ from typing import Any
 
 from dovetail.core.types import TokenLogprobs
 from dovetail.outputs import Logprob, named
-from dovetail.tokenizer import Tokenizer
+from dovetail.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no -inf
 

@@ -10,23 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
-from pydantic_core import from_json
 
 from dovetail.core.errors import RequestError
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer"}}
 STRINGS = {"type": "array", "items": {"type": "string"}}
-
-
-def json_object(data: bytes, what: str) -> dict[str, Any]:
-    """`data` as a JSON object: proper numbers, Unicode text, bounded nesting. RequestError names `what`."""
-    try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the {what} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"the {what} must be a JSON object")
-    return value
 
 
 def _all(kind: type) -> AfterValidator:

@@ -14,7 +14,7 @@ from dovetail.bench.arrivals import Arrivals, Pattern
 from dovetail.bench.trace import BLOCK, Kind, TraceRequest
 from dovetail.bench.workload import Lengths, Limits, Rows, Synthetic, Workload, check_synthetic
 from dovetail.core.errors import ConfigError
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 
 IDS = vocabulary.token_ids(ByteTokenizer())
 EXACT = Lengths(5, 5)

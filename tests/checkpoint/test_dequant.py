@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.errors import ModelError
 from dovetail.ops.dequant import BLOCKS
+from dovetail.ops.stored import StoredTensor
 
 
 def random_blocks(name: str, count: int, seed: int) -> np.ndarray:

@@ -208,7 +208,7 @@ def test_export_explains_what_the_system_refuses(tmp_path: Path, monkeypatch: py
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
-    monkeypatch.setattr("dovetail.files.free_bytes", lambda directory: 7)
+    monkeypatch.setattr("dovetail.host.files.free_bytes", lambda directory: 7)
     with pytest.raises(ModelError, match="needed, 7B free"):
         export(checkpoint, tmp_path / "more")
     assert not (tmp_path / "more").exists()

@@ -7,11 +7,12 @@ from importlib import import_module
 import pytest
 from typer.testing import CliRunner
 
-from dovetail import aliases, cli, hub
+from dovetail import cli, hub
 from dovetail.cli import serve
 from dovetail.core.errors import ModelError
+from dovetail.host.units import format_size
+from dovetail.hub import aliases
 from dovetail.llm import LLM
-from dovetail.units import format_size
 
 HEAVY = {"torch", "numpy", "rich", "huggingface_hub", "fastapi", "transformers", "tokenizers"}
 PROGRAM = "import sys; from dovetail.cli import main; sys.argv[0] = 'dovetail'; main()"
@@ -205,7 +206,7 @@ def test_export_reads_its_options_first():
 
 
 def test_doctor(home, monkeypatch, tmp_path):
-    monkeypatch.setattr("dovetail.machine.read_bandwidth", lambda threads, size: 12.3e9)
+    monkeypatch.setattr("dovetail.host.machine.read_bandwidth", lambda threads, size: 12.3e9)
     result = invoke("doctor", "--json", str(tmp_path / "machine.json"))
     assert result.exit_code == 0, result.output
     assert "12.3 GB/s" in result.stdout
@@ -221,7 +222,7 @@ def test_doctor(home, monkeypatch, tmp_path):
 
 
 def test_doctor_without_the_native_library(home, monkeypatch):
-    monkeypatch.setattr("dovetail.machine.read_bandwidth", lambda threads, size: 12.3e9)
+    monkeypatch.setattr("dovetail.host.machine.read_bandwidth", lambda threads, size: 12.3e9)
     monkeypatch.setitem(sys.modules, "dovetail._native", None)
     monkeypatch.delattr("dovetail._native", raising=False)
     result = invoke("doctor")

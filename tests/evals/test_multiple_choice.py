@@ -16,7 +16,7 @@ from dovetail import LLM
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.evals.multiple_choice import Choices, MultipleChoice, Texts, encode, log_likelihoods, parse
 from dovetail.evals.perplexity import Perplexity
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.helpers.program import SMALL, call
 
 EXACT = dict(kv_memory="16MiB", threads=1, dtype="float32", kv_cache_dtype="float32")

@@ -22,7 +22,7 @@ from dovetail.evals.needle import Needle
 from dovetail.evals.retrieval import KEYS, VARIANTS, recall, retrieval
 from dovetail.evals.trial import Trial, trial
 from dovetail.llm import LLM
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.helpers.program import SMALL, call
 
 TOKENIZER = ByteTokenizer()

@@ -13,10 +13,10 @@ import transformers
 
 from dovetail import LLM, RequestError
 from dovetail.core.errors import ConfigError
-from dovetail.evals.corpus import corpus
 from dovetail.evals.divergence import Divergence, divergence
 from dovetail.evals.perplexity import Perplexity
 from dovetail.evals.scoring import score
+from dovetail.text.corpus import corpus
 
 EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
 

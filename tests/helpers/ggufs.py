@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from dovetail.detokenizer import BYTE_ALPHABET
+from dovetail.text.detokenizer import BYTE_ALPHABET
 
 HIDDEN, HEADS, KV_HEADS, WIDE, LAYERS = 32, 4, 2, 64, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from dovetail.detokenizer import BYTE_ALPHABET
+from dovetail.text.detokenizer import BYTE_ALPHABET
 
 CONTROL = ["<unk>", "<s>", "</s>", "[INST]"]
 PIECES = [

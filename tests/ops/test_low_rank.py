@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.checkpoint.config import RopeConfig
+from dovetail.core.model import RopeConfig
 from dovetail.ops import cpu, low_rank
 from dovetail.ops.low_rank import factorise, rebuild
 from dovetail.ops.rope import Rope, rotate, unrotate

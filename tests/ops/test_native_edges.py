@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
 from dovetail.ops.attention.paged import PagedAttention, Shape
+from dovetail.ops.stored import StoredTensor
 from dovetail.ops.template import minimum
 
 pytestmark = pytest.mark.skipif(cpu.native() is None, reason="the native library is not built")

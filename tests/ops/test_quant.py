@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.checkpoint.tensor import StoredTensor
 from dovetail.ops.quant import q8_0
+from dovetail.ops.stored import StoredTensor
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3))

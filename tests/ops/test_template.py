@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dovetail import machine
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.seams import SlidingWindow, Variant
+from dovetail.host import machine
 from dovetail.ops import template
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.ops.template import (

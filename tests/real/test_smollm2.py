@@ -113,8 +113,8 @@ def test_the_default_precision_gives_the_same_text_under_any_schedule(llm: LLM, 
 def test_perplexity_equals_transformers(llm: LLM, smollm2: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from dovetail.evals.corpus import corpus
     from dovetail.evals.perplexity import Perplexity
+    from dovetail.text.corpus import corpus
 
     result = Perplexity(window=512, windows=2).measure(llm, None)
     export(open_checkpoint(smollm2), tmp_path / "hf", torch.float32)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail import hub
 from dovetail.bench.attention import Attention, Heads, Kernels, KVPool, Pages, Request, Unfused
 from dovetail.bench.parallel import ParallelGeneration
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import SlidingWindow
+from dovetail.host.files import home
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.reproduce.claim import Claim
@@ -150,7 +150,7 @@ def test_the_step_in_torch_is_the_same_step(pages: Pages) -> None:
 
 def test_compiled_variants_come_from_an_empty_folder(tmp_path: Path) -> None:
     """And leave nothing in the cache of the user."""
-    before = sorted(p.name for p in (hub.home() / "kernels").glob("*.so"))
+    before = sorted(p.name for p in (home() / "kernels").glob("*.so"))
     builds = _build(tmp_path)
     assert len(builds.first) == len(builds.again) == 2 and set(builds.built) == {
         "soft cap",
@@ -158,4 +158,4 @@ def test_compiled_variants_come_from_an_empty_folder(tmp_path: Path) -> None:
         "window of 1024",
     }
     assert len(list((tmp_path / "first").glob("*.so"))) == 2
-    assert sorted(p.name for p in (hub.home() / "kernels").glob("*.so")) == before
+    assert sorted(p.name for p in (home() / "kernels").glob("*.so")) == before

@@ -19,7 +19,7 @@ from dovetail.core.types import StepPlan, StepResult
 from dovetail.llm import LLM
 from dovetail.server.http_server import HTTPServer, listen, serve, url
 from dovetail.server.service import Service, ServiceOptions
-from dovetail.testing import ByteTokenizer
+from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.tiny import TinyCheckpoint, tiny_config
 
 NAME = "tiny"

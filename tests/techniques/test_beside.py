@@ -11,8 +11,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside
 from dovetail.models import geometry
-from dovetail.ops.cpu import isas
-from dovetail.runtime.store import padded
+from dovetail.ops.cpu import isas, padded
 from dovetail.techniques import technique
 from tests.tiny import TinyCheckpoint, make_request, tiny_config, tiny_engine
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from dovetail import LLM, ConfigError, SamplingParams
-from dovetail.core.eviction import POLICIES
 from dovetail.core.seams import EVERY_ROW, Residency, RowFilter
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import StepPlan
 from dovetail.models import facts
 from dovetail.techniques import technique
+from dovetail.techniques.infinigen.eviction import POLICIES
 from tests.tiny import CHECKPOINT, OFFERED, TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
@@ -158,7 +158,7 @@ def test_pools_are_forgotten_with_their_requests() -> None:
 @pytest.mark.parametrize("fit", ["mean", "linear"])
 def test_fitted_guesses_are_right_on_the_average(fit: str) -> None:
     """On the calibration text itself they have the mean of the true queries, and linear ones the least error."""
-    from dovetail.runtime.calibration import layer_inputs
+    from dovetail.techniques.infinigen.calibration import layer_inputs
     from tests.tiny import calibration
 
     off: dict[str, list[float]] = {}

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.checkpoint.config import RopeConfig
 from dovetail.core.engine import Engine
 from dovetail.core.errors import ConfigError
+from dovetail.core.model import RopeConfig
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.core.types import PageSet
 from dovetail.models import MODELS, Llama
 from dovetail.ops.cpu import isas
 from dovetail.techniques import technique
-from dovetail.techniques.shadowkv import SCORES
+from dovetail.techniques.shadowkv.codec import SCORES
 from tests.tiny import FACTS, TinyCheckpoint, finish, make_request, run_all, tiny_config, tiny_engine
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20)

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dovetail import hub, machine
 from dovetail.core.seams import Variant
-from dovetail.files import replacing
+from dovetail.host import machine
+from dovetail.host.files import home, replacing
 from dovetail.ops.template.cpp import SYMBOL, cpp, params
 from dovetail.ops.template.errors import CompileError
 from dovetail.ops.template.tracing import INSTEAD, Traced, trace
@@ -81,7 +81,7 @@ def compile_variant(
     traced = variant if isinstance(variant, Traced) else trace(variant)
     source = cpp(traced.program)
     key = hashlib.sha256("\0".join([*FLAGS, *GCC_FLAGS, machine.processor(), source]).encode()).hexdigest()
-    path = (folder or hub.home() / "kernels") / f"{key}.so"
+    path = (folder or home() / "kernels") / f"{key}.so"
     library = _kept(path) or _compiled(source, path, compilers)
     address = ctypes.cast(library[SYMBOL], ctypes.c_void_p).value
     return Compiled(address or 0, params(traced.program), source, path, traced, library)

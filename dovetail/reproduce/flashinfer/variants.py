@@ -16,12 +16,12 @@ from dovetail.bench.attention import GROUPED, Attention, Kernels, KVPool, Unfuse
 from dovetail.bench.ratio import Ratio
 from dovetail.bench.rounds import interleave
 from dovetail.core.seams import SlidingWindow, Variant
+from dovetail.host.units import format_duration
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.template import ALiBi, SoftCap, compile_variant
 from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.flashinfer.balance import decodes
 from dovetail.reproduce.flashinfer.effort import Effort
-from dovetail.units import format_duration
 
 HEADS, BATCH = GROUPED[0], 8
 COMPILED = "variant, compiled on first use"

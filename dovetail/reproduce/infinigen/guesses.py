@@ -8,11 +8,11 @@ from typing import Any
 
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe
-from dovetail.evals.corpus import DEFAULT, corpus
 from dovetail.llm import LLM
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.infinigen.effort import Effort
 from dovetail.reproduce.infinigen.prediction import likeness, watching
+from dovetail.text.corpus import DEFAULT, corpus
 
 FOUND, READ = 0.9, 0.1  # of what would be chosen, at least; of KV, at most
 ALIKE, GUESSED = "inputs of neighbouring layers", "pages guessed right"

@@ -19,9 +19,9 @@ from dovetail.core.technique import Technique
 from dovetail.core.types import ALL, PageSet
 from dovetail.ops.pages import pick
 from dovetail.ops.skew import margins
-from dovetail.runtime.calibration import layer_inputs
-from dovetail.table import table
+from dovetail.show.table import table
 from dovetail.techniques import technique
+from dovetail.techniques.infinigen.calibration import layer_inputs
 
 
 def likeness(site: Site, tokens: Sequence[int]) -> list[float]:

@@ -1,0 +1,129 @@
+"""Files that are either whole or absent: atomic replacement, exclusive locks, disk space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from dovetail.core.errors import ModelError
+from dovetail.host.units import format_size
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS = _FULL + _REFUSED
+_REMEDY = "set DOVETAIL_HOME to a folder you own, on a disk with room"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write `path` through a temporary name in its folder: synced and renamed on success, gone on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            # mkstemp makes files private; a written result follows the user's umask like any other.
+            os.fchmod(file.fileno(), user_mode())
+        publish(Path(temporary), path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path` on the same disk so that a crash leaves the old or the new file, whole."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file `path`; `waiting` is called if it is taken. The lock dies with its holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write in `directory`, which need not exist yet."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def require_space(directory: Path, needed: int, what: str, remedy: str = _REMEDY) -> None:
+    """Raise ModelError with both numbers and `remedy` unless `needed` bytes are free in `directory`."""
+    free = free_bytes(directory)
+    if free < needed:
+        raise ModelError(_full_message(directory, needed, free, what, remedy))
+
+
+@contextlib.contextmanager
+def explaining(directory: Path, needed: int, what: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn the system's refusals to write in `directory` into a ModelError that ends in `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ModelError(_full_message(directory, needed, free_bytes(directory), what, remedy)) from error
+        raise ModelError(f"cannot write {what} to {directory}: {error.strerror or error}; {remedy}") from error
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes of the regular files under `path`, links not followed; files that vanish meanwhile count zero."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def _full_message(directory: Path, needed: int, free: int, what: str, remedy: str) -> str:
+    return (
+        f"not enough disk space for {what}: {format_size(needed)} needed, {format_size(free)} free "
+        f"in {directory}; free some (`dovetail list`, `dovetail rm`) or {remedy}"
+    )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def user_mode() -> int:
+    """The permissions that the user's umask gives a new file."""
+    # The mask can only be read by setting it.
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def home() -> Path:
+    """The cache folder: $DOVETAIL_HOME, else $XDG_CACHE_HOME/dovetail, else ~/.cache/dovetail."""
+    if chosen := os.environ.get("DOVETAIL_HOME"):
+        return Path(chosen).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "dovetail"
+    return Path.home() / ".cache" / "dovetail"

@@ -1,0 +1,5 @@
+"""Where models come from and where they are kept. Imports core, host and show only."""
+
+from dovetail.hub.models import CachedModel, architecture, list_models, models_home, remove, resolve, verify
+
+__all__ = ["CachedModel", "architecture", "list_models", "models_home", "remove", "resolve", "verify"]

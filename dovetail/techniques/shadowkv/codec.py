@@ -1,0 +1,215 @@
+"""ShadowKV (Sun et al., ICML 2025, arXiv 2410.21465): of a long prompt, keys stay as a product of low rank, and
+generated tokens read the pages whose landmarks may matter most.
+
+When a prompt is computed, its keys before their rotation are factorised, per request and layer over all KV heads
+together (section 4). Generated tokens read its keys rebuilt from that and rotated at their positions; values,
+and exact keys, come from the slow tier. Each chunk of keys has a landmark, its mean. A page's score is the
+largest softmax weight of one of its landmarks, over the query heads of a KV head's group. The prompt's pages
+that landmarks stand for worst, its outliers, are always read with exact keys, and so are the most recent tokens.
+
+Landmarks lose pages that matter. With `score="codes"` a page is ranked by Quest's codes of its keys (`ops.pages`)
+instead, for the bytes of landmarks of 4 tokens, and needs no outliers for its choice.
+
+Unlike the paper, pages of one KV head are chosen and moved rather than chunks; the exact local window moves on
+with the text rather than staying at the end of the prompt; and pages that seal later have landmarks, compete,
+and keep their exact keys, so that long generation does not overflow anything. A prompt that the budget covers
+keeps its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.core.errors import ConfigError
+from dovetail.core.pages import IntArray, pages_for
+from dovetail.core.seams import Geometry, Seams, Site
+from dovetail.core.technique import Beside, Technique
+from dovetail.core.types import PageSet, Request
+from dovetail.ops.cpu import padded
+from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_scores, pick, summary_bytes
+from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
+from dovetail.techniques.shadowkv.prompt_keys import KeyFormat, PromptKeys
+
+SCORES = ("landmarks", "codes")
+LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
+
+
+class ShadowKVCodec(RecordedCodec):
+    """Rebuilds keys of prompts."""
+
+    def __init__(self, prompts: PromptKeys) -> None:
+        self.prompts = prompts
+        self.capacity = prompts.capacity
+
+    def record(self, to: Any) -> None:
+        self.prompts.record(to)
+
+    def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
+        return {r.id: self.prompts.add(r) for r in requests}
+
+    def open(self, layer: int, pages: Tensor, kv: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.prompts.open(layer, pages, kv[0]), kv[1]
+
+    def drop(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self.prompts.remove(request_id)
+
+
+class ShadowKVSelector(RecordedSelector):
+    """Chooses pages by their landmarks so that a row and KV head reads `budget` of them, those that are always
+    read included."""
+
+    def __init__(self, prompts: PromptKeys, budget: int, kind: str) -> None:
+        self.prompts = prompts
+        self.budget = budget
+        self.kind = kind  # of summaries
+        self.window = LOCAL * prompts.how.chunk
+        self._dropped = 0
+        self._counting = prompts.site.geometry.choosing("shadowkv")
+        self._summaries: Summaries | None = None
+
+    @property
+    def summaries(self) -> Summaries:
+        if self._summaries is None:
+            chunk = self.prompts.how.chunk if self.kind == "landmarks" else 0
+            self._summaries = Summaries(self.prompts.site.kv, self.kind, chunk)
+        return self._summaries
+
+    @property
+    def dropped(self) -> int:
+        """Pages that rows left unread, in one layer and for one head."""
+        program = self.summaries.program
+        return self._dropped if program is None else program.unread()
+
+    def record(self, layer: int, to: Any) -> bool:
+        self.summaries.program = to.program
+        to.pick(layer, self.summaries, self.window, self.budget)
+        return True
+
+    def seal(self, pages: Tensor, kv: Any) -> None:
+        self.summaries.seal(pages)
+
+    def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:
+        rows = batch.sparse_rows
+        spans, eligible = batch.span_of_row[rows], batch.eligible[rows]
+        pages = torch.arange(int(eligible.max()), device=q.device)
+        droppable = (pages < eligible[:, None])[:, None]
+        apart = self.prompts.outliers(layer, batch, len(pages))[spans] & droppable
+        found = self.summaries.of(layer, batch.tables[spans, : len(pages)])
+        scores = self._scores(q[rows], found, droppable & ~apart).masked_fill(apart, float("inf"))
+        count = self.budget - (batch.positions[rows] // batch.page_size + 1 - eligible)
+        if layer == self._counting:
+            self._dropped += int((eligible - count).clamp_min(0).sum())
+        return PageSet(pick(scores, eligible, count))
+
+    def _scores(self, q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
+        if self.kind == "landmarks":
+            return landmark_scores(q, found, competing)
+        return page_scores(q, found, self.kind)
+
+
+@dataclass(frozen=True)
+class Options:
+    """As `shadowkv` takes them, in tokens and chunks."""
+
+    rank: int
+    energy: float
+    budget: int
+    chunk: int
+    outliers: int
+    score: str = "landmarks"
+
+    def outlier_pages(self, page_size: int) -> int:
+        return pages_for(self.outliers * self.chunk, page_size)
+
+    def recent_pages(self, page_size: int) -> int:
+        """The most pages that the recent tokens of a row lie in."""
+        return (LOCAL * self.chunk - 1) // page_size + 2
+
+    def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
+        """Landmarks or codes, coefficients, angles and marks of outliers of every page, the marks twice; a basis
+        of every request. Native programs have marks and bases of their own."""
+        width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers - len(shape.sliding_layers)
+        rank = min(self.rank or width, width)
+        rank += rank % 2
+        marks, coefficients = 2 * shape.num_layers * shape.num_kv_heads, layers * page_size * rank * value
+        vectors = num_vectors(self.score, page_size, self.chunk, value)
+        found = summary_bytes(shape, value, vectors, pad=32 if self.score == "landmarks" else 16)
+        angles = pages_for(page_size, 16) * 2 * 4 * padded(shape.head_dim // 2)
+        bases = rank * (width + shape.num_kv_heads * padded(shape.head_dim)) * value
+        return Beside(found + coefficients + marks + angles, layers * bases)
+
+    def check(self, shape: Geometry, page_size: int) -> None:
+        """Raise ConfigError if this does not fit a model or its pages."""
+        width = shape.num_kv_heads * shape.head_dim
+        if self.rank > width:
+            raise ConfigError(
+                f"shadowkv: rank={self.rank} is above the width of all {shape.num_kv_heads} KV heads together, "
+                f"{width}; give at most that, or 0 for it"
+            )
+        if page_size % self.chunk:
+            raise ConfigError(
+                f"shadowkv: chunk={self.chunk} does not divide the KV's block size, {page_size}; "
+                f"use a divisor, or another --block-size"
+            )
+        least = self.outlier_pages(page_size) + self.recent_pages(page_size) + 1
+        if pages_for(self.budget, page_size) < least:
+            raise ConfigError(
+                f"shadowkv: a budget of {self.budget} tokens leaves nothing to choose: {self.outliers} outliers "
+                f"and the recent tokens are always read, in up to {least - 1} pages of {page_size}; "
+                f"give at least {least * page_size}, or fewer outliers"
+            )
+
+
+def shadowkv(
+    rank: int = 160,
+    energy: float = 0.0,
+    budget: int = 1024,
+    chunk: int = 8,
+    outliers: int = 48,
+    score: str = "landmarks",
+) -> Technique:
+    """Read `budget` tokens in all, rounded up to whole pages.
+
+    rank: of a prompt's keys, per layer; 0 is the full rank. energy: a smaller rank will do if it keeps this share
+    of their squares; 0 asks for no share. chunk: tokens of a landmark. outliers: chunks' worth of whole pages.
+    score: by which pages are chosen, of `SCORES`; recent tokens and outliers are counted in chunks by either.
+    """
+    options = Options(rank, energy, budget, chunk, outliers, score)
+    if score not in SCORES:
+        raise ConfigError(f"shadowkv: score must be {' or '.join(SCORES)}, got '{score}'")
+    if rank < 0 or not 0 <= energy < 1 or budget < 1 or chunk < 1 or outliers < 0:
+        raise ConfigError(
+            "shadowkv needs rank >= 0, 0 <= energy < 1, budget >= 1, chunk >= 1 and outliers >= 0, "
+            f"got {rank}, {energy}, {budget}, {chunk} and {outliers}"
+        )
+
+    def build(site: Site) -> dict[str, object]:
+        shape, size = site.geometry, site.page_size
+        options.check(shape, size)
+        pages = pages_for(budget, size)
+        how = KeyFormat(
+            rank or shape.num_kv_heads * shape.head_dim, energy, chunk, options.outlier_pages(size), pages
+        )  # fmt: skip
+        prompts = PromptKeys(site, how)
+        return {"codec": ShadowKVCodec(prompts), "selector": ShadowKVSelector(prompts, pages, score)}
+
+    return Technique(
+        name="shadowkv",
+        fills=("codec", "selector"),
+        build=build,
+        options=vars(options),
+        needs=frozenset({"a slow tier", "rotary positions"}),
+        exact_at={"rank": 0, "chunk": 1, "budget": 2**30},
+        activity=_activity,
+        beside=options.beside,
+    )
+
+
+def _activity(seams: Seams) -> int:
+    return seams.selector.dropped if isinstance(seams.selector, ShadowKVSelector) else 0

@@ -1,0 +1,1 @@
+"""Tokens and text: tokenizers, streaming detokenization, chat templates. Imports core and host only."""

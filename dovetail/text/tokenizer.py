@@ -1,0 +1,284 @@
+"""Text <-> token ids, chat templates included, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+
+from dovetail.core.errors import ModelError, RequestError
+from dovetail.host.json_file import read_bytes, read_json_object
+from dovetail.text.chat import ChatTemplate, Message, Shield, check_messages
+from dovetail.text.detokenizer import Detokenizer, Pieces, byte_fallback, byte_level
+
+__all__ = ["Detokenizer", "Tokenizer", "guarded"]
+
+_LOG = logging.getLogger(__name__)
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FALLBACK = ["Replace", "ByteFallback", "Fuse"]
+
+T = TypeVar("T")
+
+
+def guarded(what: str, build: Callable[[], T]) -> T:
+    """Run `build`, turning whatever the tokenizers library raises (its panics are BaseException) into
+    ModelError.
+    """
+    try:
+        return build()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, ModelError):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what}: {str(error)[:300]}") from error
+
+
+class Tokenizer:
+    """A vocabulary with its rules and chat templates.
+
+    `backend` does the work. `special_tokens` maps the names that templates use (bos_token, eos_token, ...) to
+    text. `eos_ids` are ids that end a turn, besides eos_token's own. `templates` maps names to template
+    source; "default" is the one used, "tool_use" replaces it when tools are given.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, Any] | None = None,
+        eos_ids: Sequence[int] = (),
+        templates: Mapping[str, str] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.templates = dict(templates or {})
+        self.bos_id = self.token_id("bos_token")
+        eos = self.token_id("eos_token")
+        self.eos_ids = tuple(dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids)))
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.piece: Callable[[int], str | None] = backend.id_to_token
+        self._compiled: dict[str, ChatTemplate] = {}
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
+        """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template files."""
+        directory = Path(directory)
+        source = directory / "tokenizer.json"
+        if not source.is_file():
+            raise ModelError(f"{directory}: no tokenizer.json; convert the tokenizer to it first")
+        data = read_bytes(source, 256 << 20)
+        backend = guarded(str(source), lambda: tokenizers.Tokenizer.from_buffer(data))
+        backend.no_truncation()
+        backend.no_padding()
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (directory / name).is_file():
+                settings.update(
+                    (k, v) for k, v in read_json_object(directory / name, 64 << 20).items() if v is not None
+                )
+        special: dict[str, Any] = {}
+        for name in _SPECIAL_NAMES:
+            value = settings.get(name)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                special[name] = value
+        templates = _directory_templates(directory, settings.get("chat_template"))
+        return cls(backend, special_tokens=special, eos_ids=eos_ids, templates=templates)
+
+    def token_id(self, name: str) -> int | None:
+        """Id of a named special token ("bos_token", "pad_token", ...), None if there is none."""
+        token = self.special_tokens.get(name)
+        found: int | None = self.backend.token_to_id(token) if isinstance(token, str) else None
+        return found
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control tokens, which `decode` leaves out by default."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def decoder(self) -> str:
+        """How pieces become text: "bytes", "fallback", "fallback-strip", or "" for anything else."""
+        rule = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {}
+        if rule.get("type") == "ByteLevel":
+            return "bytes"
+        steps = rule.get("decoders", []) if rule.get("type") == "Sequence" else []
+        kinds = [step["type"] for step in steps]
+        if kinds[:3] == _FALLBACK and steps[0]["pattern"] == {"String": "\u2581"} and steps[0]["content"] == " ":
+            if len(kinds) == 3:
+                return "fallback"
+            if kinds[3:] == ["Strip"] and steps[3] == {
+                "type": "Strip",
+                "content": " ",
+                "start": 1,
+                "stop": 0,
+            }:
+                return "fallback-strip"
+        return ""
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """What ids add to the text, where that depends on nothing but the bytes before them."""
+        return Pieces(self.piece, byte_level if self.decoder == "bytes" else byte_fallback)
+
+    def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the
+        like where the model wants them. RequestError for invalid UTF-8 and lone surrogates."""
+        return self._encode(self.backend, text, add_special_tokens)
+
+    def _encode(self, backend: tokenizers.Tokenizer, text: str | bytes, add_special_tokens: bool) -> list[int]:
+        try:
+            if isinstance(text, bytes):
+                text = text.decode("utf-8")
+            else:
+                text.encode("utf-8")  # the backend reports a lone surrogate as a wrong argument type
+        except UnicodeError as error:
+            raise RequestError(f"the text is not valid Unicode: {str(error)[:200]}") from error
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Ids outside the vocabulary are skipped, bytes that are not UTF-8 become U+FFFD."""
+        known = [token for token in ids if 0 <= token < 1 << 32]
+        text: str = self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A stream of the text of ids yet to come."""
+        return Detokenizer(self, skip_special_tokens, prompt_ids)
+
+    def _template(self, tools: Any) -> ChatTemplate:
+        name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            raise RequestError(
+                "this model has no chat template; use the completions API with a complete prompt",
+                param="messages",
+            )
+        if name not in self._compiled:
+            self._compiled[name] = ChatTemplate(self.templates[name], self.special_tokens)
+        return self._compiled[name]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text for `messages`; `kwargs` are variables for the template.
+
+        RequestError if there is no template, it rejects the messages, or they are malformed.
+        """
+        check_messages(messages)
+        template = self._template(tools)
+        return template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Ids of the prompt for `messages`, as `render` gives it, without adding a second BOS.
+
+        Control tokens come from the template only: one that is spelled inside a message stays plain text.
+        """
+        text = self.render(messages, add_generation_prompt, tools, **kwargs)
+        if self._special_pattern is None:
+            return self.encode(text, add_special_tokens=False)
+        shield = Shield(self._special_pattern, text, messages, tools, kwargs)
+        if not shield.active:
+            return self.encode(text, add_special_tokens=False)
+        written = [message for message in messages if message["role"] != "assistant"]
+        # Some templates look for tokens in the assistant's own words; then shield only what others wrote.
+        for everything in (True, False):
+            hidden = [shield.hide(m) if everything or m in written else m for m in messages]
+            shielded = self.render(hidden, add_generation_prompt, shield.hide(tools), **shield.hide(kwargs))
+            if shield.restore(shielded) == text:
+                ids = self._encode_shielded(shielded, shield)
+                if ids is not None:
+                    return ids
+        _LOG.warning("the chat template depends on control tokens inside messages; they are encoded as such")
+        return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        """Matches any control token as spelled; the longest of those that begin at a place."""
+        added = self.backend.get_added_tokens_decoder().values()
+        contents = sorted(
+            (token.content for token in added if token.special and token.content), key=len, reverse=True
+        )
+        return re.compile("|".join(map(re.escape, contents))) if contents else None
+
+    @cached_property
+    def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """Copies that read control tokens as text: for the beginning of a text, and for what follows later
+        in it.
+        """
+        source = self.backend.to_str()
+        first = tokenizers.Tokenizer.from_str(source)
+        first.encode_special_tokens = True
+        if '"prepend_scheme":"first"' not in source:
+            return first, first
+        later = tokenizers.Tokenizer.from_str(
+            source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        )
+        later.encode_special_tokens = True
+        return first, later
+
+    def _encode_shielded(self, shielded: str, shield: Shield) -> list[int] | None:
+        """Ids of a rendered text in which only the template's control tokens are spelled out.
+
+        Control tokens cut a text into parts that are encoded independently, so each part can be encoded with
+        its stand-ins restored. None if cutting here does not give what the backend gives for the shielded
+        text.
+        """
+        added = {t.content: (i, t) for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
+        found = self._special_pattern.finditer(shielded) if self._special_pattern else ()
+        spans = [(match.start(), match.end(), *added[match.group()]) for match in found]
+        ids: list[int] = []
+        check: list[int] = []
+        at, strip_left = 0, False
+        for start, stop, token_id, token in spans:
+            part = shielded[at:start].lstrip() if strip_left else shielded[at:start]
+            part = part.rstrip() if token.lstrip else part
+            for found_ids, text in ((ids, shield.restore(part)), (check, part)):
+                found_ids += self._encode(self._plain_backends[at > 0], text, False) if part else []
+                found_ids.append(token_id)
+            at, strip_left = stop, token.rstrip
+        part = shielded[at:].lstrip() if strip_left else shielded[at:]
+        if part:
+            ids += self._encode(self._plain_backends[at > 0], shield.restore(part), False)
+            check += self._encode(self._plain_backends[at > 0], part, False)
+        return ids if check == self.encode(shielded, add_special_tokens=False) else None
+
+
+def _directory_templates(directory: Path, configured: Any) -> dict[str, str]:
+    """Template sources by name: files win over tokenizer_config.json's text or list of {name, template}."""
+    templates: dict[str, str] = {}
+    if isinstance(configured, str):
+        templates["default"] = configured
+    elif isinstance(configured, list):
+        for entry in configured:
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                templates[str(entry.get("name"))] = entry["template"]
+    extra = directory / "additional_chat_templates"
+    files = sorted(extra.glob("*.jinja")) if extra.is_dir() else []
+    for path, name in [
+        (directory / "chat_template.jinja", "default"),
+        *((path, path.stem) for path in files),
+    ]:
+        if path.is_file():
+            try:
+                templates[name] = read_bytes(path, 4 << 20).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ModelError(f"{path}: is not UTF-8") from error
+    return templates
