@@ -1,9 +1,9 @@
 """N-gram drafting (prompt lookup): text repeats itself, so guess what followed the last occurrence.
 
-If the last n tokens of a request appeared before, the tokens that followed them then are proposed now, for
-the longest n between `min_n` and `max_n` that has an occurrence, the most recent one. Lossless: a draft is only
-kept where it equals the token that the model chooses. Prompt lookup decoding is A. Saxena's (2023); the
-comparison with the model's own choice is speculative decoding's (arXiv 2211.17192).
+If the last n tokens of a request occurred before, the tokens that followed them then are proposed now. The longest
+n between `min_n` and `max_n` that has an occurrence is taken, and of several occurrences the latest. Lossless: a
+draft is kept only where it equals the token that the model chooses. Prompt lookup decoding is by A. Saxena (2023);
+comparing drafts with the model's own choice is speculative decoding (arXiv 2211.17192).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Quest (Tang et al., ICML 2024, arXiv 2406.10774): generated tokens read the pages whose keys may matter most.
 
-When a page seals, the elementwise maximum M and minimum m of its rotated keys are kept per layer and KV head. For
-a query q, no key of the page has a larger product with it than sum_i max(q_i M_i, q_i m_i) (section 3.3). Each KV
-head reads the pages with the highest bounds, over the query heads of its group, and always the current one;
-attention over what is read is exact.
+When a page is complete, a summary of it is kept per layer and KV head: the elementwise maximum M and minimum m of
+its rotated keys. For a query q, no key of the page has a larger product with q than sum_i max(q_i M_i, q_i m_i)
+(section 3.3). A page's score is the highest of these bounds over the query heads of a KV head's group. Each KV
+head reads the pages with the highest scores, and always the current page. Attention over what is read is exact.
 
-That bound is so loose that it loses pages that matter. By default 2 bits a value say where the keys of a page lie
-between m and M, `score="codes"` (`ops.pages`), for twice the bytes. "mean_std" ranks by q . mean and the deviation
-from it; summaries of smaller chunks of a page help it and the bound.
+The paper's bound is loose, and pages that matter get lost. So the default score is "codes" (`ops.pages`): 2 bits a
+value say where each key lies between m and M, for twice the bytes. "mean_std" ranks pages by q . mean plus a
+multiple of the deviation. Summaries of chunks smaller than a page make both "mean_std" and "bound" better.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dovetail.runtime.recorded import RecordedSelector
 
 
 class QuestSelector(RecordedSelector):
-    """Chooses pages so that a row and KV head reads `budget` of them, those that are always read included."""
+    """Chooses pages so that a row and KV head reads `budget` pages. Pages that are always read count too."""
 
     def __init__(self, site: Site, budget: int, skip_layers: int, kind: tuple[str, int]) -> None:
         self.site = site
         self.budget = budget
         self.skip_layers = skip_layers
-        self.kind = kind  # of summary, and of how many tokens
+        self.kind = kind  # kind of summary, and tokens of a chunk
         self.window = site.page_size
-        self._counting = site.geometry.choosing("quest", skip_layers)  # layer that chooses
+        self._counting = site.geometry.choosing("quest", skip_layers)  # the layer whose choices are counted
         self._dropped = 0
         self._program: Any = None
         self._summaries: Summaries | None = None
@@ -47,7 +47,7 @@ class QuestSelector(RecordedSelector):
 
     @property
     def dropped(self) -> int:
-        """Pages that rows left unread, in one layer and for one head."""
+        """Pages that rows left unread, counted in one layer and for one KV head."""
         return self._dropped if self._program is None else int(self._program.unread())
 
     def record(self, layer: int, to: Any) -> bool:
@@ -78,10 +78,11 @@ def quest(
 ) -> Technique:
     """Read `budget` tokens, rounded up to whole pages; a budget of the whole context is exactly the plain engine.
 
-    page: tokens, which must be the KV's block size; 0 takes that. skip_layers: the first layers read everything
-    (the paper's default is 2). score: by which pages are chosen, "codes", "bound" (the paper's) or "mean_std".
-    chunk: tokens that a bound or mean is of, a divisor of the page; a page is read for the best of its chunks. 0
-    is the whole page, as in the paper.
+    page: tokens of a page. It must be the KV's block size; 0 takes that size.
+    skip_layers: so many first layers read everything (2 in the paper).
+    score: how pages are ranked: "codes", "bound" (the paper's) or "mean_std".
+    chunk: tokens that share one bound or mean, a divisor of the page. A page counts as its best chunk. 0 means the
+    whole page, as in the paper.
     """
     if score not in KINDS:
         raise ConfigError(f"quest: score must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got '{score}'")

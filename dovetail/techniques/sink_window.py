@@ -33,7 +33,7 @@ class SinkWindowSelector(RecordedSelector):
 
     @property
     def dropped(self) -> int:
-        """Pages that rows left unread, in one layer."""
+        """Pages that rows left unread, counted in one layer."""
         return self._dropped if self._program is None else int(self._program.unread())
 
     def record(self, layer: int, to: Any) -> bool:

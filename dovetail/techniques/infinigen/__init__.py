@@ -1,4 +1,4 @@
-"""InfiniGen: its selector, the guesses, their calibration, and pools with eviction."""
+"""InfiniGen: its selector, its guesses and their calibration, and pools with eviction."""
 
 from dovetail.techniques.infinigen.selector import infinigen
 

@@ -1,4 +1,4 @@
-"""What a technique measures on a model before the first request, and keeps in the cache folder."""
+"""Runs a model on some text before the first request, and keeps what was measured in the cache folder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Shapes = Mapping[str, Sequence[int]]
 
 @torch.inference_mode()
 def layer_inputs(site: Site, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """The hidden rows [tokens, width] that enter each layer, when the model reads `tokens` in one batch and reads
-    everything."""
+    """For each layer, its number and the hidden rows [tokens, width] that enter it. The model reads `tokens` in
+    one batch, and every row reads everything before it."""
     n = len(tokens)
     pages = pages_for(n, PAGE)
     kv = KV(site.geometry, KVConfig(pages, PAGE, "float32"), site.device)
@@ -41,9 +41,10 @@ def layer_inputs(site: Site, tokens: Sequence[int]) -> Iterator[tuple[int, Tenso
 
 
 def kept(key: Sequence[str], shapes: Shapes, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """float32 tensors of `shapes` that an earlier run kept under `key`, or what `measure` says, kept from now on.
+    """float32 tensors of `shapes`: what an earlier run kept under `key`, else what `measure` returns, kept from
+    now on.
 
-    A file that holds anything else is measured again. A folder that cannot be written is no reason to stop.
+    If the file holds anything else, the measurement is repeated. If the folder cannot be written, a note says so.
     """
     name = hashlib.sha256("\0".join(key).encode()).hexdigest()
     path = home() / "calibration" / f"{name}.safetensors"

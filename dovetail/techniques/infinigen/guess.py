@@ -1,10 +1,10 @@
-"""Queries of a layer, guessed from what enters the layer before it, and what they need to be measured once.
+"""Queries of a layer, guessed from the input of the layer before it. A correction is measured once per model.
 
     guess_i(x) = W_i norm(x)                            x: a row that enters layer i - 1; W_i: query weights
-               + E_i norm(x) + b_i                      what is missing, as far as x says it
+               + E_i norm(x) + b_i                      the correction
 
-E_i and b_i are fitted on some text (`FITS`): "linear", by least squares with a ridge, so that little data leaves
-W_i as it is; "mean", b_i alone; "none".
+The correction is fitted on some text (`FITS`). "linear" fits E_i and b_i by least squares with a ridge, so that
+little data leaves W_i as it is. "mean" fits b_i alone. "none" adds nothing.
 """
 
 from __future__ import annotations
@@ -29,29 +29,31 @@ from dovetail.techniques.infinigen.calibration import layer_inputs
 
 NORMS = ("next", "same")
 FITS = ("linear", "mean", "none")
-RIDGE = 0.03  # of the mean square of the inputs
+RIDGE = 0.03  # as a share of the mean square of the inputs
 
 
 @dataclass(frozen=True)
 class How:
-    """The norm that a guess goes through, of the `next` layer or of the `same` as its input; one of `FITS`."""
+    """norm: a guess goes through the norm of the `next` layer, or of the `same` layer as its input. fit: of
+    `FITS`."""
 
     norm: str
     fit: str
 
 
 class Guesser:
-    """Queries of a layer from the hidden rows that enter the one before it."""
+    """Guesses the queries of a layer from the hidden rows that enter the layer before it."""
 
     def __init__(self, site: Site, how: How, fitted: dict[str, Tensor] | None = None) -> None:
-        """fitted: what `calibrate` found for it; without it, nothing is added."""
+        """fitted: what `calibrate` returned. Without it nothing is added to guesses."""
         self.blocks = site.model.blocks()
         self.layers = site.geometry.num_layers
         self.how = how
         self._linear = [self._corrected(i, fitted) if fitted else self._plain(i) for i in range(self.layers)]
 
     def projected(self, index: int, hidden: Tensor) -> Tensor:
-        """hidden [rows, width], the input of block `index` - 1 -> [rows, heads x head_dim], not yet rotated."""
+        """hidden [rows, width] is the input of block `index` - 1. Returns [rows, heads x head_dim], not
+        rotated."""
         return self._linear[index % self.layers](self.norm_of(index)(hidden))[:, : self.width]
 
     def norm_of(self, index: int) -> Norm:
@@ -59,7 +61,7 @@ class Guesser:
         return found
 
     def true(self, index: int, hidden: Tensor) -> Tensor:
-        """The same from the block's own input."""
+        """The true queries of block `index` from its own input, in the same shape, not rotated."""
         block = self.blocks[index]
         found: Tensor = block.attention.qkv(block.attention_norm(hidden))
         return found[:, : self.width]
@@ -116,7 +118,8 @@ class Guesser:
 
 
 def _matrix(linear: Any, width: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """The first `width` rows of the weights of a linear layer, whatever they are stored in, and of its bias."""
+    """Weights [width, inputs] and bias [width] of the first `width` outputs of a linear layer, in float32, however
+    they are stored."""
     dtype = getattr(getattr(linear, "weight", None), "dtype", torch.float32)
     bias = linear(torch.zeros(1, inputs, dtype=dtype))[0, :width].float()
     return (linear(torch.eye(inputs, dtype=dtype))[:, :width].float() - bias).T, bias
@@ -128,7 +131,7 @@ def _stored(name: str, values: Tensor) -> StoredTensor:
 
 
 def shapes(shape: Geometry, hidden: int, fit: str) -> dict[str, tuple[int, ...]]:
-    """Of what `calibrate` returns."""
+    """The shapes of what `calibrate` returns, by name."""
     layers, d, width = shape.num_layers, shape.head_dim, shape.num_heads * shape.head_dim
     found: dict[str, tuple[int, ...]] = {"basis": (layers, shape.num_kv_heads, d, d)}
     if fit != "none":
@@ -139,8 +142,11 @@ def shapes(shape: Geometry, hidden: int, fit: str) -> dict[str, tuple[int, ...]]
 
 
 def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """basis: A [layers, KV heads, head_dim, head_dim] of the queries that the model computes for texts of the same
-    length; what is fitted: bias [layers, heads x head_dim] and weight [layers, heads x head_dim, width]."""
+    """Measure the model on texts of one length.
+
+    basis: A of `ops.skew` for the queries of these texts, [layers, KV heads, head_dim, head_dim]. bias [layers,
+    heads x head_dim] and weight [layers, heads x head_dim, width]: b and E, as far as `how.fit` asks for them.
+    """
     guesser, shape = Guesser(site, how), site.geometry
     n = len(texts[0])
     positions = torch.arange(n, device=site.device).repeat(len(texts))
@@ -164,14 +170,17 @@ def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str,
 
 
 def _inputs(site: Site, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-    """The rows of all texts that enter each layer."""
+    """For each layer, the hidden rows of all texts that enter it."""
     for parts in zip(*(layer_inputs(site, text) for text in texts), strict=True):
         yield parts[0][0], torch.cat([hidden for _, hidden in parts])
 
 
 def fit(inputs: Tensor, error: Tensor, how: str) -> tuple[Tensor, Tensor]:
-    """inputs [n, width], error [n, m] -> E [m, width] and b [m] of the least sum of squares of error - E x - b,
-    and of E times `RIDGE` of the mean square of inputs and n; in float64. By "mean", E is 0."""
+    """E [m, width] and b [m] that explain error [n, m] by inputs [n, width], in float64.
+
+    They minimise the sum of squares of error - E x - b, plus that of E times n times `RIDGE` of the mean square of
+    the inputs. With "mean", E is 0.
+    """
     x, y = inputs.double(), error.double()
     if how != "linear":
         return torch.zeros(y.shape[1], x.shape[1]), y.mean(0)
@@ -185,6 +194,6 @@ def fit(inputs: Tensor, error: Tensor, how: str) -> tuple[Tensor, Tensor]:
 
 
 def stretches(longest: int) -> list[int]:
-    """1, 2, 4 and so on, up to `longest`: factors on the positions of a text. Without them, what rotates slowly
-    would be judged by positions near the start."""
+    """1, 2, 4 and so on, up to `longest`: factors on the positions of a text. Without them, dimensions that rotate
+    slowly would be judged by positions near the start alone."""
     return [2**i for i in range(max(1, longest).bit_length())]

@@ -1,17 +1,17 @@
 """InfiniGen (Lee et al., OSDI 2024, arXiv 2406.19707): the pages that a layer reads are guessed one layer earlier,
-so that they can be on their way from slow memory while that layer computes.
+so that they are on their way from slow memory while that layer computes.
 
-The input of layer i - 1 stands in for that of layer i: it goes through layer i's norm and query weights, plus what
-such guesses miss on some text (`fit`), and is scored against partial keys: a few columns of the rotated keys,
-turned so that these say most (`ops.skew`). Each KV head reads the pages whose best token scores within `alpha` of
-the best of all; all KV heads of a layer read equally many, the mean of their counts. What is read is what was
-guessed.
+The input of layer i - 1 is taken for that of layer i. It goes through layer i's norm and query weights, with a
+correction that is fitted on some text (`fit`). The result is scored against partial keys: a few columns of the
+rotated keys, turned so that these columns say most (`ops.skew`). A page counts if its best token scores within
+`alpha` of the best of all. All KV heads of a layer read equally many pages, the mean of their counts. What is read
+is what was guessed.
 
-The paper turns the weights of OPT, which has no rotary positions, and picks tokens; here keys and queries are
-turned after their rotation, one turn serves the query heads of a group, and pages are read whole.
+The paper turns the weights of OPT, which has no rotary positions, and picks single tokens. Here keys and queries
+are turned after their rotation, one turn serves the query heads of a group, and whole pages are read.
 
-With a `pool`, each KV head keeps so many tokens of those it may leave unread, and gives up the others for good
-(`core.eviction`). Such an engine runs operation by operation.
+With a `pool`, each KV head keeps so many of the tokens that it may leave unread, and gives up the others for good
+(`eviction`). Such an engine runs operation by operation.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from dovetail.techniques.infinigen.calibration import kept
 from dovetail.techniques.infinigen.eviction import POLICIES, Evictions
 from dovetail.techniques.infinigen.guess import FITS, NORMS, Guesser, How, calibrate, shapes
 
-TOKENS, TEXTS = 1024, 8  # of calibration text, so many times
+TOKENS, TEXTS = 1024, 8  # tokens of a calibration text, and how many texts
 
 
 @dataclass(frozen=True)
 class Rule:
-    """alpha: how far below the best score, in logits, a page is still read. budget: pages that a row and KV head
-    reads at most, those that are always read included. The other fields are the options of that name."""
+    """alpha: how far below the best score, in logits, a page is still read. budget: the most pages that a row and
+    KV head reads, with those that are always read. The other fields are the options of the same name."""
 
     alpha: float
     partial: float
@@ -63,12 +63,12 @@ class Speculation(Selector):
         self.rule = rule
         self.window = site.page_size
         self.skipped = 0
-        self._guesses: dict[int, tuple[Tensor, PageSet]] = {}  # of a layer: slots of the rows, their pages
+        self._guesses: dict[int, tuple[Tensor, PageSet]] = {}  # by layer: slots of the rows, and their pages
         site.ready.append(self.prepare)
 
     @property
     def dropped(self) -> int:
-        """Pages that rows left unread, for one head, summed over layers."""
+        """Pages that rows left unread, for one KV head, summed over layers."""
         return self.skipped
 
     def prepare(self) -> None:
@@ -112,21 +112,21 @@ class Speculation(Selector):
         return found
 
     def scored(self, layer: int, q: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        """For queries [n, heads, head_dim] of the batch's sparse rows: the margins of the pages that they may
-        leave unread [n, KV heads, pages], and how many of these each KV head reads [n]."""
+        """For queries [n, heads, head_dim] of the batch's sparse rows: the margins [n, KV heads, pages] of the
+        pages that they may leave unread, and how many of these each KV head reads [n]."""
         readable = self.readable(layer, batch)
         pages = batch.tables[batch.span_of_row[batch.sparse_rows], : readable.shape[-1]]
         margin = self.keys.margins(layer, q, pages, readable)
         return margin, self.count(margin, batch)
 
     def readable(self, layer: int, batch: Any) -> Tensor:
-        """Which pages the batch's sparse rows have of those that they may leave unread: [n, KV heads, pages]."""
+        """Which of the pages that they may leave unread the batch's sparse rows can read: [n, KV heads, pages]."""
         eligible = batch.eligible[batch.sparse_rows]
         pages = torch.arange(int(eligible.max()), device=eligible.device)
         return (pages < eligible[:, None, None]).expand(-1, self.site.geometry.num_kv_heads, -1)
 
     def count(self, margin: Tensor, batch: Any) -> Tensor:
-        """How many pages of such margins each KV head reads [n]."""
+        """How many pages each KV head reads [n], from the margins of `scored`."""
         rows = batch.sparse_rows
         always = batch.positions[rows] // batch.page_size + 1 - batch.eligible[rows]
         return counted(margin, self.rule.alpha).minimum(self.rule.budget - always)
@@ -139,7 +139,7 @@ class Speculation(Selector):
         slots, found = self._guesses.pop(layer, (None, ALL))
         if slots is None or found.pages is None:
             return ALL
-        left = torch.isin(slots, batch.slots[batch.sparse_rows])  # a row may have stopped in between
+        left = torch.isin(slots, batch.slots[batch.sparse_rows])  # a row may have been dropped in between
         return PageSet(found.pages[left])
 
 
@@ -173,7 +173,7 @@ class RecordedSpeculation(Speculation, RecordedSelector):
 
 
 def _texts(tokens: Sequence[int], longest: int) -> list[list[int]]:
-    """At most `TEXTS` parts of one length, at most `longest`, spread over the tokens."""
+    """At most `TEXTS` parts of equal length, spread over the tokens. The length is at most `longest`."""
     n = min(longest, len(tokens))
     count = max(1, min(TEXTS, len(tokens) // max(1, n)))
     step = len(tokens) // count
@@ -181,13 +181,13 @@ def _texts(tokens: Sequence[int], longest: int) -> list[list[int]]:
 
 
 class PooledSpeculation(Speculation):
-    """The same, with at most `limit` pages kept of those that a KV head of a request may leave unread."""
+    """`Speculation` that keeps at most `limit` of the pages that a KV head of a request may leave unread."""
 
     def __init__(self, site: Site, rule: Rule, limit: int, policy: str) -> None:
         super().__init__(site, rule)
         self.limit = limit
         self.policy = policy
-        # of each request, by stage and layer
+        # for each request, by stage and layer
         self.pools: WeakKeyDictionary[Request, dict[tuple[int, int], Evictions]] = WeakKeyDictionary()
 
     def _pools(self, layer: int, batch: Any) -> list[Evictions]:
@@ -231,13 +231,14 @@ def infinigen(
 ) -> Technique:  # fmt: skip
     """Read what scores within `alpha` (logits) of the best, at most `budget` tokens, rounded up to whole pages.
 
-    partial: fraction of the head's dimensions that is scored (the paper's choice is 0.3). skip_layers: the first
-    layers read everything; at least 1, because nothing comes before the first. norm: a guess goes through the norm
-    of the `next` layer or of the `same` (the published program). fit: what is added to guesses for the errors that
-    they have on the calibration text: `linear` in their input, the `mean` error, or `none` (the paper).
-    calibration: a file of text, or a corpus by name, to measure the model on; by default what every Python ships.
-    pool: tokens that each layer and KV head of a request keeps of those it may leave unread, 0 for all; it holds
-    once a page of generated tokens is full. eviction: which page is given up.
+    partial: fraction of a head's dimensions that is scored (0.3 in the paper). skip_layers: so many first layers
+    read everything, at least 1, because no layer comes before the first. norm: a guess goes through the norm of
+    the `next` layer, or of the `same` layer as its input (the published program). fit: the correction of guesses,
+    measured on the calibration text: `linear` in their input, the `mean` error, or `none` (the paper).
+    calibration: a file of text or a named corpus to measure the model on; by default a text that every Python
+    ships. pool: how many of the tokens that it may leave unread each layer and KV head of a request keeps, 0 for
+    all. The limit holds once a page of generated tokens is full. eviction: which page is given up, one of
+    `POLICIES`.
     """
     for name, given, known in (("norm", norm, NORMS), ("fit", fit, FITS), ("eviction", eviction, POLICIES)):
         if given not in known:

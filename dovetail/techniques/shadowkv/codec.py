@@ -1,19 +1,19 @@
-"""ShadowKV (Sun et al., ICML 2025, arXiv 2410.21465): of a long prompt, keys stay as a product of low rank, and
-generated tokens read the pages whose landmarks may matter most.
+"""ShadowKV (Sun et al., ICML 2025, arXiv 2410.21465): keeps low-rank prompt keys on the device and fetches values
+when they are needed. Generated tokens read the pages whose landmarks may matter most.
 
-When a prompt is computed, its keys before their rotation are factorised, per request and layer over all KV heads
-together (section 4). Generated tokens read its keys rebuilt from that and rotated at their positions; values,
-and exact keys, come from the slow tier. Each chunk of keys has a landmark, its mean. A page's score is the
-largest softmax weight of one of its landmarks, over the query heads of a KV head's group. The prompt's pages
-that landmarks stand for worst, its outliers, are always read with exact keys, and so are the most recent tokens.
+When a prompt is computed, its keys are factorised without their rotation: per request and layer, over all KV heads
+together (section 4). Generated tokens read keys that are rebuilt from the factors and rotated at their positions.
+Values, and exact keys, come from the slow tier. Each chunk of keys has a landmark, its mean. A page's score is the
+largest softmax weight of its landmarks, over the query heads of a KV head's group. The pages of the prompt that
+landmarks describe worst, the outliers, are always read with exact keys. So are the most recent tokens.
 
-Landmarks lose pages that matter. With `score="codes"` a page is ranked by Quest's codes of its keys (`ops.pages`)
-instead, for the bytes of landmarks of 4 tokens, and needs no outliers for its choice.
+Landmarks lose pages that matter. With `score="codes"` pages are ranked by Quest's codes of their keys instead
+(`ops.pages`). Codes take the bytes of landmarks of 4 tokens, and their choice needs no outliers.
 
-Unlike the paper, pages of one KV head are chosen and moved rather than chunks; the exact local window moves on
-with the text rather than staying at the end of the prompt; and pages that seal later have landmarks, compete,
-and keep their exact keys, so that long generation does not overflow anything. A prompt that the budget covers
-keeps its keys.
+Three things differ from the paper. Pages of one KV head are chosen and moved, not chunks. The exact local window
+moves on with the text; in the paper it stays at the end of the prompt. Pages that are completed later have
+landmarks, compete with the others and keep their exact keys, so long answers overflow nothing. A prompt within the
+budget keeps its exact keys.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
 
 
 class ShadowKVCodec(RecordedCodec):
-    """Rebuilds keys of prompts."""
+    """Shows rows the keys of prompts, rebuilt from low rank."""
 
     def __init__(self, prompts: PromptKeys) -> None:
         self.prompts = prompts
@@ -61,13 +61,13 @@ class ShadowKVCodec(RecordedCodec):
 
 
 class ShadowKVSelector(RecordedSelector):
-    """Chooses pages by their landmarks so that a row and KV head reads `budget` of them, those that are always
-    read included."""
+    """Chooses pages by landmarks or codes so that a row and KV head reads `budget` pages. Pages that are always
+    read count too."""
 
     def __init__(self, prompts: PromptKeys, budget: int, kind: str) -> None:
         self.prompts = prompts
         self.budget = budget
-        self.kind = kind  # of summaries
+        self.kind = kind  # kind of summaries, one of `SCORES`
         self.window = LOCAL * prompts.how.chunk
         self._dropped = 0
         self._counting = prompts.site.geometry.choosing("shadowkv")
@@ -82,7 +82,7 @@ class ShadowKVSelector(RecordedSelector):
 
     @property
     def dropped(self) -> int:
-        """Pages that rows left unread, in one layer and for one head."""
+        """Pages that rows left unread, counted in one layer and for one KV head."""
         program = self.summaries.program
         return self._dropped if program is None else program.unread()
 
@@ -132,8 +132,8 @@ class Options:
         return (LOCAL * self.chunk - 1) // page_size + 2
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
-        """Landmarks or codes, coefficients, angles and marks of outliers of every page, the marks twice; a basis
-        of every request. Native programs have marks and bases of their own."""
+        """What is kept in bytes. For a page: landmarks or codes, coefficients, angles, and marks of outliers. For
+        a request: a basis. Marks and bases count twice, because native programs have their own."""
         width, layers = shape.num_kv_heads * shape.head_dim, shape.num_layers - len(shape.sliding_layers)
         rank = min(self.rank or width, width)
         rank += rank % 2
@@ -176,9 +176,10 @@ def shadowkv(
 ) -> Technique:
     """Read `budget` tokens in all, rounded up to whole pages.
 
-    rank: of a prompt's keys, per layer; 0 is the full rank. energy: a smaller rank will do if it keeps this share
-    of their squares; 0 asks for no share. chunk: tokens of a landmark. outliers: chunks' worth of whole pages.
-    score: by which pages are chosen, of `SCORES`; recent tokens and outliers are counted in chunks by either.
+    rank: of a prompt's keys, per layer; 0 is the full rank. energy: a smaller rank is taken if it keeps this share
+    of the keys' squares; 0 asks for no share. chunk: tokens of a landmark. outliers: how many chunks are always
+    read, rounded up to whole pages. score: how pages are ranked, one of `SCORES`. Recent tokens and outliers are
+    counted in chunks with either score.
     """
     options = Options(rank, energy, budget, chunk, outliers, score)
     if score not in SCORES:

@@ -1,4 +1,4 @@
-"""Keys of prompts that rows may leave unread in part: as a product of low rank, but for pages that stand apart."""
+"""Keys of prompts as a product of low rank, except for outlier pages, which keep their exact keys."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from dovetail.ops.rope import unrotate
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """How the keys of a dense part of more than `longer_than` pages are kept: by `rank` and `energy` as
-    `ops.low_rank.factorise` takes them; `outliers` pages per KV head as they are, judged by chunks of `chunk`."""
+    """How the keys of a prompt are kept.
+
+    rank, energy: as `ops.low_rank.factorise` takes them. outliers: pages per KV head that keep exact keys, found
+    with landmarks of `chunk` tokens. longer_than: prompts of at most so many pages keep all keys as they are.
+    """
 
     rank: int
     energy: float
@@ -32,9 +35,9 @@ class KeyFormat:
 
 @dataclass
 class Prompt:
-    """What is kept of a dense part, for all requests that have these pages. Layers are those of all stages.
+    """What is kept of the prompt on these pages, for all requests that share them. Layers are those of all stages.
 
-    outliers [layers, KV heads, pages] (bool). keys by layer, and aliases [pages], of one that is long enough.
+    outliers: bool [layers, KV heads, pages]. keys (by layer) and aliases [pages]: empty for a short prompt.
     """
 
     pages: tuple[int, ...]
@@ -46,10 +49,10 @@ class Prompt:
 
 
 class PromptKeys:
-    """The dense parts of the requests whose rows may leave pages unread.
+    """The prompts of all requests whose rows may leave pages unread.
 
-    There are as many aliases as pages, counted from 0 here. `places` [2, aliases]: the first alias of the prompt,
-    and the page of the prompt.
+    There are as many aliases as pages; here they are counted from 0. `_places` [2, aliases] has for each alias the
+    first alias of its prompt, and which page of the prompt it stands for.
     """
 
     def __init__(self, site: Site, how: KeyFormat) -> None:
@@ -59,13 +62,13 @@ class PromptKeys:
         self.rebuilt = 0  # pages of one KV head
         self._of: dict[str, Prompt] = {}
         self._by_pages: dict[tuple[int, ...], Prompt] = {}
-        self._by_alias: dict[int, Prompt] = {}  # the first of each prompt
+        self._by_alias: dict[int, Prompt] = {}  # by the first alias of each prompt
         self._native: Any = None  # rebuilds keys in native programs
         self._free = list(range(self.capacity - 1, -1, -1))
         self._places = torch.zeros(2, self.capacity, dtype=torch.int64, device=site.device)
 
     def add(self, request: Request) -> IntArray:
-        """Keep the dense part of `request`, which is committed -> aliases of its pages, or none."""
+        """Keep the dense part of `request`, which must be committed. Returns the aliases of its pages, or none."""
         if request.id in self._of:
             return self._of[request.id].aliases
         pages = tuple(request.table.ids[: request.dense_until // self.site.page_size])
@@ -92,7 +95,7 @@ class PromptKeys:
                     self._native.remove(names)
 
     def outliers(self, layer: int, batch: Any, pages: int) -> Tensor:
-        """Which of the spans' first `pages` pages are kept as they are: bool [spans, KV heads, pages]."""
+        """Which of the spans' first `pages` pages keep exact keys: bool [spans, KV heads, pages]."""
         shape = self.site.geometry
         out = torch.zeros(
             len(batch.spans), shape.num_kv_heads, pages, dtype=torch.bool, device=batch.tables.device
@@ -105,7 +108,8 @@ class PromptKeys:
         return out
 
     def open(self, layer: int, pages: Tensor, keys: Tensor) -> Tensor:
-        """keys [rows, KV heads, n, page_size, head_dim] of `pages`, aliases rebuilt but for outliers."""
+        """keys [rows, KV heads, n, page_size, head_dim] of `pages`. Those of aliases are rebuilt, except
+        outliers."""
         kv, keys = self.site.kv, keys.clone()
         for stage in range(kv.num_stages):
             alias = pages - kv.num_pages - stage * kv.stage_pages
@@ -118,7 +122,7 @@ class PromptKeys:
         return keys
 
     def _rebuild(self, index: int, prompt: Prompt, pages: Tensor, keys: Tensor) -> None:
-        """Fill `keys` where `pages` [rows, KV heads, n] has pages of `prompt`; it has -1 elsewhere."""
+        """Fill `keys` where `pages` [rows, KV heads, n] names pages of `prompt`; -1 means another prompt's."""
         size, dim = keys.shape[-2:]
         wide = torch.promote_types(keys.dtype, torch.float32)
         for head, mine in enumerate(pages.unbind(1)):
@@ -165,7 +169,7 @@ class PromptKeys:
         kv.seams.residency.native.alias(names, list(prompt.pages), prompt.outliers.data_ptr())
 
     def _factorise(self, index: int, keys: Tensor) -> LowRank:
-        """keys [tokens, KV heads, head_dim] of a layer, from the first position on."""
+        """The low-rank form of keys [tokens, KV heads, head_dim] of a layer; the first token is at position 0."""
         wide = torch.promote_types(keys.dtype, torch.float32)
         angles = self._angles(index, torch.arange(len(keys), device=keys.device), wide)
         found = factorise(unrotate(keys.to(wide), angles).flatten(1), self.how.rank, self.how.energy)
@@ -187,7 +191,7 @@ class PromptKeys:
 
 
 def _even(factors: LowRank) -> LowRank:
-    """An even rank, as products of bfloat16 pairs take it."""
+    """The same with an even rank: native products take pairs of bfloat16."""
     odd = factors.rank % 2
     pad = torch.nn.functional.pad
     return LowRank(
