@@ -1,1 +1,2 @@
-"""One file per operation: formula, torch reference, cost, kernels."""
+"""Operations on tensors: the formula of each and its torch reference, and the Python side of the native
+kernels."""

@@ -1,6 +1,6 @@
-"""The native CPU kernels' Python face: what this machine can run, packed weights, and memory for them.
+"""The Python side of the native CPU kernels: what this machine can run, how weights are packed, aligned memory.
 
-torch is imported first, so that both use one OpenMP runtime and one set of threads.
+torch is imported first, so that torch and the kernels use one OpenMP runtime and one set of threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ACTIVATIONS = {torch.bfloat16: "bf16"}
 
 @cache
 def native() -> Any:
-    """The extension module, or None where it was not built or, with a warning, does not load."""
+    """The extension module. None if it was not built; None with a warning if it does not load."""
     try:
         from dovetail import _native
     except ImportError as error:
@@ -39,7 +39,7 @@ def native() -> Any:
 
 
 def _extension() -> str | None:
-    """The file of the extension module, be it for this Python or for another one."""
+    """The file of the extension module, whether it is for this Python or for another one."""
     spec = importlib.util.find_spec("dovetail._native")
     if spec is not None:
         return spec.origin
@@ -53,15 +53,15 @@ def isas() -> tuple[str, ...]:
 
 
 def emulated() -> tuple[str, ...]:
-    """Those that it runs in emulation: for tests, and slow."""
+    """Instruction sets that run in emulation. They are slow, and meant for tests."""
     module = native()
     return tuple(module.emulated()) if module is not None else ()
 
 
 def pack(weight: StoredTensor, dtype: torch.dtype, threads: int) -> Any:
-    """Weights [out, in] in the kernels' layout, with the stored bits where a kernel reads that format.
+    """Weights [out, in] in the kernels' layout. The stored bits are kept where a kernel reads that format.
 
-    dtype bfloat16 rounds everything to bfloat16; formats without a kernel are expanded to float32.
+    With dtype bfloat16 all values are rounded to bfloat16. Formats without a kernel are expanded to float32.
     """
     module = native()
     if module is None:
@@ -85,8 +85,8 @@ def plain(weight: StoredTensor, dtype: torch.dtype) -> StoredTensor:
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros whose memory is taken when it is first written; torch.zeros would write all of it now.
 
-    They begin on a page of memory: vectors across two cache lines are read at half the speed, and pages of KV that
-    are as large as a page of memory are then one.
+    They begin at a page of memory. Vectors that cross a cache line are read at half the speed, and a page of KV
+    that is as large as a page of memory then is exactly one.
     """
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)

@@ -1,9 +1,9 @@
 """Block formats of stored weights: bytes -> float32.
 
-Every quantized format cuts a row into blocks of `values` numbers that share a scale d (and, in the `_1` and K
-formats, an offset m): value = d * q - m, or d * (q - zero). K formats nest: 256 values share a float16 scale
-that multiplies small integer scales of 16 or 32 values each. Products and sums are rounded in float32 one at
-a time, in the order of the format's reference, so results are equal to it bit for bit.
+Every quantized format cuts a row into blocks of `values` numbers that share a scale d, and in the `_1` and K
+formats an offset m: value = d * q - m, or d * (q - zero). K formats have two levels: 256 values share a float16
+scale, which multiplies small integer scales of 16 or 32 values each. Products and sums are rounded in float32 one
+at a time, in the order of the format's reference. So results equal the reference bit for bit.
 
 All functions take uint8 [blocks, block_bytes] and return float32 [blocks, values]; they allocate the result
 and small intermediates only.

@@ -1,10 +1,10 @@
-"""Keys as a product of low rank (ShadowKV, arXiv 2410.21465, section 4), and pages of them rebuilt.
+"""Keys as a product of low rank (ShadowKV, arXiv 2410.21465, section 4), and how keys are rebuilt from it.
 
-Keys of all KV heads of a token, before their rotation, are one row of a matrix [tokens, KV heads * head_dim].
-Its best approximation of rank r in the sum of squares (Eckart and Young) is coefficients [tokens, r] times a
-basis of r orthonormal rows: the eigenvectors of the Gram matrix keys^T keys with the largest eigenvalues. That
-costs tokens * width^2 operations, not the tokens^2 or the workspace of a singular value decomposition. The sum
-of the other eigenvalues is what is lost.
+The keys of all KV heads of a token, without their rotation, are one row of a matrix [tokens, KV heads * head_dim].
+By Eckart and Young, its best approximation of rank r in the sum of squares is coefficients [tokens, r] times a
+basis of r orthonormal rows: the eigenvectors of the Gram matrix keys^T keys with the largest eigenvalues. The sum
+of the other eigenvalues is what is lost. This costs tokens * width^2 operations. A singular value decomposition
+would cost tokens^2 and more memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LowRank:
 def factorise(keys: Tensor, rank: int, energy: float = 0.0) -> LowRank:
     """The best approximation of keys [tokens, width] of at most `rank`, in float32 or float64.
 
-    energy: the smallest rank that keeps this share of the keys' squares will do; 0 stands for all of them.
+    energy: a smaller rank is taken if it keeps this share of the keys' squares. 0 takes the whole `rank`.
     """
     wide = torch.promote_types(keys.dtype, torch.float32)
     gram = torch.zeros(keys.shape[1], keys.shape[1], dtype=wide, device=keys.device)
@@ -57,8 +57,8 @@ def factorise(keys: Tensor, rank: int, energy: float = 0.0) -> LowRank:
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """On one thread: its many short parallel regions gain little, and where other work has the cores each of them
-    waits for a thread that is not running."""
+    """Eigenvalues and eigenvectors, computed on one thread. The many short parallel regions gain little, and on a
+    busy machine each of them waits for a thread that is not running."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

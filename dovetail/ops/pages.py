@@ -1,4 +1,4 @@
-"""Pages of keys summarised by a few vectors, scored against queries, and the best ones picked.
+"""Summaries of pages of keys, their scores against queries, and the choice of the best pages.
 
 The torch functions define what the native operations `summarise` and `pick` (csrc/select.h) do:
 
@@ -9,7 +9,8 @@ The torch functions define what the native operations `summarise` and `pick` (cs
                                                                            larger product with q
                      sum_i q_i first_i + |q_i| second_i                    "mean_std"
 
-Or a page's keys are rounded to `LEVELS` between its extremes, and a page scores as its best rounded key:
+For "codes", the keys of a page are rounded to `LEVELS` values between the page's extremes in each dimension. The
+page's score is that of its best rounded key:
 
     low = min_t k_t,  r = (max_t k_t - low) / 3,  S = max_i r_i,  b = round(255 r / S),  step = b S / 255
     code_t = round((k_t - low) / step) in 0..3
@@ -17,13 +18,13 @@ Or a page's keys are rounded to `LEVELS` between its extremes, and a page scores
     score(q, page) = max_t q . low + (A S 2^15 / (255 16320)) sum_i floor(x_i b_i / 2^15 + 1/2) code_ti
                    ~ max_t q . (low + step code_t)                         "codes"
 
-If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t, and
-mean_std stays within `DEVIATIONS` of them above the mean. The bound does not: it adds up maxima that lie in
-different tokens, and the more tokens a chunk has, the less it says. Codes tell tokens apart, at 2 bits a value;
-their products with queries are of bytes, whose sums are exact.
+If dimensions vary independently, |q| . std is at most sqrt(head_dim) times the standard deviation of q . k_t. So
+mean_std stays within `DEVIATIONS` standard deviations above the mean. The bound does not: it adds up maxima of
+different tokens, and it says less the more tokens a chunk has. Codes tell tokens apart, at 2 bits a value. Their
+products with queries are products of bytes, whose sums are exact.
 
-Landmarks (ShadowKV, arXiv 2410.21465, section 4) are means of the chunks of a page's keys, and a page's score is
-the largest softmax weight of one of them among those of all competing pages.
+Landmarks (ShadowKV, arXiv 2410.21465, section 4) are the means of the chunks of a page's keys. A page's score is
+the largest softmax weight of its landmarks, among the landmarks of all competing pages.
 """
 
 from __future__ import annotations
@@ -38,21 +39,24 @@ from dovetail.ops.cpu import lazy_zeros, padded
 
 KINDS = ("bound", "mean_std", "codes")
 LEVELS = 4
-SCALE = 16320  # of queries: 255 times it is 127 times 2^15
+SCALE = 16320  # of rounded queries: 255 * SCALE = 127 * 2^15
 TILE = 16  # tokens whose codes lie together
 DEVIATIONS = 4.0
 
 
 class Summaries:
-    """Summaries of every page of every layer: `data` [layers x pages, KV heads, vectors, head_dim padded to 16,
-    or for landmarks to 32], in the type of the keys. Of one of `KINDS`, or "landmarks", for each chunk of `chunk`
-    tokens; 0 for whole pages, which codes are of, and `packed`."""
+    """Summaries of every page of every layer.
+
+    data: [layers x pages, KV heads, vectors, head_dim padded to 16, or to 32 for landmarks], in the type of the
+    keys. kind: one of `KINDS`, or "landmarks". chunk: tokens of a chunk; 0 is the whole page. Codes are of whole
+    pages and lie in `data` as `packed` returns them.
+    """
 
     def __init__(self, kv: Any, kind: str, chunk: int = 0, program: Any = None) -> None:
         self.kv = kv
         self.kind = kind
         self.chunk = chunk
-        self.program = program  # summarises pages in its layout
+        self.program = program  # a native program, which then summarises pages in its own layout
         dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
         self.vectors = num_vectors(kind, kv.page_size, chunk, dtype.itemsize)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
@@ -98,7 +102,7 @@ class Summaries:
 
 
 def summary_bytes(shape: Geometry, value: int, vectors: int, pad: int = 16) -> int:
-    """Of `vectors` for a page and KV head, over all layers; `value` bytes each of their values."""
+    """Bytes that `vectors` per KV head take for a page over all layers, with values of `value` bytes."""
     width = -(-shape.head_dim // pad) * pad
     return shape.num_layers * shape.num_kv_heads * vectors * width * value
 
@@ -111,12 +115,12 @@ def num_vectors(kind: str, page_size: int, chunk: int, value: int) -> int:
 
 
 def codes(keys: Tensor) -> Tensor:
-    """keys [pages, tokens, KV heads, head_dim] -> low, b, S in all its values, and codes of each token
-    [pages, KV heads, 3 + tokens, head_dim] in float32 or float64."""
+    """keys [pages, tokens, KV heads, head_dim] -> [pages, KV heads, 3 + tokens, head_dim] in float32 or float64:
+    low, b, S (repeated in every dimension), and then the codes of each token."""
     wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
     low, high = wide.amin(1, keepdim=True), wide.amax(1, keepdim=True)
     thirds = (high - low) / (LEVELS - 1)
-    largest = thirds.amax(-1, keepdim=True).float().to(wide.dtype)  # as it is kept
+    largest = thirds.amax(-1, keepdim=True).float().to(wide.dtype)  # rounded as it will be stored
     parts = torch.where(largest > 0, (thirds / largest * 255).round(), 0.0)
     step = parts * (largest / 255)
     found = torch.where(step > 0, ((wide - low) / step).round().clamp(0, LEVELS - 1), 0.0)
@@ -124,14 +128,15 @@ def codes(keys: Tensor) -> Tensor:
 
 
 def decoded(found: Tensor) -> Tensor:
-    """What `codes` stand for: [pages, KV heads, tokens, head_dim]."""
+    """The rounded keys that `codes` stand for: [pages, KV heads, tokens, head_dim]."""
     low, parts, largest = (found[..., i : i + 1, :] for i in range(3))
     return low + parts * (largest / 255) * found[..., 3:, :]
 
 
 def packed(found: Tensor, like: Tensor) -> Tensor:
-    """`codes` [pages, KV heads, 3 + tokens, head_dim] as native programs keep them (csrc/kernels.h), in the type
-    and shape of pages of `like` [.., KV heads, vectors, width]. The last token fills what a tile has left."""
+    """`codes` [pages, KV heads, 3 + tokens, head_dim] in the layout of native programs (csrc/kernels.h), with the
+    type and page shape of `like` [.., KV heads, vectors, width]. The last token is repeated to fill the last
+    tile."""
     n, heads, rows, dim = found.shape
     vectors, width = like.shape[-2:]
     tiles = -(-(rows - 3) // TILE)
@@ -151,7 +156,7 @@ def packed(found: Tensor, like: Tensor) -> Tensor:
 
 
 def unpacked(data: Tensor, dim: int, tokens: int) -> Tensor:
-    """What `packed` made of `codes`, in float32 or float64."""
+    """The `codes` of which `packed` made `data`, in float32 or float64."""
     n, heads, _, width = data.shape
     wide = torch.promote_types(data.dtype, torch.float32)
     second = data[:, :, 1].contiguous().view(torch.uint8)
@@ -213,8 +218,9 @@ def landmarks(keys: Tensor, chunk: int) -> Tensor:
 
 
 def landmark_scores(q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
-    """log of softmax(q . landmark / sqrt(head_dim)) among the landmarks of all competing pages, the highest over a
-    page's chunks and the query heads of a group: [rows, KV heads, pages]; -infinity for other pages, and for NaN.
+    """Scores [rows, KV heads, pages]: the log of softmax(q . landmark / sqrt(head_dim)) among the landmarks of all
+    competing pages, the highest over a page's chunks and the query heads of a group. Pages that do not compete,
+    and NaN, are -infinity.
 
     q [rows, heads, head_dim], found [rows, pages, KV heads, chunks, head_dim], competing [rows, KV heads, pages].
     """
@@ -228,9 +234,9 @@ def landmark_scores(q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
 
 
 def outliers(keys: Tensor, chunk: int, count: int) -> Tensor:
-    """The `count` pages of keys [pages, tokens, KV heads, head_dim] that landmarks stand for worst: bool
-    [KV heads, pages]. A page is as bad as its worst token, the one of the least cosine with its chunk's landmark;
-    of pages that are equal but for rounding, the first ones."""
+    """Which `count` pages of keys [pages, tokens, KV heads, head_dim] landmarks describe worst: bool [KV heads,
+    pages]. A page is as bad as its worst token, which has the least cosine with its chunk's landmark. Of pages
+    that differ by rounding only, the first ones are taken."""
     wide = torch.promote_types(keys.dtype, torch.float32)
     chunks = keys.to(wide).unflatten(1, (-1, chunk))
     alike = torch.cosine_similarity(chunks, chunks.mean(2, keepdim=True), dim=-1).amin((1, 2)).T
@@ -240,8 +246,11 @@ def outliers(keys: Tensor, chunk: int, count: int) -> Tensor:
 
 
 def pick(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-    """The `count` [rows] highest of the first `eligible` [rows] of scores [rows, KV heads, pages], of equals the
-    first ones, ascending: [rows, KV heads, n], -1 where there are fewer than n."""
+    """The numbers of the best pages, ascending: [rows, KV heads, n], -1 where there are fewer than n.
+
+    scores [rows, KV heads, pages]; only the first `eligible` [rows] pages count, and the `count` [rows] highest
+    are taken. Of equal scores the first pages are taken.
+    """
     pages = torch.arange(scores.shape[-1], device=scores.device)
     absent = pages >= eligible[:, None, None]
     order = scores.masked_fill(absent, float("-inf")).sort(dim=-1, descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""Values -> the block formats of stored weights."""
+"""Quantizes values to the block formats of stored weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def q8_0(x: Tensor) -> Tensor:
-    """x [n, k], k a multiple of 32 -> uint8 [n, k / 32 * 34] in format Q8_0: for each 32 values, a float16 scale
-    of their largest magnitude / 127, and as many signed bytes."""
+    """x [n, k], k a multiple of 32 -> uint8 [n, k / 32 * 34] in format Q8_0. Each 32 values become a float16
+    scale, their largest magnitude / 127, and 32 signed bytes."""
     blocks = x.float().unflatten(1, (-1, 32))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     steps = torch.where(scale > 0, blocks / scale, 0.0).round().to(torch.int8)

@@ -91,7 +91,8 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def unrotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """What `rotate` made x [rows, heads, head_dim] of: by the same angles back, and without their factor."""
+    """The inverse of `rotate` for x [rows, heads, head_dim]: rotated back by the same angles, and divided by their
+    factor."""
     cos, sin = angles
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1) / (cos * cos + sin * sin).repeat(1, 1, 2)

@@ -1,9 +1,9 @@
-"""Queries and keys turned so that few of their dimensions say most about their products.
+"""Queries and keys turned so that a few of their dimensions say most about their products.
 
-InfiniGen (Lee et al., OSDI 2024, arXiv 2406.19707), section 4.2: for an orthogonal A, (q A) . (k A) = q . k, and
-if A holds the right singular vectors of many queries, the first columns of q A carry most of their length. The
-turn does not commute with rotary positions, so it is applied to what is already rotated, and one A serves the
-query heads that share a KV head.
+InfiniGen (Lee et al., OSDI 2024, arXiv 2406.19707), section 4.2: for an orthogonal A, (q A) . (k A) = q . k. If A
+holds the right singular vectors of many queries, the first columns of q A carry most of their length. The turn
+does not commute with rotary positions, so queries and keys are turned after their rotation. One A serves the query
+heads that share a KV head.
 
     s(t)           = (q A_n) . (k_t A_n) / sqrt(d)           A_n: the first n columns of A
     margin(page)   = max over the group's query heads of (max of s over the page - max of s over all pages)
@@ -22,31 +22,31 @@ from dovetail.ops.cpu import lazy_zeros
 
 
 def skew(q: Tensor) -> Tensor:
-    """q [KV heads, n, head_dim] -> A [KV heads, head_dim, head_dim]: its right singular vectors, the largest
+    """q [KV heads, n, head_dim] -> A [KV heads, head_dim, head_dim]: the right singular vectors of q, the largest
     first.
 
-    They are the eigenvectors of q^T q, in float64: orthogonal whatever the queries are.
+    They are computed as the eigenvectors of q^T q in float64, which are orthogonal whatever the queries are.
     """
     q = q.double()
     return torch.linalg.eigh(q.mT @ q).eigenvectors.flip(-1)
 
 
 def kept_columns(head_dim: int, fraction: float) -> int:
-    """How many columns a fraction is: at least one."""
+    """How many columns this fraction of head_dim is, at least one."""
     return max(1, round(fraction * head_dim))
 
 
 def partial_bytes(shape: Geometry, page_size: int, value: int, fraction: float) -> int:
-    """Of the partial keys of a page, over all layers; `value` bytes each of their values."""
+    """Bytes of the partial keys of a page over all layers, with values of `value` bytes."""
     columns = kept_columns(shape.head_dim, fraction)
     return shape.num_layers * shape.num_kv_heads * page_size * (columns + columns % 2) * value
 
 
 def margins(q: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
-    """How far each page's best token is below the best of all -> [rows, KV heads, pages], at most 0.
+    """How far each page's best token scores below the best token of all: [rows, KV heads, pages], at most 0.
 
-    q [rows, KV heads, group, n], scaled; keys [rows, pages, KV heads, page_size, n]. Pages that are not `readable`
-    [rows, KV heads, pages], and tokens whose score is NaN, count as -infinity.
+    q [rows, KV heads, group, n] is already scaled; keys [rows, pages, KV heads, page_size, n]. Pages that are not
+    `readable` [rows, KV heads, pages], and tokens whose score is NaN, count as -infinity.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("rhgn,rphtn->rhgpt", q.to(wide), keys.to(wide))
@@ -57,14 +57,14 @@ def margins(q: Tensor, keys: Tensor, readable: Tensor) -> Tensor:
 
 
 def counted(margin: Tensor, alpha: float) -> Tensor:
-    """How many pages each KV head reads, for margin [rows, KV heads, pages] -> [rows], at least 1."""
+    """How many pages each KV head reads by margin [rows, KV heads, pages]: [rows], at least 1."""
     above, heads = (margin > -alpha).sum((1, 2)), margin.shape[1]
     return ((above + heads - 1) // heads).clamp_min(1)
 
 
 class PartialKeys:
-    """The first n columns of the turned keys of every page: `data` [layers x pages, KV heads, page_size, n], in
-    the type of the keys, or bfloat16 where these are codes."""
+    """The first n columns of the turned keys of every page: `data` [layers x pages, KV heads, page_size, n]. Its
+    type is that of the keys, or bfloat16 where keys are int8 or int4 codes."""
 
     def __init__(self, kv: Any, basis: Tensor, first: int) -> None:
         """basis: A_n of every layer, [layers, KV heads, head_dim, n]. Layers before `first` are left out."""
@@ -84,8 +84,8 @@ class PartialKeys:
             self.data[layer * self.kv.pages_per_layer + pages] = found.to(self.data.dtype)
 
     def margins(self, layer: int, q: Tensor, pages: Tensor, readable: Tensor) -> Tensor:
-        """Rotated q [rows, heads, head_dim], physical pages [rows, n], of which those are scored that are
-        `readable` [rows, KV heads, n] -> [rows, KV heads, n]."""
+        """`margins` of rotated q [rows, heads, head_dim] for physical pages [rows, n]: [rows, KV heads, n]. Only
+        pages that are `readable` [rows, KV heads, n] are scored."""
         wide = torch.promote_types(q.dtype, torch.float32)
         grouped = q.to(wide).unflatten(1, (self.kv.num_kv_heads, -1)) * q.shape[-1] ** -0.5
         turned = grouped @ self.basis[layer].to(wide)
@@ -93,10 +93,10 @@ class PartialKeys:
 
 
 class TurnedKeys:
-    """`PartialKeys` as native programs keep them: tiles of 16 tokens, of an even number of dimensions.
+    """`PartialKeys` in the layout of native programs: tiles of 16 tokens with an even number of dimensions.
 
-    basis: A_n of every layer, float32 [layers, KV heads, head_dim, width], which is 0 in a last odd column. data
-    [layers x pages, KV heads, tiles, width x 16] in the type of the keys.
+    basis: A_n of every layer, float32 [layers, KV heads, head_dim, width]; if n is odd, the last column is 0.
+    data: [layers x pages, KV heads, tiles, width x 16] in the type of the keys.
     """
 
     def __init__(self, program: Any, keys: PartialKeys) -> None:

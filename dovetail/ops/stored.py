@@ -1,4 +1,4 @@
-"""One tensor as it lies in a checkpoint: raw bytes by row, plus the name of their format."""
+"""One tensor as it is stored in a checkpoint: raw bytes by row, and the name of their format."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ class StoredTensor:
         return out.view(self.shape)
 
     def permute_rows(self, index: torch.Tensor) -> StoredTensor:
-        """The same tensor with row `index[i]` (int64 [rows]) as row i: bytes are moved, values are not
-        touched.
+        """The same tensor with row `index[i]` (int64 [rows]) as row i. Bytes move; values do not change.
 
         The rows of a 1-d tensor are its values. ModelError if `index` has another length, or a 1-d tensor is
         stored in blocks.

@@ -1,4 +1,4 @@
-"""A Variant as the native attention kernels take it."""
+"""Translates a Variant for the native attention kernels."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class KernelVariant:
 
 
 def kernel_variant(variant: Variant, num_heads: int) -> KernelVariant:
-    """Windows are native, other scores and masks are compiled on first use.
+    """The variant for the kernels. Windows are native; other scores and masks are compiled on first use.
 
-    Raises TemplateError where the definition cannot be traced or compiled; the reference then takes over.
+    Raises TemplateError where the definition cannot be traced or compiled. The caller then uses the reference.
     """
     if type(variant) is Variant:
         return KernelVariant(0, 0, [])

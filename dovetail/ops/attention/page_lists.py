@@ -1,4 +1,4 @@
-"""A step's page lists, checked: the native side follows them without looking."""
+"""Checks the page lists of a step, because native code follows them without checks of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _INT32 = 2**31
 
 
 class PageLists(NamedTuple):
-    """Request i has rows qo_indptr[i]:qo_indptr[i + 1], which begin at position starts[i], and reads lengths[i]
-    keys of pages indptr[i]:indptr[i + 1] of each of the lists. positions: of the first token of each page of each
-    list, or empty where lists leave nothing out.
+    """Request i has rows qo_indptr[i]:qo_indptr[i + 1], which begin at position starts[i]. It reads lengths[i]
+    keys of pages indptr[i]:indptr[i + 1] of each list. positions: that of the first token of each page of each
+    list; empty if the lists leave nothing out.
     """
 
     qo_indptr: list[int]
@@ -33,7 +33,8 @@ class PageLists(NamedTuple):
 def page_lists(pointers: tuple[Numbers, Numbers, Numbers], indices: Any, size: int, kv_heads: int) -> PageLists:
     """Lists that leave nothing out. pointers: qo_indptr, indptr and last_page_len; size: tokens of a page.
 
-    The rows of a request are the last of its keys; where it has fewer, its start is below 0 (see `placed`).
+    The rows of a request are the last of its keys. If it has fewer keys than rows, its start is below 0 (see
+    `placed`).
     """
     names = ("qo_indptr", "indptr", "last_page_len")
     qo_indptr, indptr, last = (whole_numbers(n, p) for n, p in zip(names, pointers, strict=True))
@@ -59,7 +60,7 @@ def page_lists(pointers: tuple[Numbers, Numbers, Numbers], indices: Any, size: i
 
 
 def placed(lists: PageLists, starts: Numbers | None, positions: Any, size: int) -> PageLists:
-    """The same with the rows' own positions, and those of the pages of lists that leave some out."""
+    """The lists with given positions of rows, and of pages where the lists leave some out."""
     rows = [b - a for a, b in itertools.pairwise(lists.qo_indptr)]
     if starts is None:
         if positions is not None:
@@ -94,13 +95,13 @@ def _length(i: int, pages: int, last: int, size: int) -> int:
 
 
 def nested(name: str, values: Any, below: int) -> list[list[int]]:
-    """One list or several; several may be the rows of an array."""
+    """One list or several as a list of lists. Several may be given as the rows of an array."""
     many = np.ndim(values) > 1 if hasattr(values, "ndim") else len(values) > 0 and np.ndim(values[0]) > 0
     return [whole_numbers(name, x, below) for x in (values if many else [values])]
 
 
 def whole_numbers(name: str, values: Numbers, below: int = _INT32) -> list[int]:
-    """A flat list, array or CPU tensor of whole numbers from 0 on. ConfigError otherwise."""
+    """A flat list, array or CPU tensor of whole numbers >= 0 as a list. ConfigError for anything else."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,9 +1,9 @@
-"""The attention engine: queries over paged KV, planned once per step and run per layer.
+"""The attention engine: queries over paged KV, planned once per step and run once per layer.
 
 KV is block-sparse rows in FlashInfer's terms (arXiv 2501.01005, section 3): request i reads the pages
 `indices[indptr[i]:indptr[i + 1]]`, the last of which holds `last_page_len[i]` tokens. `plan` cuts long sequences
-in chunks of 128 tokens aligned to their start, deals equal work to the threads, and finds chunks that several
-requests share; partial states are merged in order, so the result is the same bits whatever the plan.
+into chunks of 128 tokens, counted from their start, and gives the threads equal work. It finds chunks that several
+requests share. Partial states are merged in order, so the result has the same bits whatever the plan.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Shape(NamedTuple):
 
 
 class State(NamedTuple):
-    """Attention over some keys, out [rows, heads, head_dim], and the natural logarithm of the sum of their
-    exponentiated scores, lse [rows, heads]. Without keys they are 0 and -inf.
+    """Attention over some keys.
+
+    out: [rows, heads, head_dim]. lse: [rows, heads], the natural logarithm of the sum of exp(score). Without any
+    keys they are 0 and -inf.
     """
 
     out: Tensor
@@ -51,7 +53,7 @@ class State(NamedTuple):
 
 
 def merge_states(a: State, b: State) -> State:
-    """Attention over the keys of both. Commutative; the empty state is the identity."""
+    """The state of attention over the keys of both. Commutative; the empty state is the identity."""
     most = torch.maximum(a.lse, b.lse)
     base = most.masked_fill(most == -torch.inf, 0)
     wa, wb = torch.exp(a.lse - base), torch.exp(b.lse - base)
@@ -65,9 +67,10 @@ class PagedAttention:
     """`plan` once for the lists of a step, then `run` for every layer.
 
     layout: "NHD", KV [pages, page_size, KV heads, head_dim], or "HND", [pages, KV heads, page_size, head_dim].
-    cascade reads what several requests share once; split cuts long sequences over threads. Both change the time
-    and not one bit of the result. Lists may be numpy arrays or torch tensors. Everything is checked before native
-    code sees it: ConfigError, also where the native kernels were not built. One thread at a time may use it.
+    cascade: chunks that several requests share are read once. split: long sequences are cut over threads. Both
+    change the time and no bit of the result. Lists may be numpy arrays or torch tensors. Everything is checked
+    before native code sees it. Raises ConfigError for wrong arguments, and where the native kernels were not
+    built. Only one thread at a time may use it.
     """
 
     def __init__(
@@ -99,11 +102,12 @@ class PagedAttention:
         self, qo_indptr: Numbers, indptr: Numbers, indices: Numbers | Sequence[Numbers], last_page_len: Numbers, *,
         positions: Sequence[Numbers] | None = None, starts: Numbers | None = None,
     ) -> None:  # fmt: skip
-        """Rows qo_indptr[i]:qo_indptr[i + 1] of request i are the last of its sequence, or begin at starts[i].
+        """Plan a step. Rows qo_indptr[i]:qo_indptr[i + 1] of request i are the last of its sequence, or begin at
+        position starts[i].
 
         indices: one list for all KV heads, or one per KV head (all cut by the same `indptr`). positions: for lists
         that leave pages out, the position of the first token of each listed page, per KV head; `starts` is then
-        needed. Raises ConfigError for lists that do not agree, and positions outside [0, 2^30).
+        needed. Raises ConfigError for lists that do not agree, and for positions outside [0, 2^30).
         """
         size = self.shape.page_size
         lists = page_lists((qo_indptr, indptr, last_page_len), indices, size, self.shape.num_kv_heads)
@@ -116,10 +120,12 @@ class PagedAttention:
         self._rows = lists.qo_indptr[-1]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, *, scales: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """q float32 [rows, heads, head_dim] -> the same shape. k, v: pages in the layout, float32 or bfloat16; or
-        int8 codes with scales [..] (float32) of one token and head; or int4 codes, uint8 [.., head_dim / 2] of two
-        with the even dimension in the low half, and scales [.., 2], (scale, minimum): minimum + scale * code. All
-        on the CPU."""
+        """Attention of q float32 [rows, heads, head_dim] -> the same shape. All tensors are on the CPU.
+
+        k, v are pages in the layout, in one of these types: float32 or bfloat16; int8 codes with a float32 scale
+        for each token and head; int4 codes with (scale, minimum) for each token and head, value = minimum + scale
+        * code. int4 codes are uint8 [.., head_dim / 2], two in a byte, the even dimension in the low half.
+        """
         return self.run_state(q, k, v, scales=scales).out
 
     def run_state(
@@ -140,7 +146,7 @@ class PagedAttention:
         return State(out, lse)
 
     def _checked(self, q: Tensor, kv: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None) -> str:
-        """How K and V are stored; ConfigError for what does not fit the plan."""
+        """The name of the type in which K and V are stored. ConfigError for what does not fit the plan."""
         s = self.shape
         if self._rows < 0:
             raise ConfigError("nothing is planned; call `plan` before `run`")
@@ -168,7 +174,8 @@ class PagedAttention:
         return kind
 
     def stats(self) -> dict[str, int]:
-        """Of the plan: items of work, rows merged from several, tokens read per KV head, and without sharing."""
+        """Counts of the plan: items of work, rows merged from several items, tokens read per KV head, and how many
+        that would be without sharing."""
         found: dict[str, int] = self._engine.stats()
         return found
 

@@ -1,4 +1,4 @@
-"""Torch reference of attention: readable, on any device, whole batches at a time."""
+"""The torch reference of attention. It is meant to be read; it runs on any device, a whole batch at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.core.seams import Variant
 from dovetail.ops.template import with_tables
 
-BLOCK = 1 << 20  # scores at a time: what is larger is given back to the system and faulted in again each time
+BLOCK = 1 << 20  # scores at a time: larger tensors are returned to the system and cost page faults each time
 
 
 class ReadSpans(Protocol):
@@ -21,8 +21,8 @@ class ReadSpans(Protocol):
 
 
 class Keys(NamedTuple):
-    """What each (row, KV head) reads: k, v [rows, KV heads, pages, page_size, head_dim], positions likewise
-    without head_dim."""
+    """What each (row, KV head) reads: k, v [rows, KV heads, pages, page_size, head_dim] and positions [rows, KV
+    heads, pages, page_size]."""
 
     k: Tensor
     v: Tensor
@@ -30,7 +30,8 @@ class Keys(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Of queries, keys and query heads: whole numbers that broadcast to scores [n, KV heads, group, c, t]."""
+    """Positions of queries and keys, and query heads: whole numbers that broadcast to scores [n, KV heads, group,
+    c, t]."""
 
     q_pos: Tensor
     k_pos: Tensor
@@ -45,7 +46,7 @@ class Rows(NamedTuple):
 
 
 def attend_dense(q: Tensor, read: ReadSpans, variant: Variant, layout: Rows) -> Tensor:
-    """Rows q [rows, heads, head_dim] over everything before them -> the same shape.
+    """Attention of rows q [rows, heads, head_dim] over everything before them -> the same shape.
 
     Rows that are in no group stay undefined.
     """
@@ -71,7 +72,7 @@ def _attend_block(q: Tensor, kv: tuple[Tensor, Tensor], variant: Variant, q_pos:
 
 
 def attend_pages(q: Tensor, keys: Keys, variant: Variant, positions: Tensor) -> Tensor:
-    """Rows q [rows, heads, head_dim] at `positions` [rows] over their own lists of pages -> the same shape."""
+    """Attention of rows q [rows, heads, head_dim] at `positions` [rows] over their own pages -> the same shape."""
     k, v, k_pos = keys.k.flatten(2, 3), keys.v.flatten(2, 3), keys.positions.flatten(2, 3)
     grouped = q.unflatten(1, (k.shape[1], -1))[:, :, :, None]  # [rows, KV heads, group, 1, d]
     places = Places(positions[:, None, None, None, None], k_pos[:, :, None, None], _heads(grouped))
@@ -95,8 +96,8 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
 def _softmax(scores: Tensor, variant: Variant, places: Places) -> Tensor:
     """Weights of scores [n, KV heads, group, c, t] as the variant changes them.
 
-    A later key never counts, whatever the mask says: what lies there is not committed. A row that may read
-    nothing gives 0.
+    A later key never counts, whatever the mask says, because it is not committed. A row that may read nothing
+    gives 0.
     """
     readable = variant.mask(*places) & (places.k_pos <= places.q_pos)
     new = torch.where(readable, variant.score(scores, *places), float("-inf"))
@@ -107,8 +108,8 @@ def _softmax(scores: Tensor, variant: Variant, places: Places) -> Tensor:
 def _mix(weights: Tensor, v: Tensor) -> Tensor:
     """weights [n, KV heads, rows, t], v [n, KV heads, t, d] -> [n, KV heads, rows, d].
 
-    0 * NaN is NaN, and memory that a row does not read may hold anything: such values count only where they
-    have weight, and there the result is NaN.
+    Memory that a row does not read may hold NaN, and 0 * NaN is NaN. So values that are not finite count only
+    where they have weight, and there the result is NaN.
     """
     broken = ~torch.isfinite(v).all(-1, keepdim=True)
     if not broken.any():

@@ -1,8 +1,8 @@
 """Attention variants from one definition (docs/attention.md).
 
-A `dovetail.core.seams.Variant` is written once, with operators and the functions below. `trace` makes an
-expression of it, from which come a torch evaluator (`Traced.torch`), a native function (`compile_variant`) and
-facts that let kernels do less (`Traced.is_causal`, `window`).
+A `dovetail.core.seams.Variant` is written once, with operators and the functions below. `trace` turns it into an
+expression. From that come a torch evaluator (`Traced.torch`), a native function (`compile_variant`) and facts that
+let kernels do less (`Traced.is_causal`, `window`).
 """
 
 import builtins

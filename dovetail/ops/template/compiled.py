@@ -1,8 +1,8 @@
 """Variants as native functions, compiled on first use and kept.
 
-A function is kept under a hash of its source, the flags and what this processor can do, so a change of any of them
-compiles anew, and what was compiled once needs no compiler. Kept files end in a hash of what comes before it: one
-that a crash or a disk has damaged is compiled again, not loaded.
+A function is kept under a hash of its source, the flags and what this processor can do. If one of them changes, it
+is compiled again; otherwise no compiler is needed. A kept file ends in a hash of its content. A file that a crash
+or a disk has damaged is compiled again, not loaded.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class Compiled:
 def compile_variant(
     variant: Variant | Traced, *, folder: Path | None = None, compilers: Sequence[str] = COMPILERS
 ) -> Compiled:
-    """The native function of a variant, from `folder` (by default, the cache's `kernels`) or a compiler.
+    """The native function of a variant, from `folder` (by default `kernels` in the cache folder) or from a
+    compiler.
 
-    compilers: names on PATH, or paths, in order of preference. Raises TraceError and CompileError (both
-    TemplateError), whose messages say that the torch reference takes its place; that is for the caller to do.
+    compilers: names on PATH, or paths, in order of preference. Raises TraceError or CompileError, both of them
+    TemplateError. Their messages say that the torch reference is used instead, which the caller must see to.
     """
     traced = variant if isinstance(variant, Traced) else trace(variant)
     source = cpp(traced.program)
@@ -88,7 +89,7 @@ def compile_variant(
 
 
 def _kept(path: Path) -> ctypes.CDLL | None:
-    """What an earlier run compiled, if it is whole and of this system."""
+    """What an earlier run compiled, if the file is undamaged and loads on this system."""
     if not _is_whole(path):
         return None
     try:
@@ -98,7 +99,7 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 
 
 def _compiled(source: str, path: Path, compilers: Sequence[str]) -> ctypes.CDLL:
-    """The function by the first compiler that can, kept at `path`."""
+    """The function, compiled by the first compiler that succeeds and kept at `path`."""
     tried = []
     for name in compilers:
         if not (compiler := shutil.which(name)):
@@ -117,10 +118,10 @@ def _compiled(source: str, path: Path, compilers: Sequence[str]) -> ctypes.CDLL:
 
 
 def _keep(built: Path, path: Path) -> ctypes.CDLL:
-    """Load it from where it stays; where that cannot be written, load what was built."""
+    """Keep what was built and load it from there. If it cannot be kept, load it from where it was built."""
     binary = built.read_bytes()
     try:
-        # Two processes may both come here; each writes a file of its own, and the last one's takes the name.
+        # Two processes may come here at once. Each writes a file of its own; the last one gets the name.
         with replacing(path) as file:
             file.write(binary + hashlib.sha256(binary).digest())
     except OSError as error:
@@ -134,7 +135,7 @@ def _keep(built: Path, path: Path) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Raises OSError for what is no library of this system, AttributeError for one without the function."""
+    """Load a library. OSError if it is none of this system, AttributeError if it lacks the function."""
     library = ctypes.CDLL(str(path))
     _ = library[SYMBOL]
     return library

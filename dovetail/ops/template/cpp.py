@@ -1,8 +1,8 @@
-"""Programs as C++17: one function that a compiler turns into vector code.
+"""Prints programs as C++17: one function that a compiler turns into vector code.
 
-The body has no branch. Arithmetic is float32, or exact on whole numbers of 32 bits, of 64 where the range asks
-for it. tanh, exp and log are polynomials (after Cephes, S. Moshier) because calls into libm are not vectorised;
-against the exact value their error is below 2e-7, relative, where the result is a normal number.
+The body has no branch. Arithmetic is float32, or exact on whole numbers of 32 bits, or of 64 bits where the range
+needs them. tanh, exp and log are polynomials (after Cephes, S. Moshier), because calls into libm are not
+vectorised. Their relative error is below 2e-7 where the result is a normal number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNATURE = (
 
 
 def cpp(program: Program) -> str:
-    """The translation unit of a program with two results, score and readable. No parameter's value is in it."""
+    """The C++ source of a program with two results, score and readable. It contains no parameter's value."""
     printer = _Cpp(program)
     done = program.fold(printer)
     score, readable = (done[i] for i in program.results)
@@ -49,14 +49,15 @@ def cpp(program: Program) -> str:
 
 
 def params(program: Program) -> np.ndarray:
-    """The array (float32) that the function of a program is given."""
+    """The float32 array that the function of a program is called with."""
     numbers = [*program.parameters, *(v for table in program.tables for v in table)]
     with np.errstate(over="ignore"):
         return np.array(numbers, np.float64).astype(np.float32)
 
 
 class _Cpp:
-    """The language: each step becomes a named value, before the loop if no key and no score is in it."""
+    """The language: each step becomes a named value. It stands before the loop if it depends on no key and no
+    score."""
 
     def __init__(self, program: Program) -> None:
         self.program = program

@@ -1,4 +1,4 @@
-"""Why a variant has no kernel. Every message ends in what happens instead."""
+"""Errors that say why a variant has no kernel. Every message ends with what happens instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs on torch tensors: the same operations that the definition performs when it is called with tensors."""
+"""Runs programs on torch tensors, with the operations that the definition itself performs on tensors."""
 
 from __future__ import annotations
 

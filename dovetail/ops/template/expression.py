@@ -1,8 +1,8 @@
-"""Typed expressions over a score, two positions and a head: what the methods of a variant are traced to.
+"""Typed expressions over a score, two positions and a head. Tracing turns the methods of a variant into these.
 
-Kinds are "float" (float32 in kernels), "int" and "bool". An int carries the range of its values, from which
-follow its width in kernels, and that no division by zero and no read beyond a table can happen there.
-Positions are below 2^30 and heads below 2^12.
+Kinds are "float" (float32 in kernels), "int" and "bool". An int carries the range of its values. The range decides
+its width in kernels, and shows that no kernel can divide by zero or read beyond a table. Positions are below 2^30
+and heads below 2^12.
 """
 
 from __future__ import annotations
@@ -185,10 +185,10 @@ class Expr:
 
 
 class Parameter(Expr):
-    """A number that a kernel is handed, or what Python has computed from such numbers.
+    """A number that a kernel is called with, or what Python has computed from such numbers.
 
-    It acts as the number that it is: it may be compared, used in `if`, `range` and math functions.
-    Only the value that remains in the expression can change without a new kernel.
+    It behaves like the number: it may be compared and used in `if`, `range` and math functions. Only the value
+    that remains in the expression can change without a new kernel.
     """
 
     __slots__ = ("name",)

@@ -1,7 +1,7 @@
 """An expression as a list of steps, each computed once, in an order that can be printed.
 
-A language is one class with a method `step`: `fold` hands it every step with what it made of the arguments.
-Torch tensors (evaluate.py) and C++ (cpp.py) are two of them; a third needs no more than the same method.
+A language is a class with one method, `step`. `fold` calls it for every step, with what it returned for the step's
+arguments. Torch (evaluate.py) and C++ (cpp.py) are two languages; a third needs only the same method.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Step(NamedTuple):
 
 
 class Language(Protocol[T]):
-    """What a step becomes."""
+    """Says what a step becomes."""
 
     def step(self, step: Step, args: Sequence[T]) -> T: ...
 
 
 @dataclass(frozen=True)
 class Program:
-    """Steps, and where they read numbers: `parameters` with their names, and `tables`.
+    """Steps, and the numbers that they read: `parameters` with their names, and `tables`.
 
     In a kernel's array of float32 the parameters come first, then the tables one after the other.
     """
 
     steps: tuple[Step, ...]
-    results: tuple[int, ...]  # the steps that were asked for
+    results: tuple[int, ...]  # the steps whose values are the program's results
     parameters: tuple[float, ...]
     names: tuple[str, ...]
     tables: tuple[Table, ...]

@@ -1,4 +1,4 @@
-"""From a variant to its program: its methods are called with symbols instead of tensors."""
+"""Makes a program of a variant by calling its methods with symbols instead of tensors."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class Traced:
 
 
 def trace(variant: Variant) -> Traced:
-    """The program of a variant's methods. Numbers among its attributes become parameters, and tuples, lists and
-    1-d arrays of numbers tables. Raises TraceError, which says where and what to write instead.
+    """The program of a variant's methods. Attributes that are numbers become parameters; tuples, lists and 1-d
+    arrays of numbers become tables. Raises TraceError, which says where the problem is and what to write instead.
     """
     bound = _bind(variant, Parameter, "")
     score = Expr("input", "float", (), "score")
@@ -107,9 +107,9 @@ def _causal(mask: Expr, causal: Expr) -> Expr:
 
 
 def with_tables(variant: Variant) -> Variant:
-    """The variant, with sequences of numbers that tensors can index, as its methods expect them to be.
+    """A copy of the variant whose sequences of numbers can be indexed by tensors, as its methods expect.
 
-    What is made of a variant is remembered as long as it lives.
+    The copy is remembered as long as the variant lives.
     """
     if (bound := _WITH_TABLES.get(id(variant))) is None:
         bound = _WITH_TABLES[id(variant)] = _bind(variant, lambda value, name: value, "")

@@ -1,4 +1,4 @@
-"""How far back a variant can read, where its mask says so, that kernels may skip the blocks before."""
+"""Finds how far back a variant can read, so that kernels may skip earlier blocks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MOST_CHOICES = 6
 def window(traced: Traced) -> int | None:
     """The largest q_pos - k_pos that can be readable for any q_pos and head, or a number above it.
 
-    None: the mask implies none, or none that this analysis sees. It understands comparisons of sums,
-    differences and multiples of positions and whole numbers, also through // and %, abs, minimum, maximum and
-    tables, joined by & | ~ and where.
+    None: the mask sets no such limit, or none that this analysis finds. It understands comparisons of sums,
+    differences and multiples of positions and whole numbers. They may go through // and %, abs, minimum, maximum
+    and tables, and be joined by & | ~ and where.
     """
     analysis = _Analysis(traced.program)
     bound = analysis.true[traced.program.results[1]]
@@ -42,7 +42,7 @@ class _Linear:
 
 
 class _Analysis:
-    """Passes over the steps. `true` and `false`: the largest distance at which a condition can be that."""
+    """Passes over the steps. `true` and `false` are the largest distances at which a condition can be so."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -103,7 +103,8 @@ class _Analysis:
         return self._distance(above), self._distance(below.plus(one))
 
     def _distance(self, form: _Linear) -> float:
-        """The largest q_pos - k_pos with form >= 0: the least that any way to bound the form from above shows."""
+        """The largest q_pos - k_pos with form >= 0. Several bounds of the form from above are tried; the least
+        result counts."""
         return min((self._of_positions(f) for f in self._above(form, _MOST_CHOICES)), default=math.inf)
 
     def _above(self, form: _Linear, choices: int) -> Iterator[_Linear]:
