@@ -52,7 +52,7 @@ class Engine:
             return []
         try:
             result = self.executor.run(plan)
-        except BaseException:  # the caller decides; until then nothing is lost but the work
+        except BaseException:  # only the work of this step is lost; the caller decides how to go on
             self.scheduler.undo(plan)
             raise
         self.steps += 1
@@ -77,7 +77,7 @@ class Engine:
             return Progress(request, prompt_logprobs=scored) if scored else None
         failed = result.error is not None and request.drafts[: len(result.tokens)] == list(result.tokens)
         tokens = self._accept(request, result.tokens)
-        if failed and request.finish_reason is None:  # not so if the failed row lies behind a wrong draft
+        if failed and request.finish_reason is None:  # a failed row behind a wrong draft does not count
             return self._fail(request, result.error or "", tokens)
         self.scheduler.commit(request, len(request.tokens) - 1)
         if request.finish_reason is not None:
@@ -96,7 +96,7 @@ class Engine:
         self.scheduler.leave(request)
 
     def _accept(self, request: Request, sampled: Sequence[int]) -> Sequence[int]:
-        """The one acceptance rule: drafts are right as long as they equal the tokens that were chosen."""
+        """The one acceptance rule: drafts are accepted up to the first that differs from the chosen token."""
         drafts, n = request.drafts, 0
         while n < len(drafts) and n < len(sampled) and drafts[n] == sampled[n]:
             n += 1

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message says what was asked, what was found and what to change."""
+"""The types of errors. Every message says what was asked, what was found and what to change."""
 
 from __future__ import annotations
 

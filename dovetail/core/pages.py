@@ -19,8 +19,8 @@ def pages_for(tokens: int, page_size: int) -> int:
 class PagePool:
     """`num_pages` pages of `page_size` tokens. A page is free exactly when nobody holds a reference.
 
-    `evict(n)` is asked for pages when the free list runs short; it returns how many it freed. `reopened`
-    collects the pages handed out, for those who remember something about what a page held before.
+    `evict(n)` is called when there are too few free pages; it returns how many it freed. `reopened` collects the
+    pages that are handed out. Whoever remembers something about the earlier content of a page must forget it.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -36,7 +36,7 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, n: int) -> list[int] | None:
-        """n pages with one reference each, or None (and nothing changed but evictions) if there are too few."""
+        """n pages with one reference each. None if there are too few; then only evictions have happened."""
         if len(self._free) < n:
             self.evict(n - len(self._free))
         if len(self._free) < n:
@@ -66,7 +66,7 @@ class PagePool:
         return freed
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
-        """Raise RuntimeError unless references equal owners, and free and held pages make up the pool."""
+        """Raise RuntimeError unless every page has as many references as owners, and is either held or free."""
         held = Counter(int(p) for pages in owners for p in pages)
         wrong = [(p, self.refs[p], held[p]) for p in range(self.num_pages) if self.refs[p] != held[p]]
         if wrong:
@@ -79,8 +79,8 @@ class PagePool:
 
 
 class PageTable:
-    """The pages of one request, in order: `ids`, and the same in a numpy buffer, so that a batch can copy them
-    at once.
+    """The pages of one request, in order. They are kept twice: as the list `ids`, and as an array that a batch
+    copies at once.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -96,7 +96,7 @@ class PageTable:
         return len(self.ids)
 
     def append(self, pages: Sequence[int]) -> None:
-        """Take over references that the caller holds."""
+        """Add pages whose references the caller hands over."""
         held, n = len(self.ids), len(self.ids) + len(pages)
         if n > len(self._data):
             self._data = np.concatenate([self._data, np.zeros(max(n, len(self._data)), dtype=np.int64)])
@@ -112,7 +112,7 @@ class PageTable:
         size, refs = pool.page_size, pool.refs
         first = start // size
         if stop <= (first + 1) * size and first < len(ids) and refs[ids[first]] == 1:
-            return []  # nearly always: a page of its own that has room
+            return []  # the usual case: the last page is the request's own and has room
         last = pages_for(stop, size)
         shared = [i for i in range(first, min(last, len(ids))) if refs[ids[i]] > 1]
         fresh = pool.allocate(len(shared) + max(0, last - len(ids)))
@@ -128,7 +128,7 @@ class PageTable:
         return copies
 
     def share(self, other: PageTable, tokens: int) -> None:
-        """Start as a reader of the pages that hold the first `tokens` tokens of `other`."""
+        """Begin with the pages that hold the first `tokens` tokens of `other`, shared."""
         pages = other.ids[: pages_for(tokens, self.pool.page_size)]
         self.pool.retain(pages)
         self.append(pages)

@@ -20,7 +20,7 @@ class Node:
         self.pages = pages
         self.parent = parent
         self.children: dict[tuple[int, ...], Node] = {}  # by the tokens of the child's first page
-        self.key: tuple[int, ...] = ()  # under which the parent knows it
+        self.key: tuple[int, ...] = ()  # its key in the parent's `children`
         self.used = 0
         self.queued = False  # whether the eviction queue has an entry for it
 
@@ -35,7 +35,7 @@ class RadixPrefix:
         self.pool = pool
         self.roots: dict[str, Node] = {}
         self._clock = itertools.count(1)
-        self._queue: list[tuple[int, int, Node]] = []  # leaves by an earlier `used`, corrected when popped
+        self._queue: list[tuple[int, int, Node]] = []  # leaves by `used` when queued, which may be out of date
 
     def match(self, request: Request, limit: int) -> Stored:
         """The longest stored prefix of the request's tokens within `limit` tokens."""
@@ -83,8 +83,8 @@ class RadixPrefix:
         node.used = next(self._clock)
 
     def evict(self, what: int | Request) -> int:
-        """Free up to so many pages that only the tree holds, oldest leaves first; or give up everything that has a
-        request's first page. Returns how many pages are free now."""
+        """For a number: free up to so many pages that only the tree holds, least recently used leaves first. For a
+        request: drop everything that begins with its first page. Returns how many pages were freed."""
         return self._forget(what) if isinstance(what, Request) else self._evict(what)
 
     def _forget(self, request: Request) -> int:
@@ -106,7 +106,7 @@ class RadixPrefix:
             used, _, leaf = heapq.heappop(self._queue)
             leaf.queued = False
             if leaf.children or not leaf.pages:
-                continue  # queued again when it becomes a leaf; or dropped
+                continue  # it has children and is queued again when it becomes a leaf, or it was dropped
             if leaf.used > used:
                 self._enqueue(leaf)
                 continue

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen. Field names and defaults are vLLM's."""
+"""How the tokens of a request are chosen. Field names and defaults are vLLM's."""
 
 from __future__ import annotations
 

@@ -45,10 +45,11 @@ class _Step:
 
 
 class Scheduler:
-    """Requests wait, run in rounds of at most `max_num_batched_tokens` tokens, and leave.
+    """Decides which requests run in a step of at most `max_num_batched_tokens` tokens, and on which pages.
 
-    The oldest running request always advances: when pages run out the youngest gives its own back, keeps
-    its tokens, and waits at the head of the queue. Any request fits the pool alone, or is refused at once.
+    The oldest running request always advances. When pages run out, the youngest request is preempted: it gives its
+    pages back, keeps its tokens, and waits at the head of the queue. A request that does not fit the pool alone is
+    refused at once.
     """
 
     def __init__(self, pool: PagePool, seams: Seams, limits: Limits, num_stages: int = 1) -> None:
@@ -102,18 +103,18 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next step. Empty when there is nothing to do."""
+        """The next plan. It has no spans when there is nothing to do."""
         step = _Step(self.limits.max_num_batched_tokens)
         self._draft()
         for request in self.running:
-            if request.stage:  # in the middle of the program: its rows and pages are given
+            if request.stage:  # in the middle of the program: its rows and pages are fixed
                 self._span(request, request.computed + request.flying, step)
         i, preemptions = 0, self.stats.preemptions
         while i < len(self.running) and step.left > 0:
             i += self.running[i].stage > 0 or self._advance(self.running[i], step)
-        if self.stats.preemptions == preemptions:  # else the freed pages would go round in a circle
+        if self.stats.preemptions == preemptions:  # else an admission could take the pages that were just freed
             self._admit(step)
-        if not step.spans:  # what is sealed waits for a step that runs
+        if not step.spans:  # `sealed` and the rest wait for the next plan that runs
             return StepPlan(())
         plan = StepPlan(
             tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self.pool.reopened),
@@ -123,7 +124,8 @@ class Scheduler:
         return plan
 
     def undo(self, plan: StepPlan) -> None:
-        """A plan that was not carried out to its end: its requests start over, its page moves are kept."""
+        """Take back a plan that failed. Its requests start over; what it says about pages goes into the next
+        plan."""
         self._sealed = [*plan.sealed, *self._sealed]
         self._released = [*plan.released, *self._released]
         self.pool.reopened = [*plan.reopened, *self.pool.reopened]
@@ -132,7 +134,7 @@ class Scheduler:
                 self._reset(span.request)
 
     def _advance(self, request: Request, step: _Step) -> bool:
-        """Plan a span of a running request; False if it was preempted itself."""
+        """Plan a span of a running request. False if the request was preempted."""
         stop = self._stop(request, step.left)
         copies = request.table.grow(request.computed, stop)
         while copies is None:
@@ -158,7 +160,7 @@ class Scheduler:
     def _stop(self, request: Request, left: int) -> int:
         """Where the next span of a request ends."""
         start, stop = request.computed, len(request.tokens) + len(request.drafts)
-        if stop - start > 1:  # one token is the least that anybody gets
+        if stop - start > 1:  # every running request gets at least one token
             stop = min(stop, start + max(1, min(left, self.seams.policy.share(request, left))))
             window = self.seams.selector.window
             if window < UNLIMITED:  # the dense part, and a row's droppable pages, must be sealed before the step
@@ -166,7 +168,7 @@ class Scheduler:
         return stop
 
     def _draft(self) -> None:
-        """Ask what might come next for every request that has caught up."""
+        """Ask the drafter for guesses, for every request whose accepted tokens are all but computed."""
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
         if not ready:
             return
@@ -204,9 +206,9 @@ class Scheduler:
         return False
 
     def _start(self, request: Request, step: _Step) -> bool:
-        """Give a waiting request what is stored of it, pages for all its tokens, and a first span.
+        """Admit a waiting request: take what is stored of it, give it pages for all its tokens, plan a first span.
 
-        False if pages are short, or there is no room for what the codec keeps of it; then nothing has changed.
+        False if there are too few pages, or if the codec has no room for it. Then nothing has changed.
         """
         if self._dense_pages(*self.running, request) > self.seams.codec.capacity:
             return False
@@ -238,16 +240,17 @@ class Scheduler:
         return True
 
     def _fork_point(self, parent: Request) -> int:
-        """Tokens that a fork takes over: all but the last of the prompt, whose row yields its first token.
+        """How many tokens a fork takes over: all but the last of the prompt, whose row yields its first token.
 
-        Its page is copied when it is written, unless it is sealed: sealed pages are never copied, so that
-        whatever keeps them elsewhere need not bring them back; then the page is computed again.
+        The last token's page is copied when the fork writes to it. A sealed page is never copied, because it may
+        lie in the slow tier and would have to come back. If that page is sealed, the fork computes it again.
         """
         size, point = self.pool.page_size, len(parent.prompt) - 1
         return point if parent.computed < (point // size + 1) * size else point // size * size
 
     def _headroom(self) -> bool:
-        """Whether every running request could take another page: else an admission ends in preemption."""
+        """Whether every running request could take another page. Otherwise an admission would lead to
+        preemption."""
         pages = self.pool.allocate(len(self.running))
         if pages is None:
             return not self.running
@@ -259,14 +262,14 @@ class Scheduler:
 
     def _stored(self, request: Request) -> Stored:
         most = min(len(request.tokens) - 1, self._reusable(request))
-        if request.params.prompt_logprobs is not None:  # rows to be scored must run
+        if request.params.prompt_logprobs is not None:  # rows that are scored must be computed
             most = min(most, request.scored)
         if not self.limits.prefix_caching or most == 0:
             return Stored([], 0)
         return self.reuse.match(request, most)
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's pages; it keeps its tokens and waits at the head of the queue."""
+        """Take a running request's pages away. It keeps its tokens and waits at the head of the queue."""
         self.store(request)
         self._reset(request)
         request.preemptions += 1
@@ -287,7 +290,8 @@ class Scheduler:
     # -- committing ----------------------------------------------------------------------------------
 
     def commit(self, request: Request, computed: int) -> None:
-        """KV of the first `computed` tokens is now final: seal the pages it completes, keep what can be shared."""
+        """Make the KV of the first `computed` tokens final: seal the pages that are complete, offer them for
+        reuse."""
         size = self.pool.page_size
         first, last = request.computed // size, computed // size
         request.computed = computed
@@ -302,9 +306,10 @@ class Scheduler:
             self.reuse.store(request, min(request.computed, self._reusable(request)))
 
     def distrust(self, request: Request) -> None:
-        """Whatever the request has read is not offered again."""
+        """Drop from reuse everything that this request may have read."""
         self.reuse.evict(request)
 
     def _reusable(self, request: Request) -> int:
-        """Tokens whose KV is the same in any request: a row that drops pages has KV of its own kind."""
+        """How many tokens have KV that other requests may share. A row that left pages unread has KV of its
+        own."""
         return request.dense_until if self.seams.selector.window < UNLIMITED else len(request.tokens)

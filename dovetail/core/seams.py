@@ -1,7 +1,7 @@
-"""The questions that techniques answer, each with its contract and a default that does nothing.
+"""The questions that techniques answer. Each has a contract and a default that does nothing.
 
-A default is a real answer, so nobody asks whether a technique is present. Seams see a whole batch at a
-time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv` is `runtime.kv.KV`.
+A default is a real answer, so no caller asks whether a technique is present. A seam is asked for a whole batch at
+a time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv` is `runtime.kv.KV`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ EVERY_ROW = slice(None)
 
 
 class Policy:
-    """In what order, how much? Default: first come, first served, as much as fits."""
+    """Who runs first, and how many tokens each request gets. Default: first come, first served, as many as fit."""
 
     def order(self, waiting: Sequence[Request]) -> Sequence[Request]:
         """The waiting requests in the order of admission: a permutation."""
         return waiting
 
     def share(self, request: Request, left: int) -> int:
-        """How many of the step's `left` tokens the request may take, at least 1. Asked where it wants more."""
+        """How many of the step's `left` tokens the request may take, at least 1. Not asked if it wants only
+        one."""
         return left
 
 
 class Drafter:
-    """What might come next? Default: no guess. Never changes the text, only how many steps it takes."""
+    """What the next tokens might be. Default: no guess. Guesses never change the text, only the number of
+    steps."""
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> Sequence[list[int]]:
         """For each request, guessed tokens that follow `request.tokens`: at most its limit, and `total` in all.
 
-        What is beyond either, or no token of the vocabulary, is cut off.
+        A guess is cut off at either limit, and at the first id outside the vocabulary.
         """
         return [[] for _ in requests]
 
@@ -52,17 +54,17 @@ class Drafter:
         """The first `accepted` of `drafts` were right."""
 
     def forget(self, request: Request) -> None:
-        """The request has ended or was preempted; drop what is remembered about it."""
+        """The request has ended or was preempted. Forget everything about it."""
 
 
 class Reuse(Protocol):
-    """What is already computed? Default: `core.prefix.RadixPrefix`.
+    """What is already computed. Default: `core.prefix.RadixPrefix`.
 
-    `match`: what is stored of the request's first `limit` tokens; a place to compute some of it again is one
-    whose `computed` is below what its pages hold.
-    `store`: keep the committed whole pages of the first `limit` tokens. `evict`: free up to n pages, or
-    give up all that begins as a request does; how many are free now.
-    `held` is what `PagePool.check` is told: the lists of pages that this store holds a reference to.
+    `match`: what is stored of the request's first `limit` tokens. If `computed` is below what the pages hold, the
+    tokens between are computed again.
+    `store`: keep the committed whole pages of the request's first `limit` tokens.
+    `evict`: free up to n pages, or drop everything that begins as a request does. Returns how many were freed.
+    `held`: the lists of pages that this store holds a reference to, for `PagePool.check`.
     """
 
     @property
@@ -86,74 +88,78 @@ class RowFilter:
 
 
 class Codec:
-    """How are pages stored for rows that may leave some unread? Default: as written. Rows that read everything
-    read what was written; the numeric KV type is configuration.
+    """How pages are stored for rows that may leave some unread. Default: as written. Rows that read everything
+    always read what was written. The numeric type of KV is configuration, not a codec's.
 
-    Dense parts of running requests have at most `capacity` whole pages, counted per request: others wait.
+    The dense parts of all running requests have at most `capacity` whole pages, counted for each request. Other
+    requests wait.
     """
 
     capacity: int = UNLIMITED
 
     def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
-        """The dense parts, `tokens[:dense_until]`, are committed, and from now on rows may leave pages unread.
+        """The dense parts of these requests, `tokens[:dense_until]`, are committed. From now on their rows may
+        leave pages unread.
 
-        For each request id aliases of its first pages, int64 [n], each at least `kv.num_pages`: where such a row
-        chooses its page j < n, it sees it under number alias[j]. A request that is absent has none.
-        `kv.keys(layer, pages)` reads what was written. In stage s of a program, numbers are higher by
-        s * `kv.stage_pages`.
+        Returns for each request id the aliases of its first n pages, int64 [n], each at least `kv.num_pages`. If
+        such a row chooses its page j < n, it reads the page under the number alias[j]. A request that is absent
+        has no aliases. `kv.keys(layer, pages)` reads what was written. In stage s of a program, page numbers are
+        higher by s * `kv.stage_pages`.
         """
         return {}
 
     def open(self, layer: int, pages: Array, kv: tuple[Array, Array]) -> tuple[Array, Array]:
-        """K and V of `pages` [rows, KV heads, n], some of them aliases, as attention shall see them.
+        """K and V that attention reads for `pages` [rows, KV heads, n], some of which are aliases.
 
-        kv: what was written to the pages that they stand for, each [rows, KV heads, n, page_size, head_dim].
+        kv: K and V as written to the pages that they stand for, each [rows, KV heads, n, page_size, head_dim].
         """
         return kv
 
     def drop(self, ids: Sequence[str]) -> None:
-        """Requests have ended or start over. Most of them are named without ever having been sealed."""
+        """These requests have ended or start over. Most of them were never given to `seal`."""
 
 
 class Selector:
-    """Which pages does a row read? Default: all.
+    """Which pages a row reads. Default: all.
 
-    The core drops nothing that a row's position does not allow: the `window` most recent tokens and every
-    row before `dense_until` are read in full, so the answer never depends on chunking or drafts.
+    The core decides by a row's position which pages it may leave unread. Every row reads the `window` most recent
+    tokens. Rows before `dense_until` read everything. So the text never depends on chunks or drafts.
     """
 
     window: int = UNLIMITED
 
     def seal(self, pages: Array, kv: Any) -> None:
-        """Summarise the completed `pages` [n] (int64), by physical page; a page is sealed again when reused."""
+        """Summarise the completed physical `pages` [n] (int64). A page is sealed again after it was reused."""
 
     def select(self, layer: int, q: Array, batch: Any) -> PageSet:
-        """The droppable pages to read, for rows `batch.sparse_rows`, of which there is at least one.
+        """Which of the pages that they may leave unread the rows `batch.sparse_rows` read. There is at least one
+        such row.
 
         q: queries [rows, heads, head_dim] of the whole batch.
         """
         return ALL
 
     def ahead(self, layer: int, hidden: Array, batch: Any) -> PageSet:
-        """A guess at what `select` will say in `layer`, from the hidden state one layer earlier."""
+        """A guess of what `select` will return in `layer`, from the hidden state one layer earlier."""
         return ALL
 
 
 class Residency:
-    """Where do blobs live, and when are they moved? Default: everything is on the device already."""
+    """Where pages of KV live, and when they are moved. Default: everything is always on the device."""
 
     def put(self, pages: Array) -> None:
         """The completed `pages` [n] may be moved away from the device."""
 
     def fetch(self, layer: int, pages: PageSet, batch: Any, wait: bool) -> None:
-        """Bring `pages` to the device: before this returns, or (a guess, `wait` false) by the time it can."""
+        """Bring `pages` to the device. If `wait`, before this returns; else they are a guess and may come
+        later."""
 
     def drop(self, pages: Array) -> None:
-        """`pages` [n] (int64) will hold something else; what is stored of them elsewhere is void."""
+        """`pages` [n] (int64) will hold something else. Copies of them elsewhere are no longer valid."""
 
 
 class Format(Protocol):
-    """How is a weight stored and multiplied? Default: `layers.linear.Dense`."""
+    """How a weight is stored and multiplied. Default: `layers.linear.Dense`."""
 
     def linear(self, weights: Sequence[Any], bias: Sequence[Any]) -> Callable[[Array], Array]:
         """x [rows, in] -> [rows, out] for stored weights [out_i, in] stacked by rows, with biases or none."""
@@ -161,7 +167,7 @@ class Format(Protocol):
 
 
 class Experts:
-    """Where does each expert run? Default: on the device."""
+    """Where each expert runs. Default: on the device."""
 
     def place(self, layer: int, counts: Sequence[int]) -> Sequence[str]:
         """For the number of rows routed to each expert, the tier that computes it."""
@@ -171,12 +177,11 @@ class Experts:
 class Variant:
     """Score and mask expression of attention. Default: causal.
 
-    Written with operators and the functions of `dovetail.ops.template`, so that one definition can be evaluated
-    on tensors and printed as a kernel. `head` is the query head. Positions and heads are whole numbers; as
-    tensors (int64) they broadcast to the scores. Attributes may be numbers, variants, and sequences of numbers,
-    which `self.numbers[head]` reads; methods are called on a copy whose attributes stand for these, so an
-    attribute keeps its value.
-    No mask can make a query read a later key: attention adds causality to whatever this says.
+    It is written with operators and the functions of `dovetail.ops.template`, so that one definition can be
+    evaluated on tensors and printed as a kernel. `head` is the query head. Positions and heads are whole numbers;
+    as tensors (int64) they broadcast to the scores. Attributes may be numbers, variants, and sequences of numbers,
+    which are read as `self.numbers[head]`. Methods are called on a copy, so they cannot change an attribute. No
+    mask can make a query read a later key: attention adds causality to every mask.
     """
 
     def score(self, score: Array, q_pos: Array, k_pos: Array, head: Array) -> Array:
@@ -190,9 +195,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class SlidingWindow(Variant):
-    """Only the last `window` keys, the query's own included (Mistral 7B, section 2), of those `inner` allows.
+    """Of the keys that `inner` allows, only the last `window`, the query's own included (Mistral 7B, section 2).
 
-    Raises ConfigError for a window below 1: no window at all is no SlidingWindow.
+    Raises ConfigError for a window below 1. For no window, use no SlidingWindow.
     """
 
     window: int
@@ -212,7 +217,7 @@ class SlidingWindow(Variant):
 
 
 class Executor(Protocol):
-    """Who runs a plan? Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length."""
+    """Who runs a plan. Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length."""
 
     num_stages: int
 
@@ -221,7 +226,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a technique may know of the model before it sees a token."""
+    """The shape of the model, as far as techniques may know it."""
 
     num_layers: int
     num_heads: int
@@ -243,10 +248,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model can be measured on before the first request, and what the result depends on.
+    """Text to measure a model on before the first request.
 
-    text: tokens of the UTF-8 file of that name, or of some text in the case of "". ConfigError for a bad file.
-    key: differs where the numbers that the model computes may differ.
+    text: tokens of the UTF-8 file of that name, or of a default text for "". ConfigError for a bad file.
+    key: two engines have the same key only if their models compute the same numbers.
     """
 
     text: Callable[[str], Sequence[int]]
@@ -255,11 +260,11 @@ class Calibration:
 
 @dataclass
 class Site:
-    """Where a technique is built.
+    """What a technique is built from.
 
-    `model` and `kv` are the device side's. They are set once everything is built, so a filler that needs them
-    keeps the site and looks when it is asked; a host-only run has none. `ready` are called when both are set,
-    before the first request. `calibration` is what they may measure the model on.
+    `model` and `kv` belong to the device side and are set after the techniques are built. A technique that needs
+    them keeps the site and reads them when it is asked; a host-only run has none. The functions in `ready` are
+    called when both are set, before the first request. They may measure the model on `calibration`.
     """
 
     geometry: Geometry
@@ -274,7 +279,7 @@ class Site:
 
 @dataclass
 class Seams:
-    """Every seam, filled. `format` and `executor` are given by the device side where no technique has them."""
+    """Every seam, filled. The device side gives `format` and `executor` if no technique does."""
 
     policy: Policy = field(default_factory=Policy)
     drafter: Drafter = field(default_factory=Drafter)

@@ -1,4 +1,4 @@
-"""A technique as a record of the seams it fills, and the composition of several."""
+"""A technique is a record of the seams that it fills; a composition is several that fit together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dovetail.core.seams import SEAMS, Geometry, Seams, Site
 
 @dataclass(frozen=True)
 class Beside:
-    """Bytes that are kept on the device beside K and V: for each page over all layers, and for each request.
+    """Bytes that techniques keep on the device in addition to K and V.
 
-    by: the names of the techniques that keep any.
+    page: for each page, over all layers. request: for each running request. by: the names of the techniques.
     """
 
     page: int = 0
@@ -33,11 +33,11 @@ def _nothing(shape: Geometry, page_size: int, value: int) -> Beside:
 class Technique:
     """A published system, or any other part, that fills seams.
 
-    `build(site)` makes the seams' objects, one set per engine, so a record can be used many times.
-    `needs` and `provides` are facts, never names. `excludes` are facts it cannot live with.
-    `lossless`: greedy text is the plain engine's at every setting. `exact_at`: options at which a lossy
-    technique must equal the plain engine token for token. `activity(seams)` counts what it did. `beside(geometry,
-    tokens of a page, bytes of a value of a key)` is what it keeps on the device.
+    `build(site)` makes the objects that fill the seams, one set for each engine. So a record can be used many
+    times. `needs`, `provides` and `excludes` are facts, never names: what it requires, what it offers, what it
+    cannot work with. `lossless`: greedy text is the plain engine's at every setting. `exact_at`: options at which
+    a lossy technique must equal the plain engine token for token. `activity(seams)` counts how often it acted.
+    `beside(geometry, tokens of a page, bytes of a value of a key)` is what it keeps on the device.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Technique:
 
 
 def idle(activity: Mapping[str, int]) -> list[str]:
-    """Techniques that never acted, of how often each one did."""
+    """The techniques whose activity is zero."""
     return [name for name, count in activity.items() if not count]
 
 
@@ -80,7 +80,7 @@ class Composition:
         return Seams(**parts)
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
-        """What all of them keep."""
+        """The sum of what the techniques keep."""
         kept = ((t.name, t.beside(shape, page_size, value)) for t in self.techniques)
         return sum((replace(b, by=(name,)) for name, b in kept if b != Beside()), Beside())
 

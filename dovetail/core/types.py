@@ -17,12 +17,11 @@ UNLIMITED = 2**31
 class Probe:
     """What a measurement asks of a prompt, besides its answer.
 
-    dense_until: rows before this position read everything; -1 is the end of the prompt, as in serving.
-    score_from: where `prompt_logprobs` begin: the first token that is scored, at least 1. What lies before it may
-    come from the prefix cache.
-    observe: called in the step that scores tokens, with the position of its first row and the rows' logits
-    [rows, vocabulary], which are gone afterwards; the row at position p says what token p + 1 would be. Needs
-    `prompt_logprobs`.
+    dense_until: rows before this position read everything; -1 is the end of the prompt, as in serving. score_from:
+    the first token that `prompt_logprobs` score, at least 1. Earlier tokens may come from the prefix cache.
+    observe: called in each step that scores tokens, with the position of the step's first row and the logits of
+    its rows [rows, vocabulary]. The row at position p predicts token p + 1. The logits are valid during the call
+    only. Needs `prompt_logprobs`.
     """
 
     dense_until: int = -1
@@ -71,7 +70,7 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
 
-# What is built for every request in every step is not frozen: that makes building it four times as slow.
+# Records built for every request in every step are not frozen: freezing makes building them four times as slow.
 
 
 @dataclass(slots=True)
@@ -89,15 +88,15 @@ class Span:
 
 
 class Stored(NamedTuple):
-    """What is stored of a request: its first pages, a reference to each handed over, and the tokens of them
-    that need not be computed."""
+    """What is stored of a request: its first pages, each with a reference for the request, and how many of their
+    tokens need not be computed."""
 
     pages: list[int]
     computed: int
 
 
 class Sealed(NamedTuple):
-    """A run of pages of one request that commit has completed: they hold its tokens from page `first` on."""
+    """Pages of one request that commit has completed. They are its pages `first`, `first` + 1 and so on."""
 
     request: str
     first: int
@@ -106,11 +105,11 @@ class Sealed(NamedTuple):
 
 @dataclass(slots=True)
 class StepPlan:
-    """Everything that crosses from host to device in a step.
+    """Everything that crosses from host to device in a step. The device acts on the fields in this order:
 
-    In the order in which they count: `sealed`, runs of pages that the last commit completed; `reopened`, pages
-    handed out since the last plan, about which nothing may be remembered; `copies`, (source, target) pages to
-    copy, never sealed ones; `released`, ids of requests whose device-side state may be forgotten; `spans`.
+    sealed: pages that the last commit completed. reopened: pages handed out since the last plan; what was
+    remembered about them is void. copies: (source, target) pages to copy, never sealed ones. released: ids of
+    requests whose state on the device may be dropped. spans: the rows to compute.
     """
 
     spans: tuple[Span, ...]
@@ -135,11 +134,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class PageSet:
-    """Which droppable pages each (row, KV head) reads; the others of a row are always read.
+    """Which of the pages that it may leave unread each (row, KV head) reads. A row's other pages are always read.
 
-    `pages`: [rows, KV heads, k] page numbers within the row's sequence, each at most once, -1 where there are
-    fewer than k.
-    `ALL` (pages is None) reads everything and costs nothing.
+    pages: [rows, KV heads, k] page numbers within the row's sequence, each at most once; -1 where there are fewer
+    than k. `ALL` (pages is None) reads everything and costs nothing.
     """
 
     pages: Array | None = None
@@ -150,7 +148,7 @@ ALL = PageSet()
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probability and rank (1 = most likely) of the chosen token, and of the most likely ones."""
+    """Log-probability and rank (1 is the likeliest) of the chosen token, and the likeliest tokens."""
 
     token: int
     logprob: float
@@ -160,10 +158,10 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class SpanResult:
-    """What a span produced: a token per sampled row, and what was asked to be known about it.
+    """What a span produced: a token for each sampled row, and the log-probabilities that were asked for.
 
-    With an error, `tokens` are those of the rows before the one that failed: a failure behind a wrong draft
-    does not count.
+    With an error, `tokens` are those of the rows before the one that failed. A failure behind a wrong draft does
+    not count.
     """
 
     tokens: Sequence[int] = ()
@@ -181,7 +179,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an operation needs: floating-point operations, and bytes moved by memory tier."""
+    """What an operation needs: floating-point operations, and the bytes that it moves, by memory tier."""
 
     flops: float = 0.0
     bytes: dict[str, float] = field(default_factory=dict)

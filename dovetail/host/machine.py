@@ -1,6 +1,6 @@
 """What this machine is: cores it may use, instruction sets, memory, how fast it reads.
 
-Functions that read /proc and /sys take the root they hang from: a made-up tree can stand for a machine.
+Functions that read /proc and /sys take the root folder of both, so that a test can describe another machine.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def read_bandwidth(threads: int, size: int = 256 << 20, seconds: float = 0.5) ->
     slices = np.array_split(words, threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
-        # Untouched pages all map to one page of zeros, and reading that is no measure of anything.
+        # Untouched pages all map to one page of zeros, which would be read from the cache.
         list(pool.map(lambda part: part.fill(1), slices))
         started = time.perf_counter()
         while not best or time.perf_counter() - started < seconds:

@@ -1,4 +1,4 @@
-"""This process: how long it has run, and the most memory that it held."""
+"""This process: how long it has run, and the most memory that it has held."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def since_start() -> float:
 
 
 def peak_rss() -> int:
-    """Bytes of memory that were resident at most."""
+    """The largest resident memory so far, in bytes."""
     with contextlib.suppress(OSError):
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         if found:

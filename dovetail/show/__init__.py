@@ -1,1 +1,1 @@
-"""What people look at: progress bars, tables, plots. Imports core and host only."""
+"""Progress bars, tables and plots. Imports core and host only."""

@@ -1,4 +1,4 @@
-"""Progress of something measured in bytes, on stderr: a bar on a terminal, one line elsewhere."""
+"""Progress on stderr: a bar on a terminal, one line elsewhere."""
 
 from __future__ import annotations
 

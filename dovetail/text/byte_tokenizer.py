@@ -1,4 +1,4 @@
-"""Helpers for trying things out with tiny models."""
+"""A tokenizer of bytes, for trying things out with tiny models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Chat templates: messages -> prompt text, in a sandbox; and keeping what users type from acting as control
-tokens.
+"""Chat templates turn messages into prompt text, in a sandbox. `Shield` keeps what users type from acting as
+control tokens.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ChatTemplate:
                     raise RequestError(f"the chat template wrote over {_MAX_OUTPUT} characters", param="messages")
         except RequestError:
             raise
-        except Exception as error:  # a template is a program: whatever it stumbles over is about these messages
+        except Exception as error:  # a template is a program: any failure of it is about these messages
             raise RequestError(
                 f"the chat template rejected the messages: {type(error).__name__}: {error}", param="messages"
             ) from error
@@ -128,8 +128,7 @@ def check_messages(messages: Any) -> None:
 
 
 class Shield:
-    """Stand-ins for control tokens inside what users wrote, so that a rendered prompt shows which ones are
-    real.
+    """Replaces control tokens inside what users wrote, so that a rendered prompt shows which ones are real.
 
     Each special token that occurs in `values` is replaced by one character that occurs neither in them nor in
     `rendered`, the prompt made from them.

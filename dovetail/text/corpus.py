@@ -10,7 +10,7 @@ from pathlib import Path
 from dovetail.core.errors import ConfigError, ModelError
 
 DEFAULT = "pydoc"
-# Names that the corpus has in the wild, in a folder given with --data.
+# File names that a corpus commonly has in a folder given with --data.
 FILES = {
     "wikitext2": ("wikitext2-valid.txt", "wiki.valid.tokens"),
     "wikitext2-raw": ("wiki.valid.raw", "wikitext-2-raw/wiki.valid.raw"),
@@ -23,7 +23,7 @@ HUB = ("ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.valid.raw")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text with the name it was asked by. `digest` tells two texts of one name apart."""
+    """A text with the name by which it was asked for. `digest` tells two texts of one name apart."""
 
     name: str
     text: str

@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-_WINDOW = 32  # ids that the general method keeps undecided at most
+_WINDOW = 32  # the most ids that the general method keeps undecided
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -23,7 +23,7 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_ALPHABET = _byte_alphabet()
 
 
-Piece = str | bytes  # whole characters, or bytes that need others to become some
+Piece = str | bytes  # whole characters, or bytes that form characters only with others
 
 
 def byte_level(piece: str) -> Piece:
@@ -49,7 +49,7 @@ def byte_fallback(piece: str) -> Piece:
 
 
 class Pieces(dict[int, Piece]):
-    """What each id of a vocabulary adds to the text, found out when it is first asked for."""
+    """What each id of a vocabulary adds to the text, computed when it is first needed."""
 
     def __init__(self, spelling: Callable[[int], str | None], meaning: Callable[[str], Piece]) -> None:
         super().__init__()

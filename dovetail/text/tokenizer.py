@@ -123,7 +123,7 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> Pieces:
-        """What ids add to the text, where that depends on nothing but the bytes before them."""
+        """What each id adds to the text, for decoders where that depends only on the bytes before it."""
         return Pieces(self.piece, byte_level if self.decoder == "bytes" else byte_fallback)
 
     def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
@@ -149,7 +149,7 @@ class Tokenizer:
         return text
 
     def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A stream of the text of ids yet to come."""
+        """A detokenizer, which streams the text of ids as they come."""
         return Detokenizer(self, skip_special_tokens, prompt_ids)
 
     def _template(self, tools: Any) -> ChatTemplate:
