@@ -1,4 +1,4 @@
-"""One frozen configuration, resolved once from what was asked, what the model is and what the machine has."""
+"""One frozen configuration. It is resolved once from the options, the model and the machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dovetail.ops.cpu import MAX_HEAD_DIM, native
 from dovetail.options import Options
 
 GIB = 1 << 30
-SECTOR = 4096  # bytes of a disk that are read or written together
+SECTOR = 4096  # bytes that a disk reads or writes together
 TORCH = "torch"  # the reference kernels
 PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # stored formats without blocks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # of a key's value as techniques keep it; else 4
+KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # bytes of a key's value as techniques keep it; else 4
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
@@ -29,8 +29,9 @@ DEFAULT_BATCHED_TOKENS = 512
 
 @dataclass(frozen=True)
 class Config:
-    """What runs. `num_kv_pages` pages of `block_size` tokens hold KV. With a slow tier the device has
-    `num_kv_cells` cells, each for one layer of a page, else none. `emulate_link` is in GB/s, 0 for none.
+    """What runs. KV has `num_kv_pages` pages of `block_size` tokens. With a slow tier the device has
+    `num_kv_cells` cells, each for one layer of a page; without one this is 0. `emulate_link` is in GB/s, 0 for
+    none.
     """
 
     model: str
@@ -60,12 +61,12 @@ class Config:
 
     @property
     def arithmetic(self) -> str:
-        """What a step computes in, in words: everything on which the bits of its results depend."""
+        """In words, the types and kernels of a step: everything on which the bits of its results depend."""
         return f"{self.dtype}, {self.activations} activations, {self.kv_cache_dtype} KV, {self.kernels} kernels"
 
     @property
     def slow_tier(self) -> str:
-        """Where pages of KV go that the device has no room for, in words; empty if there is no such place."""
+        """In words, the slow tier, for pages of KV that the device has no room for. Empty if there is none."""
         if not self.num_kv_cells:
             return ""
         link = f", emulated link of {self.emulate_link:g} GB/s" if self.emulate_link else ""
@@ -77,8 +78,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine offers: threads worth starting, CPUs, free bytes for KV, whether there is CUDA, and the
-    instruction sets that native kernels can use (best first), or can if asked to by name (emulated)."""
+    """What the machine offers: threads worth starting, CPUs, free bytes for KV, whether there is CUDA, and
+    instruction sets for native kernels, best first. Emulated ones are used only if they are asked for by name."""
 
     threads: int
     cpus: int
@@ -90,8 +91,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class KVBudget:
-    """Tokens per page, pages, bytes on the device and the longest sequence that they allow; with a slow tier, the
-    cells (pages of one layer) on the device, else 0."""
+    """Tokens per page, pages, bytes on the device, the longest sequence that they allow, and the cells on the
+    device, which are pages of one layer (0 without a slow tier)."""
 
     block_size: int
     pages: int
@@ -101,8 +102,8 @@ class KVBudget:
 
 
 def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: int) -> str:
-    """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked, with
-    a warning where it is the model, and no option, that none can do."""
+    """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked. If
+    none can run the model, there is a warning and the reference is taken."""
     kinds = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     dtype, isas = kinds.get(options.dtype, options.dtype), machine.isas
     reason = ""
@@ -130,7 +131,7 @@ def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: i
 
 
 def resolve_activations(options: Options, stored: str, kernels: str) -> str:
-    """ "auto": int8 with native kernels on quantized weights, unless a dtype was asked for."""
+    """ "auto" is int8 with native kernels on quantized weights, unless a dtype was asked for; else exact."""
     asked, quantized = options.activations, stored not in PLAIN
     if asked not in ("auto", "int8", "exact"):
         raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, exact")
@@ -144,7 +145,7 @@ def resolve_activations(options: Options, stored: str, kernels: str) -> str:
 
 
 def resolve_dtype(asked: str, stored: str, device: str, kernels: str = TORCH) -> str:
-    """The compute type. "auto": what the checkpoint stores, float32 for quantized blocks on a CPU.
+    """The compute type. "auto" is what the checkpoint stores, or float32 for quantized blocks on a CPU.
 
     Native kernels keep float16 weights as they are and compute in float32.
     """
@@ -170,7 +171,7 @@ def resolve_device(asked: str, cuda: bool) -> str:
 
 
 def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
-    """ "auto" keeps KV in the compute type's precision, and in bf16 beside int8 activations."""
+    """The type of KV. "auto" is the compute type's precision, and bf16 with int8 activations."""
     if asked == "auto" and activations == "int8":
         return "bf16"
     if asked == "auto":
@@ -179,8 +180,8 @@ def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
 
 
 def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> str:
-    """The folder of a slow tier on disk, or nothing, for KV on a device in a type. ConfigError for what cannot be
-    had, or would be ignored."""
+    """The folder of a slow tier on disk, or nothing. kv: device and type of KV. ConfigError for options that are
+    impossible here or would be ignored."""
     device, kv_dtype = kv
     backend, folder, link = options.kv_offloading_backend, options.kv_offloading_path, options.emulate_link
     if backend not in ("disk", "host"):
@@ -230,8 +231,8 @@ def _block_size(options: Options) -> int:
 def resolve_kv(options: Options, model: ModelConfig, sizes: KVSizes, free_memory: int) -> KVBudget:
     """How many pages KV gets, and so how long a sequence can be.
 
-    What techniques keep beside KV is within its memory. Asked numbers are kept or refused (CapacityError); only
-    defaults are lowered to what fits.
+    What techniques keep is within KV's memory. Given numbers are kept or refused (CapacityError); only defaults
+    are lowered to what fits.
     """
     trained = model.max_position_embeddings
     asked = options.max_model_len
@@ -263,7 +264,7 @@ def _seqs(options: Options) -> int:
 
 
 def _and_beside(sizes: KVSizes, pages: int, seqs: int) -> str:
-    """What techniques keep beside so many pages, in words; nothing where they keep nothing."""
+    """In words, what techniques keep in addition to so many pages. Empty if they keep nothing."""
     beside = sizes.beside
     count = pages * beside.page + seqs * beside.request
     return f", and what {' and '.join(beside.by)} keeps beside KV {count} bytes" if count else ""
@@ -272,7 +273,7 @@ def _and_beside(sizes: KVSizes, pages: int, seqs: int) -> str:
 @dataclass(frozen=True)
 class KVSizes:
     """Tokens per page, the longest sequence wanted, bytes of a page over all layers, layers, KV heads, and what
-    techniques keep beside KV."""
+    techniques keep in addition to KV."""
 
     block_size: int
     length: int
@@ -282,7 +283,7 @@ class KVSizes:
     beside: Beside
 
     def stored(self, backend: str) -> int:
-        """Bytes of a page in a slow tier: on a disk, what is moved together takes whole sectors."""
+        """Bytes of a page in a slow tier. On a disk, each part that moves by itself takes whole sectors."""
         if backend != "disk":
             return self.page_bytes
         blobs = self.num_layers * self.num_kv_heads
@@ -290,7 +291,7 @@ class KVSizes:
 
 
 def _length(options: Options, sizes: KVSizes, pages: int, option: str) -> int:
-    """The longest sequence that `pages` allow, which `option` bounds."""
+    """The longest sequence that `pages` allow. Errors name `option` as the one to raise."""
     size, length, page_bytes = sizes.block_size, sizes.length, sizes.page_bytes
     needed = pages_for(length, size)
     if needed > pages:
@@ -332,7 +333,8 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
 
 
 def _most_written(tokens: int, seqs: int, size: int) -> int:
-    """Pages that `tokens` of at most `seqs` sequences can lie in; two of one sequence can lie in two pages."""
+    """The most pages that `tokens` tokens of at most `seqs` sequences can lie in. Even two tokens of one sequence
+    can lie in two pages."""
     across = min(tokens // 2, seqs)
     rest = tokens - 2 * across
     return 2 * across + rest // size + min(rest, seqs - across)
@@ -349,7 +351,7 @@ def positive(name: str, value: int | None, default: int) -> int:
 
 def _threads(asked: int | None, machine: Machine) -> int:
     threads = positive("threads", asked, machine.threads)
-    if threads > machine.cpus:  # threads that take turns on a core wait for each other at every operation
+    if threads > machine.cpus:  # threads that share a core would wait for each other at every operation
         raise ConfigError(f"threads must be at most {machine.cpus}, the CPUs of this process, got {threads}")
     return threads
 
@@ -367,7 +369,7 @@ def _seed(value: object) -> int:
 
 
 def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Found) -> Config:
-    """Settle every choice. ConfigError or CapacityError name the option."""
+    """Resolve every option. ConfigError and CapacityError name the option that is wrong."""
     machine = found.machine
     device = resolve_device(options.device, machine.cuda)
     kernels = resolve_kernels(options, device, machine, geometry.head_dim)
@@ -417,7 +419,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
 @dataclass(frozen=True)
 class Found:
     """What is known besides the options: the model's name and weight format, techniques, the machine, and the
-    folder of a slow tier where none is named."""
+    default folder of a slow tier."""
 
     name: str
     stored_format: str

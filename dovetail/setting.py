@@ -1,8 +1,9 @@
-"""Configurations of an engine to be compared, written in one line: `quest:budget=512+kv-cache-dtype=int8`.
+"""Settings of an engine that are compared, written in one line: `quest:budget=512+kv-cache-dtype=int8`.
 
-A setting is parts joined by `+`: a technique as in `--use`, an option of the engine as `key=value`, `plain` (the
-options as they are, and no technique) or `exact` (float32 arithmetic and KV, and no technique). A sweep gives
-several values to some keys, `budget=128,256` or `budget=128..2048` (doubling), and stands for all combinations.
+A setting consists of parts joined by `+`. A part is a technique as in `--use`, an engine option as `key=value`,
+`plain` (the given options and no technique) or `exact` (float32 arithmetic and KV, and no technique). A sweep
+gives several values to some keys, as in `budget=128,256` or `budget=128..2048` (doubling), and means all
+combinations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FIELDS = {f.name: f for f in fields(Options)}
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration: `name` as it is shown, technique specs, the engine's options."""
+    """One setting: its `name` as it is shown, technique specs, and engine options."""
 
     name: str
     use: tuple[str, ...] = ()
@@ -41,7 +42,7 @@ class Setting:
 
 
 def parse_setting(text: str, base: Setting) -> Setting:
-    """`text` on top of `base`, whose techniques stay in use. ConfigError for what is unknown."""
+    """`text` added to `base`, whose techniques stay in use. ConfigError for unknown names."""
     found = parse_sweep(text, base)
     if len(found) != 1:
         raise ConfigError(f"'{text}' stands for {len(found)} settings, and here it must be one")
@@ -49,7 +50,7 @@ def parse_setting(text: str, base: Setting) -> Setting:
 
 
 def parse_sweep(text: str, base: Setting) -> list[Setting]:
-    """All combinations of the values in `text`, each on top of `base`, in the order written."""
+    """All combinations of the values in `text`, each added to `base`, in the order written."""
     alternatives = [_part(part.strip(), text) for part in text.split("+")]
     count = 1
     for part in alternatives:
@@ -88,7 +89,7 @@ def _part(text: str, whole: str) -> list[str]:
 
 
 def _values(text: str, whole: str) -> list[tuple[str, list[str]]]:
-    """`a=1,2,b=x` -> [(a, [1, 2]), (b, [x])]: a piece without `=` is another value of the key before it."""
+    """`a=1,2,b=x` -> [(a, [1, 2]), (b, [x])]. A piece without `=` is another value of the key before it."""
     found: list[tuple[str, list[str]]] = []
     for piece in text.split(","):
         key, equals, value = piece.partition("=")

@@ -1,4 +1,5 @@
-"""Quality of what is served, measured on the path that serves it. A suite is a class here and a line in SUITES."""
+"""Measures the quality of what is served, on the path that serves it. A suite is a class here, and a line in
+SUITES."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Answers:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a result says of them. `unfinished` are those that the limit of tokens cut off."""
+        """What a result says about the answers. `unfinished` counts those that the token limit cut off."""
         tokens = sum(len(o.token_ids) for o in self.outputs)
         return {
             "unfinished": sum(o.finish_reason == "length" for o in self.outputs),
@@ -47,7 +47,7 @@ def answer(llm: LLM, prompts: Sequence[list[int]], tokens: int, stop: Sequence[s
 
 
 def fitting(llm: LLM, prompt: list[int], tokens: int) -> list[int]:
-    """`prompt`, if `tokens` more fit the context behind it. RequestError where they do not."""
+    """`prompt` itself. RequestError if `tokens` more do not fit the context."""
     limit = llm.config.max_model_len
     if not prompt:
         raise RequestError("the prompt has no token")

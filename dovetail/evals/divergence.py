@@ -1,8 +1,8 @@
 """How far an engine's next-token distributions are from a reference's, along the reference's own greedy text.
 
-The reference continues each prompt greedily; then both engines read prompt and continuation (teacher-forced), and
-rows from the end of the prompt, or from `dense`, on are read as generated text would be. Per generated token:
-KL(reference || engine) in nats over the whole vocabulary, and whether both would choose the same token.
+The reference continues each prompt greedily. Then both engines read prompt and continuation (teacher forcing).
+Rows from the end of the prompt on, or from `dense` on, are read as generated text is. For each generated token the
+result is KL(reference || engine) in nats over the whole vocabulary, and whether both would choose the same token.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from dovetail.llm import LLM
 
 WINDOW, WINDOWS, TOKENS = 1024, 8, 128
-ROWS = 32  # of logits in float64 at a time
+ROWS = 32  # rows of logits in float64 at a time
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Texts of the same length, `prompt` tokens of which are given, and logits float32
-    [texts x generated tokens, vocabulary] in a file that is gone when this is."""
+    """Texts of one length, whose first `prompt` tokens are given, and their logits, float32 [texts x generated
+    tokens, vocabulary]. The logits are in a temporary file that is deleted with this object."""
 
     texts: list[list[int]]
     prompt: int
@@ -134,8 +134,8 @@ class Divergence(Suite):
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """KL(reference || logits) in nats, float64 [rows], of logits [rows, vocabulary], and whether the largest is
-    the same token."""
+    """For logits [rows, vocabulary]: KL(reference || logits) in nats, float64 [rows], and whether both have the
+    same likeliest token [rows]."""
     p, q = _log_softmax(reference), _log_softmax(logits)
     kl = (np.exp(p) * np.where(np.isneginf(p), 0, p - q)).sum(-1)
     return np.maximum(kl, 0), reference.argmax(-1) == logits.argmax(-1)  # rounding may leave it just below 0
@@ -151,8 +151,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _watch(
     llm: LLM, texts: Sequence[list[int]], parts: tuple[int, int], see: Callable[[int, np.ndarray], None]
 ) -> None:
-    """Read the texts; `see` is called with the number of the first row and logits, for the rows that say what the
-    generated tokens would be, numbered over all texts. parts: tokens of a prompt, and how many read everything."""
+    """Read the texts. `see` is called with rows of logits that predict generated tokens, and the number of the
+    first of these rows, counted over all texts. parts: tokens of a prompt, and how many of them read
+    everything."""
     prompt, dense = parts
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
     seen = [0] * len(texts)
@@ -170,7 +171,7 @@ def _watch(
 
 
 def _room(rows: int, llm: LLM) -> Any:
-    """Rows of logits in a file without a name."""
+    """Room for rows of logits in a file without a name."""
     from dovetail.host.files import require_space
 
     vocabulary = llm.checkpoint.config.vocab_size

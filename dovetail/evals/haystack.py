@@ -1,4 +1,4 @@
-"""Text of an exact number of tokens with others put in at asked depths: the context of a needle test."""
+"""The context of a needle test: text of an exact number of tokens, with needles at given depths."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
 
 STOPS = (".", "!", "?")  # end a sentence where a space follows
 BREAKS = ("\n", "。", "！", "？")
-NEAR = 64  # tokens that a needle is moved at most to stand between two sentences
+NEAR = 64  # a needle moves by at most so many tokens to stand between two sentences
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """A text's `tokens`, read in a circle, and `starts`: where a line or a sentence begins, and its end."""
+    """The `tokens` of a text, read in a circle, and `starts`: where lines and sentences begin, and the text's
+    end."""
 
     tokens: list[int]
     starts: list[int]
 
     def place(self, begin: int, size: int, depth: float) -> int:
-        """Where something goes at `depth` percent of the `size` tokens from token `begin` on: before the nearest
-        line or sentence, or exactly there if none is within NEAR tokens."""
+        """The place at `depth` percent of the `size` tokens from token `begin` on: the nearest start of a line or
+        sentence, or exactly there if none is within NEAR tokens."""
         wanted = round(size * depth / 100)
         here = (begin + wanted) % len(self.tokens)
         i = bisect_right(self.starts, here)
@@ -35,8 +36,8 @@ class Haystack:
         return best if abs(best - wanted) <= NEAR else wanted
 
     def hide(self, begin: int, size: int, needles: Sequence[tuple[float, list[int]]]) -> list[int]:
-        """`size` tokens of the text from token `begin` on, and each of `needles`, (depth in percent, tokens), in
-        its place. Needles that fall on one place follow each other as given."""
+        """`size` tokens of the text from token `begin` on, with each of `needles`, (depth in percent, tokens), put
+        in at its place. Needles at the same place keep their order."""
         places = sorted((self.place(begin, size, depth), i) for i, (depth, _) in enumerate(needles))
         found, at = [], 0
         for place, i in places:
@@ -57,7 +58,7 @@ def haystack(text: str, name: str, tokenizer: Tokenizer) -> Haystack:
 
 
 def _starts(tokens: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
-    """Tokens before which a line or a sentence ends; a character of several tokens is never cut."""
+    """The tokens at which a line or a sentence begins. A character of several tokens is never cut."""
     pieces = tokenizer.detokenizer(skip_special_tokens=False)
     before = ""
     for i, token in enumerate(tokens):

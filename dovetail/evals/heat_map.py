@@ -1,4 +1,4 @@
-"""Grids of shares as pictures."""
+"""Draws grids of shares as heat maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = 3
 
 
 def heat_maps(maps: Sequence[tuple[str, Grid]], last: Callable[[Any], None] | None = None) -> Any:
-    """A Figure of titled grids, and of what `last` draws on axes of its own, if it is given."""
+    """A Figure with a titled grid for each of `maps`. `last`, if it is given, draws on axes of its own."""
     count = len(maps) + (last is not None)
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)

@@ -1,4 +1,4 @@
-"""Results of a run that may be interrupted: kept until all of it is done, so that the same run goes on."""
+"""Keeps the results of a run until all of it is done, so that the same run can go on after an interrupt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dovetail.host.files import home
 class Journal:
     """A file of finished results, one line each, named by what was asked (`key`).
 
-    A line that a crash left half-written is not believed. ConfigError where the file cannot be written.
+    A line that a crash left half written is ignored. ConfigError if the file cannot be written.
     """
 
     def __init__(self, key: Mapping[str, Any], fresh: bool = False) -> None:
@@ -31,7 +31,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
-                # A newline first: what a crash left is a line of its own.
+                # A newline first, so that what a crash left becomes a line of its own.
                 file.write(b"\n" + json.dumps([name, result]).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -39,7 +39,7 @@ class Journal:
             raise ConfigError(f"results cannot be kept in {self.path}: {error.strerror or error}") from error
 
     def remove(self) -> None:
-        """The run is complete."""
+        """Delete the file: the run is complete."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 

@@ -1,10 +1,10 @@
-"""Questions with choices: the one that is likeliest as a continuation counts as the answer.
+"""Questions with choices. The choice that is the likeliest continuation counts as the answer.
 
-As in lm-evaluation-harness: a choice's score is the sum of the log-probabilities of its tokens after the question
-(`acc`), or that sum divided by the choice's length in UTF-8 bytes (`acc_norm`; where that is not its length in
-characters, the harness's name for it is acc_bytes). Texts are given as they are, without a chat template. The
-question is read densely but for its last token; that row, from which a choice's first token is predicted, and all
-after it run through the techniques in use.
+Scores are those of lm-evaluation-harness. `acc` takes the sum of the log-probabilities of a choice's tokens behind
+the question. `acc_norm` divides that sum by the choice's length in UTF-8 bytes. (Where bytes and characters
+differ, the harness calls this acc_bytes.) Texts are given as they are, without a chat template. Rows before the
+last token of the question read everything. That row predicts a choice's first token; it and all later rows run
+through the techniques in use.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Choices:
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids of the context with each choice behind it, where each choice begins, the choices' lengths in
-    bytes, and the index of the right one."""
+    """For each choice: the token ids of the context with the choice behind it, where the choice begins, and its
+    length in bytes. And the index of the right choice."""
 
     ids: list[list[int]]
     first: list[int]
@@ -100,7 +100,7 @@ class MultipleChoice(Suite):
 
 
 def parse(row: Mapping[str, Any]) -> Choices:
-    """A JSONL row as a question with choices. RequestError where it is none."""
+    """A JSONL row as a question with choices. RequestError if it is not one."""
     given = [name for name in CONTEXTS if row.get(name) is not None]
     if len(given) != 1:
         raise RequestError(f"a row needs one of {', '.join(CONTEXTS)}, and has {', '.join(given) or 'none'}")
@@ -114,7 +114,8 @@ def parse(row: Mapping[str, Any]) -> Choices:
 
 
 def _choices(given: Any) -> tuple[list[str], list[str]]:
-    """The texts of choices and their labels, which may be none: a list, or {"text": [...], "label": [...]}."""
+    """The texts and labels of choices given as a list, or as {"text": [...], "label": [...]}. A list has no
+    labels."""
     texts, labels = given, []
     if isinstance(given, Mapping):
         texts, labels = given.get("text"), given.get("label", [])
@@ -132,7 +133,7 @@ def _choices(given: Any) -> tuple[list[str], list[str]]:
 
 
 def _right(answer: Any, choices: list[str], labels: list[str]) -> int:
-    """The index that an answer means: itself, its label's, its text's, or the place of its letter."""
+    """The index of the right choice. An answer may be an index, a label, a text or a letter."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     for names in (labels, choices, [] if labels else list(LETTERS[: len(choices)])):
@@ -142,9 +143,9 @@ def _right(answer: Any, choices: list[str], labels: list[str]) -> int:
 
 
 def encode(llm: LLM, row: Choices) -> Texts:
-    """Token ids as lm-evaluation-harness has them: white space at the context's end belongs to the choice, and a
-    choice's tokens are those of the whole text beyond as many as the context alone has. RequestError where a
-    text is longer than the engine's context, or a choice adds no token."""
+    """Token ids as in lm-evaluation-harness. White space at the end of the context belongs to the choice. If the
+    context alone has n tokens, the choice's tokens are those of the whole text behind the first n. RequestError if
+    a text is longer than the engine's context, or if a choice adds no token."""
     context = row.context.rstrip()
     space = row.context[len(context) :]
     begin = len(llm.tokenizer.encode(context))
@@ -163,8 +164,8 @@ def encode(llm: LLM, row: Choices) -> Texts:
 def log_likelihoods(llm: LLM, rows: Sequence[Texts]) -> list[list[float]]:
     """The natural log-probability of each row's choices.
 
-    Of as many questions as run at once, all first choices come first: by the time of the second ones, what they
-    share is in the prefix cache.
+    Of the questions that run at once, all first choices come first. When the second choices follow, the questions
+    are in the prefix cache.
     """
     block = llm.config.max_num_seqs
     order = [(at, choice) for at, row in enumerate(rows) for choice in range(len(row.ids))]
@@ -176,7 +177,7 @@ def log_likelihoods(llm: LLM, rows: Sequence[Texts]) -> list[list[float]]:
 
 
 def _item(line: int, row: Texts, scores: list[float]) -> dict[str, Any]:
-    """What a result says of a question: the likeliest choice, also by byte, and every choice's score."""
+    """What a result says about a question: the likeliest choice, in all and by byte, and every choice's score."""
     likeliest = _largest(scores)
     by_byte = _largest([s / n for s, n in zip(scores, row.lengths, strict=True)])
     return {
@@ -190,5 +191,5 @@ def _item(line: int, row: Texts, scores: list[float]) -> dict[str, Any]:
 
 
 def _largest(values: Sequence[float]) -> int:
-    """The first of the largest."""
+    """The index of the largest value, the first one of equals."""
     return max(range(len(values)), key=values.__getitem__)

@@ -1,14 +1,14 @@
-"""Needles in a haystack: whether a number that stands somewhere in a long context is found again.
+"""Needles in a haystack: whether the model finds a number that stands somewhere in a long context.
 
-A grid of context length by depth. A context is text of `corpus` with needles such as "The special magic number is
-524879." put in as paragraphs; the model completes the same sentence after it. Everything is built from tokens, so
-that context and question are `length` tokens exactly. Rows from the end of the context on are read as generated
-text would be: the question as well as the answer runs through the techniques in use, since one that sees them with
-everything read proves nothing.
+The result is a grid of context length by depth. A context is text of `corpus` with needles such as "The special
+magic number is 524879." put in as paragraphs. The model completes the same sentence behind it. Everything is built
+from tokens, so context and question together have exactly `length` tokens. Rows from the end of the context on are
+read as generated text is. So the question and the answer both run through the techniques in use: if the question
+read everything, the test would prove nothing.
 
-Trial t of every cell has the same needles and its text begins at the same place: cells differ in nothing but
-length and depth, and the prefix cache has most of the work done already. A text shorter than the context is
-repeated, and the result says so (`repeated`).
+Trial t of every cell has the same needles, and its text begins at the same place. So cells differ in length and
+depth only, and the prefix cache holds most of what they share. A text shorter than the context is repeated, and
+the result says so (`repeated`).
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ from dovetail.text.corpus import DEFAULT, corpus
 if TYPE_CHECKING:
     from dovetail.llm import LLM
 
-SHORTEST, STEP = 1024, 512  # of the default lengths
-NEEDLES = 4  # with several
+SHORTEST, STEP = 1024, 512  # the shortest default length, and what the longest one is a multiple of
+NEEDLES = 4  # the default where a variant has several
 
 
 @dataclass(frozen=True)
 class Needle(Suite):
-    """Options: `lengths` in tokens, as in 1024,2048 or 1024..8192 (doubling; default: from 1024 on, and the
-    longest multiple of 512 that fits the context); `depths` in percent; `trials` for each cell; `variant` and
-    number of `needles` as in `dovetail.evals.retrieval` (default: 4 where there are several). The first needle is
-    at the cell's depth, the others at random ones. `corpus` is the haystack.
+    """Options:
 
-    A cell's `correct` are the trials in which every number asked for was found, `recall` is the mean share found.
-    `tokens` counts what was computed: prompt tokens that the prefix cache did not have, and generated ones.
+    lengths: tokens, as in 1024,2048 or 1024..8192 (doubling). Default: doubling from 1024 on, and the longest
+    multiple of 512 that fits the context. depths: percent. trials: for each cell. variant, needles: as in
+    `dovetail.evals.retrieval`; by default 4 needles where a variant has several. The first needle is at the cell's
+    depth, the others are at random depths. corpus: the haystack.
+
+    A cell's `correct` counts the trials in which every number was found; `recall` is the mean share found.
+    `tokens` counts what was computed: generated tokens, and prompt tokens that were not in the prefix cache.
     """
 
     corpus: str = DEFAULT
@@ -62,7 +64,7 @@ class Needle(Suite):
     wide = True
 
     def __post_init__(self) -> None:
-        """ConfigError for what is wrong whatever the model."""
+        """ConfigError for options that are wrong for any model."""
         if self.variant not in VARIANTS:
             raise ConfigError(f"--variant '{self.variant}' is unknown; the known ones are {', '.join(VARIANTS)}")
         if self.trials < 1:
@@ -94,7 +96,7 @@ class Needle(Suite):
         start = time.perf_counter()
         with counter("trials", len(scores) * len(trials)) as advance:
             for each in trials:
-                # What begins alike comes after the longest and deepest, from which it takes what is stored.
+                # The longest and deepest comes first; the others take what they share from the prefix cache.
                 for length in reversed(lengths):
                     for depth, output in each.run(llm, length, self.percents[::-1]):
                         answer = output.outputs[0]
@@ -131,7 +133,7 @@ class Needle(Suite):
         )
 
     def draw(self, results: list[Result]) -> Any:
-        """A heat map for each result; of several also quality against speed."""
+        """A heat map for each result; with several results also quality against speed."""
         from dovetail.evals.heat_map import heat_maps
 
         measured = [r for r in results if "grid" in r]
@@ -139,7 +141,7 @@ class Needle(Suite):
         return heat_maps(maps, (lambda axes: draw_front(axes, self, results)) if len(results) > 1 else None)
 
     def _fitting(self, llm: LLM, trials: list[Trial]) -> list[int]:
-        """The lengths in order. ConfigError for one that the context does not hold, or without room for text."""
+        """The lengths in order. ConfigError for one that does not fit the context, or leaves no room for text."""
         limit, room = llm.config.max_model_len, max(t.room for t in trials)
         if self.lengths is None:
             lengths = _default_lengths(limit - room)
@@ -160,7 +162,7 @@ class Needle(Suite):
 
 
 def _numbers(flag: str, text: str) -> list[int]:
-    """`512,1024..4096` -> 512 1024 2048 4096, in order, each once. ConfigError where it is no list of numbers."""
+    """`512,1024..4096` -> 512 1024 2048 4096, in order, each once. ConfigError for anything else."""
     found = [n for part in text.split(",") for n in expanded(part.strip(), text)]
     for n in found:
         if not n.isdecimal():

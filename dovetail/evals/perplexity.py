@@ -1,7 +1,7 @@
 """Perplexity: exp of the mean negative log-likelihood of a text's tokens, through the path that serves.
 
-The corpus is tokenized whole and cut into windows that do not overlap. Every token after the first of a window is
-scored, and the mean of the windows' means counts. Rows from `dense` on are read as generated text would be: a
+The whole corpus is tokenized and cut into windows that do not overlap. Every token of a window but the first is
+scored, and the result is the mean of the windows' means. Rows from `dense` on are read as generated text is, so a
 technique that leaves out part of the context does so there.
 """
 
@@ -87,7 +87,7 @@ class Perplexity(Suite):
         )
 
     def _size(self, llm: LLM) -> int:
-        """Asked sizes are kept or refused; the default is lowered to the model's context."""
+        """The size of a window. A given size is kept or refused; the default is lowered to the model's context."""
         limit = llm.config.max_model_len
         size = min(WINDOW, limit) if self.window is None else self.window
         if not 2 <= size <= limit:
@@ -96,7 +96,7 @@ class Perplexity(Suite):
 
 
 def windows(ids: list[int], size: int, count: int | None, name: str) -> list[list[int]]:
-    """The first `count` windows of `size` tokens. ConfigError where there are not that many."""
+    """The first `count` windows of `size` tokens. ConfigError if there are not that many."""
     whole = len(ids) // size
     if whole < 1:
         raise ConfigError(f"corpus {name} has {len(ids)} tokens, less than one window of {size}; lower --window")

@@ -11,7 +11,7 @@ Result = dict[str, Any]
 
 
 class Measurement(Protocol):
-    """What a plot asks of a suite: see `evals.suite.Suite`."""
+    """What a plot needs from a suite: see `evals.suite.Suite`."""
 
     @property
     def name(self) -> str: ...
@@ -24,8 +24,8 @@ class Measurement(Protocol):
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (speed, quality), more of both being better, that no other point beats: none is at
-    least as good in both and better in one. In order of speed; of equal points all are kept."""
+    """Indices of the points (speed, quality) that no other point beats, in order of speed. More of both is better.
+    A point beats another if it is at least as good in both and better in one. Of equal points all are kept."""
     front = []
     for i, (speed, quality) in enumerate(points):
         beaten = any(s >= speed and q >= quality and (s, q) != (speed, quality) for s, q in points)

@@ -1,4 +1,4 @@
-"""What a model is asked: conversations or plain text, from a file or built in."""
+"""Prompts of evaluations: conversations or plain text, from a file or built in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be answered, and the text that stands for it where a model has no chat template."""
+    """A conversation to be answered, and the text that is used if a model has no chat template."""
 
     messages: tuple[Mapping[str, Any], ...]
     plain: str | None
@@ -61,9 +61,9 @@ class Example:
 
 
 def prompts(path: Path | None) -> Rows[Prompt]:
-    """The built-in prompts, or those of a file: JSONL where its name ends so, else a line of text each.
+    """The built-in prompts, or those of a file: rows if its name ends in .jsonl, else a prompt a line.
 
-    ConfigError where the file cannot be read, RequestError where it has no prompt.
+    ConfigError if the file cannot be read, RequestError if it has no prompt.
     """
     if path is None:
         digest = hashlib.sha256("\n".join(TEXTS).encode()).hexdigest()[:12]
@@ -75,14 +75,15 @@ def prompts(path: Path | None) -> Rows[Prompt]:
 
 
 def text_prompt(text: str) -> Prompt:
-    """A text as a user writes it; a model without a chat template continues it."""
+    """A prompt of a text that a user wrote. A model without a chat template continues the text."""
     return Prompt(({"role": "user", "content": text},), text)
 
 
 def row_prompt(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a JSONL row: its `messages`, `prompt` or `question`. RequestError where it has none or two.
+    """The prompt of a JSONL row: its `messages`, `prompt` or `question`. RequestError if it has none or two of
+    them.
 
-    For a model without a chat template a question is put as lm-evaluation-harness puts them.
+    For a model without a chat template a question is written as in lm-evaluation-harness.
     """
     from dovetail.text.chat import check_messages
 
@@ -100,7 +101,7 @@ def row_prompt(row: Mapping[str, Any]) -> Prompt:
 
 
 def question(text: str) -> str:
-    """A question as a text that is to be continued by its answer."""
+    """A question as a text that its answer continues."""
     return f"Question: {text}\nAnswer:"
 
 
@@ -109,8 +110,8 @@ def has_template(llm: LLM) -> bool:
 
 
 def encode(llm: LLM, prompt: Prompt, examples: Sequence[Example] = ()) -> list[int]:
-    """Token ids of a prompt with worked examples before it: as earlier turns of the conversation, or, where the
-    model has no chat template, as paragraphs of one text. RequestError where that is impossible."""
+    """Token ids of a prompt with worked examples before it. The examples are earlier turns of the conversation, or
+    paragraphs of one text if the model has no chat template. RequestError if that is impossible."""
     if has_template(llm):
         turns = [m for e in examples for m in (*e.prompt.messages, {"role": "assistant", "content": e.answer})]
         return llm.chat_tokens([*turns, *prompt.messages])

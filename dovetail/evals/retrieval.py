@@ -1,9 +1,9 @@
-"""Retrieval tasks in the manner of RULER (arXiv 2404.06654, section 3): sentences that give magic numbers, a text
-to be completed with some of them, and which of them an answer has.
+"""Retrieval tasks in the manner of RULER (arXiv 2404.06654, section 3). Needles are sentences that give magic
+numbers. The question is a text to be completed with some of them.
 
-`single`: one needle, one number. `multikey`: every needle has a key of its own and one key is asked for, so that
-the others distract. `multivalue`: all needles have the same key, and all of its numbers are asked for.
-`multiquery`: every needle has a key of its own, and all keys are asked for.
+`single`: one needle with one number. `multikey`: every needle has its own key, and one key is asked for; the
+others distract. `multivalue`: all needles have the same key, and all its numbers are asked for. `multiquery`:
+every needle has its own key, and all keys are asked for.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Retrieval:
-    """`needles` are paragraphs for the context, the one whose depth counts first; `question` is what follows the
-    context, and `values` are the numbers that complete it."""
+    """needles: paragraphs for the context; the first is the one whose depth is measured. question: what follows
+    the context. values: the numbers that complete it."""
 
     needles: tuple[str, ...]
     question: str
@@ -35,7 +35,7 @@ class Retrieval:
 
 
 def retrieval(variant: str, count: int, random: Random) -> Retrieval:
-    """A task of one of VARIANTS with `count` needles, at most len(KEYS); one with `single`."""
+    """A task of one of VARIANTS with `count` needles, at most len(KEYS). `single` has one needle."""
     values = tuple(str(n) for n in random.sample(range(100_000, 1_000_000), count))
     keys = random.sample(KEYS, count)
     if variant == "single":
@@ -53,6 +53,6 @@ def retrieval(variant: str, count: int, random: Random) -> Retrieval:
 
 
 def recall(values: Sequence[str], answer: str) -> float:
-    """The share of `values` that an answer has, as whole numbers."""
+    """The share of `values` that occur in an answer as whole numbers."""
     said = set(re.findall(r"\d+", answer))
     return sum(value in said for value in values) / len(values)

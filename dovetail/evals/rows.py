@@ -1,4 +1,4 @@
-"""Rows of a file that is measured on: one a line. Those that cannot be used are left out and named."""
+"""Rows of a data file, one a line. Rows that cannot be used are left out, and the result names them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dovetail.core.errors import ConfigError, RequestError
 T = TypeVar("T")
 U = TypeVar("U")
 
-NAMED = 5  # refused lines whose reasons are kept in a result
-TOLD = 3  # and told to people
+NAMED = 5  # refused lines whose reasons a result keeps
+TOLD = 3  # refused lines whose reasons are shown to people
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Rows(Generic[T]):
-    """Values of a file's lines, each with the line's number, in order; and the lines that were refused.
+    """The values of a file's lines in order, each with its line number, and the lines that were refused.
 
     `digest` tells two files of one name apart.
     """
@@ -42,8 +42,8 @@ class Rows(Generic[T]):
         return [value for _, value in self.rows]
 
     def map(self, turn: Callable[[T], U]) -> Rows[U]:
-        """Each value as `turn` makes it. A row for which it raises RequestError is refused; RequestError where
-        none is left."""
+        """`turn` applied to each value. A row for which it raises RequestError is refused. RequestError if no row
+        is left."""
         kept: list[tuple[int, U]] = []
         refused = list(self.refused)
         for line, value in self.rows:
@@ -58,19 +58,19 @@ class Rows(Generic[T]):
         return Rows(self.name, self.digest, tuple(kept), tuple(refused))
 
     def zip(self, others: Iterable[U]) -> Rows[tuple[T, U]]:
-        """Each value with one of `others`, which are as many."""
+        """Pairs of each value and its counterpart in `others`, which has the same length."""
         rows = tuple((line, (value, other)) for (line, value), other in zip(self.rows, others, strict=True))
         return Rows(self.name, self.digest, rows, self.refused)
 
     def first(self, count: int | None) -> Rows[T]:
-        """The first `count` rows, or all; of what comes after them nothing is told."""
+        """The first `count` rows, or all. Refused lines behind them are not reported."""
         if count is None or count >= len(self.rows):
             return self
         last = self.rows[count - 1][0]
         return replace(self, rows=self.rows[:count], refused=tuple(r for r in self.refused if r.line < last))
 
     def split(self, count: int) -> tuple[list[T], Rows[T]]:
-        """The values of the first `count` rows, and the other rows. ConfigError where none would be left."""
+        """The values of the first `count` rows, and the other rows. ConfigError if no other row is left."""
         if count >= len(self.rows):
             raise ConfigError(
                 f"--shots {count}: {self.name} has {len(self.rows)} usable rows, and one must be left to be scored"
@@ -79,25 +79,25 @@ class Rows(Generic[T]):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a result says of the rows that were refused."""
+        """What a result says about the rows that were refused."""
         return {"refused": len(self.refused), "refusals": [vars(r) for r in self.refused[:NAMED]]}
 
 
 def told(refusals: Sequence[dict[str, Any]], count: int) -> str:
-    """The reasons of `count` refused lines, of which `refusals` are the first, in a line for people."""
+    """One line for people that says why lines were refused: `count` in all, of which `refusals` are the first."""
     named = [f"line {r['line']}: {r['why']}" for r in refusals[:TOLD]]
     more = count - len(named)
     return "; ".join([*named, f"and {more} more"] if more else named)
 
 
 def left_out(result: dict[str, Any]) -> str:
-    """What a result's text ends with where rows were refused."""
+    """The end of a result's text if rows were refused."""
     count = result["refused"]
     return f"\n{count} left out: {told(result['refusals'], count)}" if count else ""
 
 
 def given_file(suite: str, data: Path | None) -> Path:
-    """The file of rows that a suite was given as --data. ConfigError where there is none."""
+    """The file of rows that a suite was given as --data. ConfigError if there is none."""
     if data is None or not data.expanduser().is_file():
         found = "nothing was given" if data is None else f"{data} is none"
         raise ConfigError(f"the suite {suite} needs a file of rows as --data FILE.jsonl; {found}")
@@ -105,7 +105,7 @@ def given_file(suite: str, data: Path | None) -> Path:
 
 
 def read_lines(path: Path) -> Rows[bytes]:
-    """The lines of a file that are not blank. ConfigError where it cannot be read."""
+    """The lines of a file that are not blank. ConfigError if it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -116,12 +116,12 @@ def read_lines(path: Path) -> Rows[bytes]:
 
 
 def read_text(path: Path) -> Rows[str]:
-    """The lines of a text. ConfigError where it cannot be read, RequestError where none is UTF-8."""
+    """The lines of a text. ConfigError if it cannot be read, RequestError if no line is UTF-8."""
     return read_lines(path).map(_utf8)
 
 
 def read_jsonl(path: Path) -> Rows[dict[str, Any]]:
-    """The JSON objects of a file. ConfigError where it cannot be read, RequestError where it has none."""
+    """The JSON objects of a file. ConfigError if it cannot be read, RequestError if it has none."""
     from dovetail.host.json_file import json_object
 
     return read_lines(path).map(lambda line: json_object(line, "line"))

@@ -1,4 +1,4 @@
-"""A suite on one setting of an engine or on many: each loaded, measured and checked, a result each."""
+"""Runs a suite on one or more settings of an engine. Each setting is loaded, measured and checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEASURED, REFUSED, IDLE = "measured", "refused", "idle"
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be measured: `suite` on `model` at each of `settings`, against `reference` if it compares."""
+    """What to measure: `suite` on `model` at each of `settings`, against `reference` if the suite compares."""
 
     suite: Suite
     model: str
@@ -34,7 +34,7 @@ class Run:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What makes two runs the same."""
+        """Two runs with the same key are the same run."""
         settings = [
             (s.name, s.use, sorted(vars(s.options).items())) for s in (*self.settings, self.reference) if s
         ]
@@ -44,10 +44,10 @@ class Run:
 
 
 def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Result]:
-    """A result for each setting, in order; those in the journal are not measured again.
+    """A result for each setting, in order. Results in the journal are not measured again.
 
-    A result has `setting` (its name), `state` and the suite's figures; `why` where it was refused or a technique
-    was idle. A setting that is refused does not stop the others. `show` is called with each.
+    A result has `setting` (its name), `state` and the suite's figures. `why` says why it was refused, or which
+    technique was idle. A refused setting does not stop the others. `show` is called with each result.
     """
     results: list[Result] = []
     reference: Any = None
@@ -61,17 +61,17 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
                 note(f"reference: {asked.reference.name}")
                 reference = _once(asked.reference, asked, lambda llm: asked.suite.refer(llm))
             result = _measure(asked, setting, reference)
-            if result["state"] != REFUSED:  # what was in its way may be gone the next time
+            if result["state"] != REFUSED:  # the next run may find the reason gone
                 journal.add(setting.name, result)
         else:
-            result = {**result, "earlier": True}  # its speed is of another time
+            result = {**result, "earlier": True}  # its speed was measured at another time
         results.append(result)
         show(result)
     return results
 
 
 def _file(name: str) -> list[Any]:
-    """What tells a file from a changed one, if `name` names one."""
+    """Facts by which a change of the file is noticed, if `name` names a file."""
     path = Path(name).expanduser()
     try:
         found = path.stat()
@@ -110,7 +110,7 @@ def _figures(suite: Suite, llm: LLM, reference: Any) -> Result:
 
 
 def _once(setting: Setting, asked: Run, act: Callable[[LLM], Any]) -> Any:
-    """Load an engine, use it, and give its memory back before the next one is loaded."""
+    """Load an engine, use it, and free its memory before the next one is loaded."""
     llm = setting.load(asked.model)
     try:
         return act(llm)

@@ -1,4 +1,4 @@
-"""Whether an answer is right, by what counts of it: the whole text, a number, a letter, what a pattern finds."""
+"""Decides whether an answer is right: by its whole text, a number, a letter, or what a pattern finds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dovetail.core.errors import ConfigError, RequestError
 
 KINDS = "exact, contains, number, choice or regex:PATTERN"
 
-# 1,234.5 or 1234.5 or .5, with or without a dollar, and with a sign that is no minus between two terms.
+# 1,234.5 or 1234.5 or .5, with or without a dollar. A minus is a sign only if it does not stand between two terms.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)%])[-−])?\$?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -23,8 +23,8 @@ _LETTER = re.compile(r"(?<![^\W_])[A-E](?![^\W_])")
 
 @dataclass(frozen=True)
 class Scorer:
-    """`read` takes what counts out of an answer and `expect` out of the right one, None where there is nothing;
-    `agree(expected, found)` says whether they are the same. `what` it looks for, in words."""
+    """`read` extracts what counts from an answer, and `expect` from the right answer; None if there is nothing.
+    `agree(expected, found)` says whether they are the same. `what` names it in words."""
 
     what: str
     read: Callable[[str], Any]
@@ -32,7 +32,7 @@ class Scorer:
     agree: Callable[[Any, Any], bool] = operator.eq
 
     def expected(self, right: str) -> Any:
-        """What an answer must say. RequestError where the right answer itself does not."""
+        """What an answer must contain. RequestError if even the right answer does not contain it."""
         value = self.expect(right)
         if value is None:
             raise RequestError(f"the answer has no {self.what}: '{right[-60:]}'")
@@ -44,12 +44,12 @@ class Scorer:
 
 
 def scorer(name: str) -> Scorer:
-    """The scorer called `name`; ConfigError where there is none.
+    """The scorer called `name`. ConfigError if there is none.
 
-    exact: the same text, without white space around it. contains: the right answer occurs in the answer, in upper
-    or lower case. number: the same last number (see `last_number`). choice: the same letter, the first of A to E
-    that stands alone. regex:PATTERN: the same text in the first group (or all) of the pattern's last match; a
-    right answer in which it matches nothing is itself what is looked for.
+    exact: the same text, without white space around it. contains: the right answer occurs in the answer; case does
+    not count. number: the same last number (see `last_number`). choice: the same letter, the first of A to E that
+    stands alone. regex:PATTERN: the same text in the first group (or all) of the pattern's last match. If the
+    pattern does not match in the right answer, the right answer itself is looked for.
     """
     kind, _, pattern = name.partition(":")
     if kind == "regex":
@@ -61,8 +61,8 @@ def scorer(name: str) -> Scorer:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number after the last ####, as in GSM8K, else the last number of the text; commas between thousands and
-    dollar signs do not count."""
+    """The number behind the last ####, as in GSM8K, else the last number of the text. Commas between thousands and
+    dollar signs are ignored."""
     _, marked, after = text.rpartition("####")
     found = _NUMBER.search(after) if marked else None
     if found is None:

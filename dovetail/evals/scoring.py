@@ -12,14 +12,14 @@ from dovetail.core.types import Probe
 if TYPE_CHECKING:
     from dovetail.llm import LLM
 
-FORCE = 100.0  # logit bias that makes a token the likeliest; what is reported are the logits without it
+FORCE = 100.0  # logit bias that makes a token the likeliest; reported log-probabilities are without it
 
 
 def score(llm: LLM, texts: Sequence[list[int]], first: Sequence[int], dense: Sequence[int]) -> list[list[float]]:
-    """Natural log-probability of tokens first[i], first[i] + 1, ... of each text, given all before them.
+    """Natural log-probabilities of tokens first[i], first[i] + 1, ... of text i, each given all tokens before it.
 
-    The last token of a text is not computed but chosen, so a text may fill the context to its end. Rows before
-    position dense[i] read everything. RequestError if one cannot be scored.
+    The last token of a text is chosen, not computed, so a text may fill the context to its end. Rows before
+    position dense[i] read everything. RequestError if a text cannot be scored.
     """
     params, probes = [], []
     for ids, begin, until in zip(texts, first, dense, strict=True):

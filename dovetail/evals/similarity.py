@@ -1,9 +1,9 @@
-"""How much an engine's greedy answers are like a reference's, to the same prompts.
+"""How similar an engine's greedy answers are to a reference's, for the same prompts.
 
-arXiv 2411.02355 compares quantized models with the original in this way. Means over the prompts, 1 for answers
-that are the same:
+arXiv 2411.02355 compares quantized models with the original in this way. The figures are means over the prompts.
+They are 1 for equal answers:
 
-- `exact`: tokens until the first difference, as a share of the longer answer's tokens (end of sequence included);
+- `exact`: tokens before the first difference, as a share of the longer answer's tokens (end of sequence included);
 - `identical`: the share of answers that are the same to the last token;
 - `rougeL`: ROUGE-L F1 of words (Lin 2004), that is 2 LCS / (m + n) for answers of m and n words whose longest
   common subsequence has LCS; words are runs of letters and digits, in lower case;
@@ -90,7 +90,7 @@ class Similarity(Suite):
 
 
 def leading(reference: Sequence[int], answer: Sequence[int]) -> int:
-    """How many tokens are the same before the first that is not."""
+    """How many tokens are equal before the first difference."""
     pairs = zip(reference, answer, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(answer)))
 

@@ -1,4 +1,4 @@
-"""What a suite of `dovetail eval` is: a measurement of one engine, with a figure for quality and one for speed."""
+"""The base class of the suites of `dovetail eval`: a measurement of one engine's quality and speed."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ CONTEXT = 512
 class Suite:
     """A measurement. Subclasses are frozen dataclasses whose fields are the suite's options.
 
-    `quality` is the key in a result that says how good an engine is; `higher`: whether more of it is better.
-    `columns` are the keys that a table of several results shows.
+    quality: the key in a result that says how good an engine is. higher: whether more of it is better. columns:
+    the keys that a table of several results shows.
     """
 
     name: ClassVar[str]
     quality: ClassVar[str]
     higher: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ()
-    wide: ClassVar[bool] = False  # whether `text` has more than a table of several results shows
-    compares: ClassVar[bool] = False  # whether `measure` needs what a reference engine says
+    wide: ClassVar[bool] = False  # whether `text` says more than a table of several results
+    compares: ClassVar[bool] = False  # whether `measure` needs a reference engine
 
     def refer(self, llm: LLM) -> Any:
-        """What the reference engine says; handed to each `measure`. Called once, with `compares` only."""
+        """What `measure` needs from the reference engine. Called once, and only if the suite `compares`."""
         raise NotImplementedError
 
     def measure(self, llm: LLM, reference: Any) -> Result:
-        """Run on an engine: figures as plain data, with `seconds`, the `tokens` that were scored or generated in
-        them, and `tokens_per_s`. How fast the engine decodes is measured after it (`evals.speed`).
+        """Measure an engine. Returns figures as plain data, with `seconds`, the `tokens` that were scored or
+        generated in that time, and `tokens_per_s`. The speed of decoding is measured afterwards (`evals.speed`).
 
-        RequestError or ConfigError where the engine cannot do what is asked.
+        RequestError or ConfigError if the engine cannot do what is asked.
         """
         raise NotImplementedError
 
@@ -57,13 +57,13 @@ class Suite:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was asked for, as plain data for results."""
+        """The options, as plain data for results."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in given.items()}
 
 
 def build(kind: type[Suite], given: Mapping[str, Any]) -> Suite:
-    """A suite with the options given. ConfigError for one that it does not have."""
+    """A suite with the given options. ConfigError for an option that it does not have."""
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in given:
         if name not in known:
@@ -73,7 +73,7 @@ def build(kind: type[Suite], given: Mapping[str, Any]) -> Suite:
 
 
 def at_least(least: int, **options: int | None) -> None:
-    """ConfigError where an option that was given is below `least`."""
+    """ConfigError if a given option is below `least`."""
     for name, value in options.items():
         if value is not None and value < least:
             raise ConfigError(f"{_flag(name)} must be at least {least}, got {value}")

@@ -1,4 +1,4 @@
-"""Questions with right answers: the share that greedy answers get right."""
+"""Questions with right answers. The figure is the share of greedy answers that are right."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Jsonl(Suite):
-    """Options: `data`, a JSONL file whose rows have an `answer` and a `prompt`, a `question` or `messages`. The
-    first `shots` rows are worked examples before each question; `limit` of the others are scored, by `scorer`."""
+    """Options. data: a JSONL file whose rows have an `answer` and a `prompt`, a `question` or `messages`. shots:
+    the first so many rows are worked examples before each question. limit: so many other rows are scored, by
+    `scorer`."""
 
     data: Path | None = None
     scorer: str = "exact"

@@ -1,4 +1,4 @@
-"""One trial of a needle test: a retrieval task and a place in a haystack, asked at any length and depth."""
+"""One trial of a needle test: a retrieval task in a haystack, which can be asked at any length and depth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dovetail.outputs import RequestOutput
     from dovetail.text.tokenizer import Tokenizer
 
-SPARE = 8  # tokens of answer for each number besides it: too few to go on to the number of another key
+SPARE = 8  # tokens of answer for each number beyond its own: too few to go on to another key's number
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Trial:
 
     @cached_property
     def head(self) -> list[int]:
-        """What the model wants before every text."""
+        """Tokens that the model needs before every text."""
         return [t for t in self.tokenizer.encode("")[:1] if t == self.tokenizer.bos_id]
 
     @cached_property
@@ -48,7 +48,7 @@ class Trial:
 
     @cached_property
     def room(self) -> int:
-        """Tokens of an answer."""
+        """The most tokens of an answer."""
         return sum(len(self._tokens(f" {value},")) + SPARE for value in self.task.values)
 
     @property
@@ -57,13 +57,13 @@ class Trial:
         return len(self.head) + sum(map(len, self.needles)) + len(self.question)
 
     def context(self, length: int, depth: float) -> list[int]:
-        """Tokens before the question, where both together are `length`."""
+        """The context before the question. Both together have `length` tokens."""
         depths = (depth, *self.depths)
         needles = list(zip(depths, self.needles, strict=True))
         return self.head + self.hay.hide(self.begin, length - self.fixed, needles)
 
     def run(self, llm: LLM, length: int, depths: list[int]) -> Iterator[tuple[int, RequestOutput]]:
-        """Depth and answer for each of `depths`. RequestError where the engine gave none."""
+        """The depth and the answer for each of `depths`. RequestError if the engine gave no answer."""
         contexts = [self.context(length, depth) for depth in depths]
         params = SamplingParams(temperature=0, max_tokens=self.room)
         probes = [Probe(dense_until=len(c)) for c in contexts]
@@ -78,7 +78,7 @@ class Trial:
 
 
 def trial(kind: tuple[str, int], llm: LLM, hay: Haystack, number: int) -> Trial:
-    """Trial `number` of a `kind`, variant and number of needles, which the engine's seed decides."""
+    """Trial `number`. kind: the variant and the number of needles. The engine's seed decides everything random."""
     random = Random(f"{llm.config.seed}/{number}")
     task = retrieval(*kind, random)
     begin = random.choice(hay.starts[:-1])
