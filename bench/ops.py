@@ -50,7 +50,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dovetail.bench.attention import (
+from dovetail.bench.interleave import interleave
+from dovetail.bench.kernels.attention import (
     GROUPED,
     KV_DTYPES,
     MULTI_HEAD,
@@ -62,8 +63,7 @@ from dovetail.bench.attention import (
     Request,
     check_finite,
 )
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.rounds import interleave
+from dovetail.bench.rounds import Ratio
 from dovetail.host import machine
 from dovetail.ops import cpu
 from dovetail.ops.dequant import BLOCKS

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from dovetail import DovetailError
-from dovetail.bench.points import Prompts
-from dovetail.bench.turns import in_turns
+from dovetail.bench.engine.points import Prompts
+from dovetail.bench.rounds import in_turns
 from dovetail.host import machine
 
 BENCH = Path(__file__).resolve().parent

@@ -22,7 +22,7 @@ import time
 from typing import Any, NamedTuple
 
 from dovetail import LLM
-from dovetail.bench.raw_read import read_bandwidth
+from dovetail.bench.interleave import read_bandwidth
 from dovetail.runtime.native import NativeExecutor
 
 ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")

@@ -1,1 +1,1 @@
-"""Measuring: what is compared, in turns, on made-up data, through the engine or over HTTP."""
+"""Speed: what is compared, in turns, on made-up data. Imported by evals, reproduce and cli only."""

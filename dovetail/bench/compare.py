@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dovetail.bench.samples import Path, at
+from dovetail.bench.rounds import Path, at
 from dovetail.core.errors import ConfigError, ModelError
 from dovetail.host.json_file import parse_json_object, read_bytes
 

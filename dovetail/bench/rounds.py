@@ -1,28 +1,102 @@
-"""Timing in turns: what is compared runs alternately, so that a machine whose speed changes changes it for all."""
+"""Rounds: in which order sides run in them, the readings they give, and what a result keeps of these.
+
+A result keeps the median, the lowest and the highest reading. Sides are compared round by round, so that a machine
+whose speed changes from round to round changes it for both.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from dovetail.bench.raw_read import read_bandwidth
-from dovetail.bench.turns import in_turns
+PERCENTILES = (50, 90, 99)  # that results have of latencies
+Path = tuple[str, ...]
+Samples = dict[Path, list[float]]
+"""Readings by the place that a figure has in a result: ("decode_tokens_per_s", "16")."""
 
 
-def interleave(
-    runs: Sequence[Callable[[], object]], rounds: int, threads: int
-) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each run, [runs][rounds], and GB/s of a raw read with as many threads beside each round."""
-    samples: list[list[float]] = [[] for _ in runs]
-    reads = []
-    for run in runs:
-        run()  # allocates, and maps memory
-    for i in range(rounds):
-        reads.append(read_bandwidth(threads))
-        order = in_turns(range(len(runs)), i)
-        runs[order[0]]()  # the first run after the raw read, whose memory has just been unmapped, is slower
-        for at in order:
-            start = time.perf_counter()
-            runs[at]()
-            samples[at].append(time.perf_counter() - start)
-    return samples, reads
+T = TypeVar("T")
+
+
+def in_turns(sides: Sequence[T], number: int) -> Sequence[T]:
+    """The sides in the order of round `number`: each is first in every other one."""
+    return sides if number % 2 == 0 else sides[::-1]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as a baseline: the median of the rounds' ratios, their lowest and highest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, baseline: Sequence[float], ours: Sequence[float]) -> Ratio:
+        """From seconds of each round."""
+        return cls.of_rounds(by_round(baseline, ours))
+
+    @classmethod
+    def of_rounds(cls, ratios: Sequence[float]) -> Ratio:
+        """From the ratio of each round (at least one)."""
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def by_round(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """a / b, round by round."""
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def medians(samples: Samples) -> dict[str, Any]:
+    """The median of every figure, at its place."""
+    return _nested(samples, _median)
+
+
+def spreads(samples: Samples) -> dict[str, Any]:
+    """[lowest, highest] of every figure that was read more than once, at its place."""
+    several = {path: readings for path, readings in samples.items() if len(readings) > 1}
+    return _nested(several, lambda readings: [min(readings), max(readings)])
+
+
+def ratios(ours: Samples, theirs: Samples) -> Samples:
+    """ours / theirs, round by round, of the figures that both have in every round and theirs is never 0 in."""
+    both = [path for path in ours if len(ours[path]) == len(theirs.get(path, ())) and all(theirs[path])]
+    return {path: by_round(ours[path], theirs[path]) for path in both}
+
+
+def at(value: Any, path: Path) -> Any:
+    """What is at a place of a result, or None."""
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The `q`th percentile of `values` (at least one), in between two of them on the line through both."""
+    ordered, place = sorted(values), (len(values) - 1) * q / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _median(readings: Sequence[float]) -> float:
+    """The median; of counts a count, where it is one."""
+    median = statistics.median(readings)
+    whole = all(isinstance(reading, int) for reading in readings) and median == int(median)
+    return int(median) if whole else median
+
+
+def _nested(samples: Samples, of: Callable[[list[float]], Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, readings in samples.items():
+        *above, last = path
+        place = found
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = of(readings)
+    return found

@@ -1,7 +1,7 @@
-"""The command line: `dovetail COMMAND`.
+"""The command line: `dovetail COMMAND`. May import everything; nothing imports it.
 
-A command is a file `dovetail/cli/<name>.py` with a typed, documented function `command`, listed in COMMANDS; one
-with commands of its own (`dovetail bench model`) has a typer `app` instead.
+A command is a typed, documented function, found through COMMANDS: `command` of the module with its name, or what
+stands behind a colon. One with commands of its own (`dovetail bench model`) is a module with a typer `app` instead.
 Such files import torch, fastapi and the like inside the function: `--help` reads all of them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TextIO, cast
 
@@ -18,10 +18,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
-COMMANDS = (
-    *("pull", "list", "rm", "run", "chat", "serve", "batch", "export", "doctor"),
-    *("eval", "bench", "reproduce"),
-)
+COMMANDS = {
+    "pull": "models:pull",
+    "list": "models:show",
+    "rm": "models:remove",
+    **{name: name for name in ("run", "chat", "serve", "batch", "export", "doctor", "eval", "bench", "reproduce")},
+}
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
@@ -74,12 +76,22 @@ def build(names: Iterable[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_options)
     for name in names:
-        module = import_module(f"dovetail.cli.{name}")
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name)
+        found = command(name)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
         else:
-            app.command(name, cls=_PromptCommand if name == "run" else None)(module.command)
+            app.command(name, cls=_PromptCommand if name == "run" else None)(found)
     return app
+
+
+def command(name: str) -> Callable[..., None] | typer.Typer:
+    """The function of a command, or the application of one that has commands of its own."""
+    place, _, function = COMMANDS[name].partition(":")
+    module = import_module(f"dovetail.cli.{place}")
+    found: Callable[..., None] | typer.Typer = getattr(
+        module, function or ("app" if hasattr(module, "app") else "command")
+    )
+    return found
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from dovetail.bench.points import Prompts, measure
+from dovetail.bench.engine.points import Prompts, measure
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from dovetail.bench.ratio import Ratio
+from dovetail.bench.rounds import Ratio
 
 Kind = Literal["run", "simulated", "emulated"]
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dovetail import hub
-from dovetail.bench.limited import Batch, Decoded
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.turns import in_turns
+from dovetail.bench.engine.limited import Batch, Decoded
+from dovetail.bench.rounds import Ratio, in_turns
 from dovetail.checkpoint import open_checkpoint
 from dovetail.core.pages import pages_for
 from dovetail.llm import LLM

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dovetail.bench.attention import Kernels
+from dovetail.bench.kernels.attention import Kernels
 from dovetail.core.errors import ConfigError
 from dovetail.core.technique import idle
 from dovetail.host import machine

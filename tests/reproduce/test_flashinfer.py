@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.bench.attention import Attention, Heads, Kernels, KVPool, Pages, Request, Unfused
-from dovetail.bench.parallel import ParallelGeneration
+from dovetail.bench.engine.parallel import ParallelGeneration
+from dovetail.bench.kernels.attention import Attention, Heads, Kernels, KVPool, Pages, Request, Unfused
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import SlidingWindow

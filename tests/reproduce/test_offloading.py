@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dovetail import LLM
-from dovetail.bench.limited import Batch
+from dovetail.bench.engine.limited import Batch
 from dovetail.core.errors import RequestError
 from dovetail.ops import cpu
 from dovetail.reproduce import infinigen, shadowkv

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.bench.attention import Attention, Heads, Kernels, KVPool, Request
-from dovetail.bench.sparse_attention import Choosing, SparseAttention, drift
+from dovetail.bench.kernels.attention import Attention, Heads, Kernels, KVPool, Request
+from dovetail.bench.kernels.sparse_attention import Choosing, SparseAttention, drift
 from dovetail.core.errors import ConfigError
 from dovetail.ops import cpu
 from dovetail.ops.pages import KINDS, page_scores, pick, summary, unpacked

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import dovetail.reproduce
 from dovetail import cli
-from dovetail.bench.ratio import Ratio
+from dovetail.bench.rounds import Ratio
 from dovetail.core.errors import ConfigError
 from dovetail.reproduce import SYSTEMS, System, system
 from dovetail.reproduce.claim import Bar, Claim, Experiment

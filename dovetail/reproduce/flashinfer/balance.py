@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from dovetail.bench.attention import GROUPED, PAGE, Attention, Heads, Kernels, KVPool, Request
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.rounds import interleave
+from dovetail.bench.interleave import interleave
+from dovetail.bench.kernels.attention import GROUPED, PAGE, Attention, Heads, Kernels, KVPool, Request
+from dovetail.bench.rounds import Ratio
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.bench.attention import GROUPED, MULTI_HEAD, Heads
+from dovetail.bench.kernels.attention import GROUPED, MULTI_HEAD, Heads
 from dovetail.reproduce import MODEL
 
 MIB = 1 << 20

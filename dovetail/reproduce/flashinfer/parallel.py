@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from dovetail.bench.attention import Kernels
-from dovetail.bench.parallel import ParallelGeneration, Steps
-from dovetail.bench.ratio import Ratio
+from dovetail.bench.engine.parallel import ParallelGeneration, Steps
+from dovetail.bench.kernels.attention import Kernels
+from dovetail.bench.rounds import Ratio
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from dovetail.bench.attention import PAGE, Attention, Kernels, KVPool, Request
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.rounds import interleave
+from dovetail.bench.interleave import interleave
+from dovetail.bench.kernels.attention import PAGE, Attention, Kernels, KVPool, Request
+from dovetail.bench.rounds import Ratio
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort, Prefix
 

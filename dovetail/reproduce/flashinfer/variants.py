@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from dovetail.bench.attention import GROUPED, Attention, Kernels, KVPool, Unfused
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.rounds import interleave
+from dovetail.bench.interleave import interleave
+from dovetail.bench.kernels.attention import GROUPED, Attention, Kernels, KVPool, Unfused
+from dovetail.bench.rounds import Ratio
 from dovetail.core.seams import SlidingWindow, Variant
 from dovetail.host.units import format_duration
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant

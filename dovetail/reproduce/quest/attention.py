@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from dovetail.bench.attention import PAGE, Attention, Kernels, KVPool, Request
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.rounds import interleave
-from dovetail.bench.sparse_attention import Choosing, SparseAttention, drift
+from dovetail.bench.interleave import interleave
+from dovetail.bench.kernels.attention import PAGE, Attention, Kernels, KVPool, Request
+from dovetail.bench.kernels.sparse_attention import Choosing, SparseAttention, drift
+from dovetail.bench.rounds import Ratio
 from dovetail.reproduce.claim import Bar, Claim, Experiment
 from dovetail.reproduce.quest.effort import KIB, Effort
 

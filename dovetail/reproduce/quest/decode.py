@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from dovetail.bench.attention import Kernels
-from dovetail.bench.points import Prompts, measure
-from dovetail.bench.ratio import Ratio
-from dovetail.bench.turns import in_turns
+from dovetail.bench.engine.points import Prompts, measure
+from dovetail.bench.kernels.attention import Kernels
+from dovetail.bench.rounds import Ratio, in_turns
 from dovetail.llm import LLM
 from dovetail.reproduce import require
 from dovetail.reproduce.claim import Bar, Claim, Experiment

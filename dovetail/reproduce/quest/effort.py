@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.bench.attention import GROUPED, Heads
+from dovetail.bench.kernels.attention import GROUPED, Heads
 from dovetail.reproduce import MODEL
 from dovetail.reproduce.needles import Needles
 

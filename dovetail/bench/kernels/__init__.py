@@ -1,0 +1,1 @@
+"""Speed of attention kernels without a model. Imports core, ops and runtime only."""

@@ -1,0 +1,1 @@
+"""What clients of a server see under load, over HTTP. Imports core, host, show and text: no engine, no torch."""

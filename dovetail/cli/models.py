@@ -1,0 +1,92 @@
+"""`dovetail pull`, `dovetail list`, `dovetail rm`: the models on disk."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from dovetail.cli.result import JsonOption, write_json
+
+
+def pull(
+    model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read an alias' file again and check it.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Fetch MODEL if it is not there yet, and print where it is.
+
+    \b
+    Examples:
+      dovetail pull smollm2-135m
+      dovetail pull HuggingFaceTB/SmolLM2-360M-Instruct
+      dovetail pull org/name:model.Q4_K_M.gguf
+    """
+    from dovetail import hub
+    from dovetail.host.files import tree_bytes
+
+    started = time.perf_counter()
+    path = hub.verify(model) if verify else hub.resolve(model, refresh=True)
+    print(path)
+    size = path.stat().st_size if path.is_file() else tree_bytes(path)
+    seconds = round(time.perf_counter() - started, 3)
+    write_json(json_file, {"model": model, "path": str(path), "bytes": size, "seconds": seconds})
+
+
+def show(
+    everything: Annotated[bool, typer.Option("--all", help="Also the aliases that could be pulled.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Show the cached models, their sizes and places.
+
+    \b
+    Examples:
+      dovetail list
+      dovetail list --all
+      dovetail list --json -
+    """
+    from dovetail import hub
+    from dovetail.host.files import home
+    from dovetail.host.units import format_size
+    from dovetail.hub.aliases import ALIASES
+
+    models = hub.list_models()
+    rows = [(model.name, format_size(model.size), str(model.path)) for model in models]
+    if everything:
+        cached = {model.name for model in models}
+        rows += [
+            (alias.name, format_size(alias.size), f"not pulled: {alias.about}")
+            for alias in ALIASES.values()
+            if alias.name not in cached
+        ]
+    if not rows:
+        print("No model is cached. Try: dovetail pull smollm2-135m", file=sys.stderr)
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+    for name, size, place in rows:
+        print(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {place}")
+    listed = [
+        {"name": model.name, "path": str(model.path), "bytes": model.size, "source": model.source}
+        for model in models
+    ]
+    write_json(json_file, {"models": listed, "aliases": list(ALIASES), "home": str(home())})
+
+
+def remove(
+    model: Annotated[str, typer.Argument(help="Alias or Hugging Face id, as `dovetail list` shows it.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Delete MODEL from the cache; never a folder or file of yours.
+
+    \b
+    Examples:
+      dovetail rm smollm2-135m
+      dovetail rm HuggingFaceTB/SmolLM2-360M-Instruct
+    """
+    from dovetail import hub
+    from dovetail.host.units import format_size
+
+    freed = hub.remove(model)
+    print(f"removed {model}, {format_size(freed)} freed")
+    write_json(json_file, {"model": model, "freed_bytes": freed})
