@@ -1,4 +1,4 @@
-"""Checkpoints on disk: Hugging Face directories and GGUF files, behind one interface."""
+"""Checkpoints on disk: Hugging Face directories and GGUF files. Imports core, host, text and ops only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The command line: `dovetail COMMAND`. May import everything; nothing imports it.
 
 A command is a typed, documented function, found through COMMANDS: `command` of the module with its name, or what
-stands behind a colon. One with commands of its own (`dovetail bench model`) is a module with a typer `app` instead.
+stands behind a colon. One with commands of its own (`dovetail bench model`) is a module with a typer `app`.
 Such files import torch, fastapi and the like inside the function: `--help` reads all of them.
 """
 

@@ -1,1 +1,1 @@
-"""Building blocks of models."""
+"""Building blocks of models. Imports core, ops and runtime only."""

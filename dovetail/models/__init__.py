@@ -1,4 +1,4 @@
-"""Architectures by the name that checkpoints give them."""
+"""Architectures by the name that checkpoints give them. Imports no technique and no engine."""
 
 from dovetail.models.llama import Llama, Loader, Stage, facts, geometry
 

@@ -1,2 +1,2 @@
 """Operations on tensors: the formula of each and its torch reference, and the Python side of the native
-kernels."""
+kernels. Imports core and host only."""

@@ -1,6 +1,6 @@
 """Published claims beside what this engine does on this machine: a file for each paper (`dovetail reproduce`).
 
-Importing this is cheap; a paper's own file may import torch.
+May import everything but cli. Importing this is cheap; a paper's own file may import torch.
 """
 
 from __future__ import annotations

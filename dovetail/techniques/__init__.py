@@ -1,4 +1,5 @@
-"""Techniques by name, and the text that switches them on: `name:key=value,key=value`."""
+"""Techniques by name, and the text that switches them on: `name:key=value,key=value`. Imports no model;
+imported by what builds an engine, and by evals, reproduce and cli."""
 
 from __future__ import annotations
 
