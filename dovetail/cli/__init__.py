@@ -1,8 +1,8 @@
 """The command line: `dovetail COMMAND`. May import everything; nothing imports it.
 
-A command is a typed, documented function, found through COMMANDS: `command` of the module with its name, or what
-stands behind a colon. One with commands of its own (`dovetail bench model`) is a module with a typer `app`.
-Such files import torch, fastapi and the like inside the function: `--help` reads all of them.
+A command is a typed, documented function. COMMANDS names its module; the function is `command`, or the name behind
+a colon. A command with commands of its own (`dovetail bench model`) is a module with a typer `app`. These files
+import torch, fastapi and the like inside the function, because `--help` reads all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            # Here, and not at interpreter exit, a reader that has left can still be told from a failure.
+            # At interpreter exit, a reader that has left could no longer be told from a failure.
             sys.stdout.flush()
             return result
         except BrokenPipeError:
@@ -102,7 +102,7 @@ def main() -> None:
         raise _failure("stdout is closed")
     try:
         try:
-            # One command's imports are enough to run it; help and mistyped names need them all.
+            # Only the command's own module is imported to run it. Help and mistyped names need all of them.
             build([first] if first in COMMANDS else COMMANDS)()
         finally:
             sys.stdout.flush()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dovetail.batch.runner import Runner
     from dovetail.llm import LLM
 
-# Settings that can change an answer; rows finished under other ones are not reused.
+# Settings that can change an answer. Rows that were finished under other settings are not reused.
 _MATTERS = ("model", "use", "dtype", "kv_cache_dtype", "max_model_len", "seed")
 
 
@@ -42,7 +42,7 @@ def command(
     (/v1/chat/completions or /v1/completions) and body. A row that cannot be answered gets an error in OUTPUT and
     stops nothing. Finished rows go to OUTPUT.partial at once: after a crash or Ctrl-C the same command goes on
     where it was. A row in OUTPUT or OUTPUT.partial that was answered under the same settings is never answered
-    again. Sampling options hold for rows that do not say.
+    again. Sampling options hold for rows that do not give their own.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def command(
     journal = Journal(output_file)
     try:
         llm = terminal.load(model, engine)
-        sampling.params(llm)  # an impossible value is the command's error, not every row's
+        sampling.params(llm)  # an impossible value is an error of the command, not of every row
         runner = _run(llm, journal, input_file, total, sampling)
         journal.publish(runner.keys)
         _report(llm, runner, journal)
@@ -67,7 +67,7 @@ def command(
         journal.close()
     write_json(json_file, _result(llm, model, runner))
     if runner.totals.rows and not runner.totals.answered + runner.totals.reused:
-        raise typer.Exit(1)  # a script that looks at nothing else must see that no row was answered
+        raise typer.Exit(1)  # a script that looks only at the status must see that no row was answered
 
 
 def _run(llm: LLM, journal: Journal, source: Path, total: int, sampling: SamplingOptions) -> Runner:

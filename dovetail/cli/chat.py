@@ -29,7 +29,7 @@ _HELP = """\
 /exit           leave, as Ctrl-D does
 Ctrl-C stops an answer. A message between two \"\"\" may have several lines."""
 _QUOTES = '"""'
-_COMMAND = re.compile(r"/[a-z?]*")  # /usr/bin is something to talk about
+_COMMAND = re.compile(r"/[a-z?]*")  # so /usr/bin is a message, not a command
 
 
 @spliced
@@ -75,7 +75,7 @@ class Said(NamedTuple):
 
 
 class Chat:
-    """Commands and messages of one conversation. For a `person` errors are notes; else they end the program."""
+    """Commands and messages of one conversation. With a `person`, errors are notes; else they end the program."""
 
     def __init__(self, conversation: Conversation, person: bool, stats: bool) -> None:
         self.conversation = conversation
@@ -83,7 +83,7 @@ class Chat:
         self.stats = stats
 
     def take(self, said: Said) -> bool:
-        """Act on a message or command, which Ctrl-C stops; False to leave."""
+        """Act on a message or a command. Ctrl-C stops it. False means: leave."""
         word, _, rest = ("" if said.quoted else said.text.strip()).partition(" ")
         if word in ("/exit", "/quit", "/bye"):
             return False
@@ -139,7 +139,7 @@ class Chat:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of being thrown out of the middle of a step; the engine must survive it."""
+    """Collect Ctrl-C instead of raising it in the middle of a step, which the engine must finish."""
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
@@ -149,7 +149,8 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def messages(person: bool) -> Iterator[Said]:
-    """What is said: lines, or several lines between two triple quotes; until the end of stdin, or Ctrl-C twice."""
+    """Messages: a line each, or several lines between two triple quotes. They end with stdin, or with Ctrl-C
+    twice."""
     interrupted = False
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Options that several commands share: how the engine is set up, how tokens are chosen; and groups of others.
+"""Options that several commands share: those of the engine, those of sampling, and groups of others.
 
 A command asks for them by annotation, and `spliced` turns them into command-line options:
 
@@ -35,7 +35,7 @@ CONVERSATION = {"temperature": 0.0}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to set up the engine: `use` are technique specs, `options` the rest."""
+    """How to set up the engine. use: technique specs. options: all others."""
 
     use: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
@@ -83,12 +83,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose tokens: only what was given on the command line."""
+    """How to choose tokens. Only options that were given on the command line are in `given`."""
 
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def params(self, llm: LLM, fallback: Mapping[str, Any] | None = None) -> SamplingParams:
-        """What was given, else what the model's generation_config says, else `fallback`.
+        """The given options, else those of the model's generation_config, else `fallback`.
 
         Raises RequestError for an impossible value. The seed is the engine's.
         """
@@ -112,14 +112,14 @@ class SamplingOptions:
         return options
 
     def check(self) -> None:
-        """Raise RequestError for what is impossible whatever the model: it is known before one is loaded."""
+        """Raise RequestError for values that are impossible for any model. Called before a model is loaded."""
         from dovetail.core.sampling import SamplingParams
 
         SamplingParams(**{"max_tokens": None, **self.given})
 
 
 class OptionGroup:
-    """Base of frozen dataclasses whose fields are options: each annotated with a typer.Option, with a default."""
+    """Base of frozen dataclasses whose fields are options. Each field has a typer.Option and a default."""
 
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:

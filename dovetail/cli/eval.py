@@ -1,4 +1,4 @@
-"""`dovetail eval`: how good a model's answers are with a technique, and how fast they come, on one path."""
+"""`dovetail eval`: how good a model's answers are with a technique, and how fast they come, in one run."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def command(
 ) -> None:
     """Measure how good MODEL's answers are, and how fast.
 
-    Everything runs through the engine that serves, so quality and speed are of the same run; a technique that was
-    in use and never acted makes the measurement an error (exit 1). Without --against the reference of a comparison
-    is the engine without techniques or, where none is in use, in float32 (exact).
+    Everything runs through the engine that serves, so quality and speed are of the same run. A technique that was
+    in use and never acted makes the measurement an error (exit 1). Without --against, comparisons are with the
+    engine without techniques, or in float32 (exact) if no technique is in use.
 
     \b
     Examples:
@@ -104,7 +104,7 @@ def _asked(
     from dovetail.setting import Setting, parse_setting, parse_sweep
     from dovetail.techniques import technique
 
-    for spec in engine.use:  # what the user asked for must exist, whatever it is compared with
+    for spec in engine.use:  # what the user asked for must exist, even if only other settings are measured
         technique(spec)
     kind = find(name)
     plain = Setting("plain", (), engine.options)
@@ -142,7 +142,7 @@ def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, fl
 
 
 def _say(asked: Run, result: Result) -> None:
-    """A result as it comes: on stdout, unless it is only progress of a table to come."""
+    """Show a result: on stdout, or on stderr if a table of all results follows."""
     if "why" in result:
         note(f"{result['setting']}: {result['state']}: {result['why']}")
     if result["state"] == "refused":
@@ -159,7 +159,7 @@ def _say(asked: Run, result: Result) -> None:
 
 
 def _table(suite: Suite, results: Sequence[Result]) -> str:
-    """One line for each setting; `best` are those that none beats in quality and speed together."""
+    """One line for each setting. `best` are those that no other beats in quality and speed together."""
     from dovetail.evals.plots import pareto
     from dovetail.show.table import table
 

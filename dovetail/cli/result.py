@@ -1,4 +1,4 @@
-"""How a command hands over its result: text on stdout, and JSON where `--json` says."""
+"""How a command gives its result: text on stdout, and JSON where `--json` says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dovetail.host.files import replacing
 
 
 def _checked(destination: str | None) -> str | None:
-    """`destination`, refused before any work is done for a result that could not be written."""
+    """`destination`. It is refused here, before any work is done, if the result could not be written to it."""
     if destination is None or destination == "-":
         return destination
     path = Path(destination).expanduser()
@@ -48,7 +48,7 @@ def write_json(destination: str | None, value: Mapping[str, Any]) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
         sys.stdout.flush()
         return
-    _checked(destination)  # again: what was there at the start may be gone
+    _checked(destination)  # again: the folder may have gone since the start
     path = Path(destination).expanduser()
     data = (json.dumps(value, indent=2) + "\n").encode()
     try:

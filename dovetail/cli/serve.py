@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dovetail.llm import LLM
     from dovetail.server.service import ServiceOptions
 
-# The engine's thread asks for the interpreter between two operators; the event loop must not keep it waiting long.
+# The engine's thread needs the interpreter between two operators, and must not wait long for the event loop.
 SWITCH_SECONDS = 0.0005
 
 
@@ -54,8 +54,7 @@ def command(
     """Serve MODEL over HTTP with the OpenAI API.
 
     It answers /v1/chat/completions, /v1/completions and /v1/models, and /health, /metrics (Prometheus), /version
-    and /docs. The first Ctrl-C or SIGTERM finishes open requests,
-    a second one ends at once.
+    and /docs. The first Ctrl-C or SIGTERM finishes open requests; a second one ends at once.
 
     \b
     Examples:
@@ -90,7 +89,7 @@ async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str)
 
 
 def _settings(config: Config) -> str:
-    """The resolved configuration for reading, a value a line."""
+    """The resolved configuration for people, a value a line."""
     shown = {"use": " ".join(config.use) or "none", "kv_memory": format_size(config.kv_memory)}
     return "\n".join(f"{name}: {value}" for name, value in (config.to_dict() | shown).items())
 

@@ -1,4 +1,4 @@
-"""Options that belong to single suites of `dovetail eval`: a suite takes those that are its fields."""
+"""Options of single suites of `dovetail eval`. A suite takes those that are its fields."""
 
 from __future__ import annotations
 

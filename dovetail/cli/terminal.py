@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load(model: str, engine: EngineOptions) -> LLM:
-    """The model, with a line on the terminal for as long as it takes."""
+    """Load the model, with a line on the terminal meanwhile."""
     with status(f"loading {model}"):
         from dovetail import hub
 
@@ -30,7 +30,7 @@ def load(model: str, engine: EngineOptions) -> LLM:
 
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show `text` on a terminal's stderr while the body runs, and leave no trace of it."""
+    """Show `text` on a terminal's stderr while the body runs, and remove it afterwards."""
     if not sys.stderr.isatty():
         yield
         return
@@ -57,7 +57,7 @@ def params_for(llm: LLM, ids: Sequence[int], sampling: SamplingOptions, most: in
     params = sampling.params(llm, CONVERSATION)
     if "max_tokens" in sampling.given:
         return params
-    room = max(1, llm.config.max_model_len - len(ids))  # a prompt that leaves none is refused by the engine
+    room = max(1, llm.config.max_model_len - len(ids))  # the engine refuses a prompt that leaves no room
     return replace(params, max_tokens=max(params.min_tokens, min(most, room)))
 
 

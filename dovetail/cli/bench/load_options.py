@@ -1,4 +1,4 @@
-"""Options of a load: when requests are sent, and what they ask."""
+"""Options of a load: when requests are sent, and what is in them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class LoadOptions(OptionGroup):
         return replace(limits, rows=self.requests if self._replays(kind) else self._rows(limits))
 
     def _rows(self, limits: Limits) -> int | None:
-        """Rows of a trace that all loads take together; None where that is not known before they are run."""
+        """Rows of a trace that all loads take together; None if that is not known before they run."""
         if self.rate == AUTO:
             return None
         each = [limits.of(rate) for rate in parse_rates(self.rate or DEFAULT_RATE)]
@@ -126,7 +126,7 @@ _FILE: dict[str, Any] = {"metavar": "FILE", "exists": True, "dir_okay": False}
 
 @dataclass(frozen=True)
 class AskOptions(OptionGroup):
-    """What requests ask, and how."""
+    """What is in the requests, and how they are sent."""
 
     input_tokens: Annotated[
         str | None, _ask("--input-tokens", f"Tokens of a prompt. Default: {_INPUT}.", **_TOKENS)
@@ -156,7 +156,7 @@ class AskOptions(OptionGroup):
     timeout: Annotated[str, _ask("--timeout", "Time for a whole answer.", **_DURATIONS)] = DEFAULT_TIMEOUT
 
     def check(self) -> None:
-        """Raise ConfigError for what excludes each other, whatever the target."""
+        """Raise ConfigError for options that exclude each other with any target."""
         given = {"--input-tokens": self.input_tokens, "--output-tokens": self.output_tokens}
         if self.trace is not None and (clash := [flag for flag, value in given.items() if value is not None]):
             raise ConfigError(f"{clash[0]} and --trace exclude each other: a trace has lengths of its own")
@@ -171,7 +171,7 @@ class AskOptions(OptionGroup):
             raise ConfigError("--api-key must be printable and not empty")
 
     def asking(self) -> Asking:
-        """How each request is put. Raises ConfigError."""
+        """How each request is sent. Raises ConfigError."""
         timeout = seconds("--timeout", self.timeout)
         return Asking(self.endpoint, self.ignore_eos, timeout, self.api_key)
 

@@ -15,7 +15,7 @@ from dovetail.show.progress import note
 ROUNDS, QUICK_ROUNDS = 5, 2
 STARTS, QUICK_STARTS = 3, 1
 
-# How a figure is shown: its words, its unit, and how many of that unit one is.
+# How a figure is shown: its name, its unit, and the factor to that unit.
 SHOWN = {
     "prefill_tokens_per_s": ("prompt of", "tokens/s", 1.0),
     "decode_tokens_per_s": ("decode, context", "tokens/s", 1.0),
@@ -60,7 +60,7 @@ def command(
     from dovetail.bench.engine.model import Asked, run
 
     with terminal.status(f"finding {model}"):
-        hub.resolve(model)  # a download is no part of start-up
+        hub.resolve(model)  # a download does not count as start-up
     count = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     found = run(Asked(model, sides, count, QUICK_STARTS if quick else STARTS, quick))
     show(found, SHOWN)

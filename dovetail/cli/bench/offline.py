@@ -14,7 +14,7 @@ from dovetail.cli.result import JsonOption, write_json
 from dovetail.show.progress import note
 
 MAX_TOKENS = 128
-ROUNDS = 3  # of two settings; one alone is measured once
+ROUNDS = 3  # with two settings; one alone is measured once
 
 SHOWN = {
     "requests_per_s": ("requests", "1/s", 1.0),
@@ -47,9 +47,9 @@ def command(
 ) -> None:
     """Time a file of prompts that are all there at once.
 
-    A line of FILE is a prompt; or, in a .jsonl file and in one that begins with {, an object with prompt (text or
-    token ids) or messages, and max_tokens if the answer is not to have 128 at most. Broken lines are reported
-    and left out. Prompts are tokenized before the clock starts, and the prefix cache is empty then.
+    A line of FILE is a prompt. In a .jsonl file, or in one that begins with {, a line is an object with prompt
+    (text or token ids) or messages, and max_tokens (128 if it is absent). Broken lines are reported and left out.
+    Prompts are tokenized before the clock starts, and the prefix cache is empty then.
 
     \b
     Examples:

@@ -26,9 +26,9 @@ Shown = Mapping[str, tuple[str, str, float]]
 
 
 def settings(engine: EngineOptions, against: str | None) -> list[Setting]:
-    """What to measure: the options given, and the setting they are set against.
+    """What to measure: the given options, and the setting that they are compared with.
 
-    ConfigError for a bad SPEC, or a technique that there is not.
+    ConfigError for a bad SPEC or an unknown technique.
     """
     from dovetail.setting import Setting, parse_setting
     from dovetail.techniques import technique
@@ -72,7 +72,7 @@ def _beside(found: Mapping[str, Any], against: Mapping[str, Any], shown: Shown) 
 
 
 def finish(found: Mapping[str, Any]) -> None:
-    """Exit 1 if a technique in use never acted: then the figures are not what was asked for."""
+    """Exit with 1 if a technique in use never acted, because then the figures are not what was asked for."""
     from dovetail.bench.engine.side import idle
 
     names = idle(found)
@@ -100,6 +100,6 @@ def _figures(found: Mapping[str, Any], shown: Shown) -> Iterator[tuple[tuple[str
 
 
 def _triple(found: Mapping[str, Any], path: tuple[str, ...], scale: float) -> tuple[float | None, ...]:
-    """Median, lowest and highest; None for what there is not."""
+    """Median, lowest and highest; None for what is absent."""
     values = (at(found, path), *(at(found, ("spread", *path)) or (None, None)))
     return tuple(None if value is None else value * scale for value in values)

@@ -78,7 +78,7 @@ class _Measured(NamedTuple):
 
 
 async def _measure(setup: LoadSetup, vocabulary: Vocabulary, keep: Callable[..., None]) -> _Measured:
-    """Start what is to be started, run the loads, end what was started."""
+    """Start the servers, run the loads, and end the servers that were started."""
     from dovetail.bench.serving.benchmark import ServingBench
     from dovetail.bench.serving.client import session
     from dovetail.bench.serving.target import Opening, opened
@@ -146,7 +146,7 @@ def _idle(bench: ServingBench) -> bool:
 
 
 def _hand_over(measured: _Measured, json_file: str | None, plot_file: Path | None) -> None:
-    """Print, draw and write what was measured, and exit with what it means."""
+    """Print, draw and write what was measured, and exit with the right status."""
     from dovetail.bench.serving.plot import draw
     from dovetail.bench.serving.table import highest, report
 
