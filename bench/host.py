@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from dovetail import LLM, SamplingParams
-from dovetail.checkpoint import open_checkpoint
 from dovetail.config import Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
@@ -34,6 +33,7 @@ from dovetail.core.seams import Geometry, Site
 from dovetail.core.technique import compose
 from dovetail.core.types import SpanResult, StepPlan, StepResult
 from dovetail.hub import aliases, models_home
+from dovetail.models import open_checkpoint
 from dovetail.session import Session
 from dovetail.techniques import technique
 from dovetail.text.byte_tokenizer import ByteTokenizer

@@ -56,7 +56,7 @@ def build_engine(
     native = config.kernels != TORCH
     default = Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, device)
     load = Loader(checkpoint, seams.format or default, dtype, device)
-    site.model = model = MODELS[checkpoint.config.architecture](load, seams.rows, seams.variant)
+    site.model = model = MODELS[checkpoint.config.architecture].program(load, seams.rows, seams.variant)
     offload = None
     if config.num_kv_cells:
         offload = Offload(config.num_kv_cells, config.kv_offloading_path, config.emulate_link)

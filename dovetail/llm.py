@@ -44,11 +44,10 @@ class LLM:
         **options: Any,
     ) -> None:
         from dovetail.build import build_engine, stored_format
-        from dovetail.checkpoint import open_checkpoint
         from dovetail.host.files import home
         from dovetail.hub import architecture
         from dovetail.hub import resolve as find
-        from dovetail.models import MODELS, facts, geometry
+        from dovetail.models import MODELS, facts, geometry, open_checkpoint
         from dovetail.runtime.kv import bytes_per_token
         from dovetail.techniques import technique
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from dovetail.checkpoint.architecture import Architecture
+from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig
 from dovetail.ops.stored import StoredTensor
 from dovetail.text.tokenizer import Tokenizer
+
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # saved by old versions of transformers, recomputed from the config
 
 
 class Checkpoint(Protocol):
     """Weights, configuration and tokenizer of one model.
 
-    Tensor names and row order are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`).
+    Tensor names and row order are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), and weights of norms
+    are what a row is multiplied by, whatever the file leaves out of them.
     `generation_config` is generation_config.json's object ({} where there is none); `bytes` the size of the
     weights on disk.
     """
 
     path: Path
+    architecture: Architecture
     config: ModelConfig
     generation_config: dict[str, Any]
     bytes: int
@@ -34,3 +40,30 @@ class Checkpoint(Protocol):
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer (built on each call); ModelError if the files are broken or hold none."""
+
+
+def validate(checkpoint: Checkpoint) -> None:
+    """Compare the checkpoint's names and shapes with its config.
+
+    ModelError for a tensor that is missing, has another shape than the config says, or has no place in the
+    model.
+    """
+    present = set(checkpoint.names())
+    for name, shape in checkpoint.architecture.tensors(checkpoint.config):
+        if name not in present:
+            raise ModelError(f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})")
+        found = checkpoint.shape(name)
+        if found != shape:
+            raise ModelError(
+                f"{checkpoint.path}: tensor {name} is {list(found)}, the config asks for {list(shape)}"
+            )
+        present.discard(name)
+    extra = sorted(name for name in present if not name.endswith(_IGNORED_SUFFIX))
+    if checkpoint.config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")  # a second copy of the embedding
+    if extra:
+        listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        raise ModelError(
+            f"{checkpoint.path}: unexpected tensors for {checkpoint.config.architecture}: {listed}; "
+            "loading the model without them would change its output"
+        )

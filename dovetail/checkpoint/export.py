@@ -15,11 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dovetail.checkpoint.architectures import ARCHITECTURES
 from dovetail.checkpoint.checkpoint import Checkpoint
-from dovetail.checkpoint.layout import expected_shapes
+from dovetail.checkpoint.layout import NORM_SUFFIX
 from dovetail.core.errors import ConfigError, ModelError
-from dovetail.core.model import ModelConfig, RopeConfig
+from dovetail.core.model import ModelConfig
 from dovetail.host.files import explaining, require_space, user_mode
 from dovetail.text.tokenizer import Tokenizer
 
@@ -43,11 +42,11 @@ def export(
     directory = Path(directory)
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"export dtype must be bfloat16, float16 or float32, not {dtype}")
-    needed = sum(math.prod(shape) for _, shape in expected_shapes(checkpoint.config)) * dtype.itemsize
+    needed = sum(math.prod(shape) for _, shape in _tensors(checkpoint)) * dtype.itemsize
     with explaining(directory, needed, "the model", _REMEDY):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is not an empty directory")
-    config = hf_config(checkpoint.config, dtype)
+    config = config_json(checkpoint, dtype)
     tokenizer = checkpoint.tokenizer()
     generation = checkpoint.generation_config or _generation(checkpoint.config, tokenizer)
     with explaining(directory, needed, "the model", _REMEDY), _making(directory):
@@ -119,11 +118,15 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise ModelError(f"{path.parent}: the weights cannot be written: {error}") from error
 
 
-def _shards(config: ModelConfig, itemsize: int, limit: int) -> Iterator[list[str]]:
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return checkpoint.architecture.tensors(checkpoint.config)
+
+
+def _shards(checkpoint: Checkpoint, itemsize: int, limit: int) -> Iterator[list[str]]:
     """Tensor names in groups of at most `limit` bytes (a larger tensor has a group of its own)."""
     group: list[str] = []
     size = 0
-    for name, shape in expected_shapes(config):
+    for name, shape in _tensors(checkpoint):
         nbytes = math.prod(shape) * itemsize
         if group and size + nbytes > limit:
             yield group
@@ -134,19 +137,27 @@ def _shards(config: ModelConfig, itemsize: int, limit: int) -> Iterator[list[str
 
 
 def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, limit: int) -> None:
-    groups = list(_shards(checkpoint.config, dtype.itemsize, limit))
+    groups = list(_shards(checkpoint, dtype.itemsize, limit))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         # Cloned because values may alias the checkpoint's mapping, and shared storage is not written.
-        tensors = {name: checkpoint.tensor(name).dequantize(dtype).clone() for name in names}
+        tensors = {name: _values(checkpoint, name, dtype).clone() for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map.update(dict.fromkeys(names, file))
         _write(directory / file, lambda path, t=tensors: _save(t, path))  # type: ignore[misc]
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _values(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as a Hugging Face file has it."""
+    offset = checkpoint.architecture.norm_offset
+    if offset and name.endswith(NORM_SUFFIX):
+        return (checkpoint.tensor(name).dequantize() - offset).to(dtype)
+    return checkpoint.tensor(name).dequantize(dtype)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
@@ -177,86 +188,12 @@ def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def llama3_factors(rope: RopeConfig, head_dim: int) -> list[float]:
-    """What a "llama3" rope divides each inverse frequency by, head_dim / 2 values.
-
-    Wavelengths up to original / high are kept, those from original / low on are divided by `factor`, and
-    between them the inverse frequency is interpolated.
-    """
-    p = rope.parameters
-    low, high, original = p["low_freq_factor"], p["high_freq_factor"], p["original_max_position_embeddings"]
-    factors = []
-    for index in range(head_dim // 2):
-        turns = original * rope.theta ** (-2 * index / head_dim) / (2 * math.pi)
-        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-        factors.append(1.0 / ((1.0 - kept) / p["factor"] + kept))
-    return factors
-
-
-def _as_llama3(rope: RopeConfig, config: ModelConfig) -> RopeConfig:
-    """The "llama3" parameters behind a list of factors; ModelError if there are none."""
-    for original in (8192.0, float(config.max_position_embeddings)):
-        parameters = {
-            "factor": max(rope.factors),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": original,
-        }
-        candidate = RopeConfig(rope.theta, "llama3", parameters)
-        pairs = zip(llama3_factors(candidate, config.head_dim), rope.factors, strict=True)
-        if all(abs(a - b) <= 1e-3 * b for a, b in pairs):
-            return candidate
-    raise ModelError("the rope factors (rope_freqs.weight) do not follow Llama 3's rule and cannot be exported")
-
-
-def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json's object for `config`, readable by transformers 4 (rope_theta, rope_scaling) and 5."""
-    rope = _as_llama3(config.rope, config) if config.rope.kind == "factors" else config.rope
-    integers = {"original_max_position_embeddings"}
-    parameters = {k: int(v) if k in integers else v for k, v in rope.parameters.items()}
-    if "truncate" in parameters:
-        parameters["truncate"] = bool(parameters["truncate"])
-    eos = list(config.eos_token_ids)
-    result: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.architecture].hf_class],
-        "model_type": config.architecture,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": {"rope_type": rope.kind, **parameters} if rope.kind != "default" else None,
-        "rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **parameters},
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "hidden_act": config.hidden_act,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+def config_json(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json's object, readable by transformers 4 and 5."""
+    record = checkpoint.architecture
+    return {
+        "architectures": [record.hf_class],
+        "model_type": record.model_type,
+        **record.to_hf(checkpoint.config),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    result.update(_attention_settings(config))
-    return result
-
-
-def _attention_settings(config: ModelConfig) -> dict[str, Any]:
-    """Biases and sliding windows, under the names that the architecture's configuration class knows."""
-    settings: dict[str, Any] = {}
-    if config.architecture in ("llama", "qwen3"):
-        settings["attention_bias"] = config.o_bias
-    if config.architecture == "llama":
-        settings["mlp_bias"] = config.mlp_bias
-    windows = config.sliding_windows
-    width = next((window for window in windows if window is not None), None)
-    if config.architecture == "mistral":
-        settings["sliding_window"] = width
-    if config.architecture in ("qwen2", "qwen3"):
-        settings["use_sliding_window"] = width is not None
-        settings["sliding_window"] = width
-        kinds = windows or (None,) * config.num_layers
-        settings["layer_types"] = ["full_attention" if w is None else "sliding_attention" for w in kinds]
-        settings["max_window_layers"] = next((i for i, w in enumerate(kinds) if w is not None), config.num_layers)
-    return settings

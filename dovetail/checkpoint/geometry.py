@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 
 from dovetail.core.errors import ModelError
-from dovetail.core.model import ModelConfig
+from dovetail.core.model import ACTIVATIONS, ModelConfig, RopeConfig
 
 LIMIT = 1 << 31  # no size of a model reaches this; kernels index rows with 32 bits
 ROPE_KINDS = {
     "default": (),
+    "none": (),
     "factors": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
@@ -58,12 +58,18 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
         for token in ids:
             if token is not None and not 0 <= token < config.vocab_size:
                 raise ModelError(f"{source}: {name} {token} is outside the vocabulary of {config.vocab_size}")
-    _check_rope(config, source)
+    if config.layer_ropes and len(config.layer_ropes) != config.num_layers:
+        raise ModelError(f"{source}: {len(config.layer_ropes)} rotations for {config.num_layers} layers")
+    for rope in (config.rope, *config.layer_ropes):
+        _check_rope(rope, config.head_dim, source)
+    for name in ("query_scale", "embedding_scale"):
+        scale = getattr(config, name)
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ModelError(f"{source}: {name} is {scale}, not a positive number")
     return config
 
 
-def _check_rope(config: ModelConfig, source: str) -> None:
-    rope = config.rope
+def _check_rope(rope: RopeConfig, head_dim: int, source: str) -> None:
     if not (math.isfinite(rope.theta) and rope.theta > 0):
         raise ModelError(f"{source}: rope_theta is {rope.theta}, not a positive number")
     if rope.kind not in ROPE_KINDS:
@@ -79,7 +85,7 @@ def _check_rope(config: ModelConfig, source: str) -> None:
     if low is not None and high is not None and low >= high:
         raise ModelError(f"{source}: rope low_freq_factor {low} is not below high_freq_factor {high}")
     if rope.kind == "factors":
-        if len(rope.factors) != config.head_dim // 2:
-            raise ModelError(f"{source}: {len(rope.factors)} rope factors for head_dim {config.head_dim}")
+        if len(rope.factors) != head_dim // 2:
+            raise ModelError(f"{source}: {len(rope.factors)} rope factors for head_dim {head_dim}")
         if not all(math.isfinite(f) and f > 0 for f in rope.factors):
             raise ModelError(f"{source}: a rope factor is not a positive number")

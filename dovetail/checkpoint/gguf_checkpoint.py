@@ -4,42 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from dovetail.checkpoint.architectures import ARCHITECTURES
+from dovetail.checkpoint.architecture import Architectures, read_gguf_config
 from dovetail.checkpoint.gguf import GGUFFile
-from dovetail.checkpoint.gguf_config import parse_gguf_config
 from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
+from dovetail.checkpoint.layout import BLOCK_NAMES, TOP_NAMES
 from dovetail.core.errors import ModelError
 from dovetail.ops.stored import StoredTensor
 from dovetail.text.tokenizer import Tokenizer
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name without a counterpart is returned as it is."""
+def hf_name(name: str, block: Mapping[str, str] = BLOCK_NAMES) -> str:
+    """The Hugging Face name of a GGUF tensor; a name without a counterpart is returned as it is.
+
+    `block` maps the parts of names within a layer.
+    """
     if match := _BLOCK_NAME.fullmatch(name):
         layer, part, kind = match.groups()
-        return f"model.layers.{layer}.{_BLOCK[part]}.{kind}" if part in _BLOCK else name
+        return f"model.layers.{layer}.{block[part]}.{kind}" if part in block else name
     part, _, kind = name.rpartition(".")
-    return f"{_TOP[part]}.{kind}" if part in _TOP else name
+    return f"{TOP_NAMES[part]}.{kind}" if part in TOP_NAMES else name
 
 
 def rotation_order(heads: int, head_dim: int) -> torch.Tensor:
@@ -54,14 +44,15 @@ def rotation_order(heads: int, head_dim: int) -> torch.Tensor:
 class GGUFCheckpoint:
     """See `Checkpoint`. Quantized rows are moved whole and never requantized."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], known: Architectures) -> None:
         self._file = GGUFFile(path)
         self.path = self._file.path
         self.bytes = self._file.bytes
-        self.config = parse_gguf_config(self._file)
+        self.architecture, self.config = read_gguf_config(self._file, known)
         self.generation_config: dict[str, Any] = {}
         # rope_freqs is part of config.rope
-        self._stored = {hf_name(name): name for name in self._file.tensors if name != "rope_freqs.weight"}
+        names = (name for name in self._file.tensors if name != "rope_freqs.weight")
+        self._stored = {hf_name(name, self.architecture.gguf_names): name for name in names}
 
     def names(self) -> list[str]:
         return list(self._stored)
@@ -73,7 +64,7 @@ class GGUFCheckpoint:
         stored = self._file.tensor(self._find(name))
         stored = StoredTensor(name, stored.format, stored.shape, stored.data)
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}.get(name.split(".")[-2])
-        if heads is not None and ARCHITECTURES[self.config.architecture].interleaved:
+        if heads is not None and self.architecture.interleaved:
             return stored.permute_rows(rotation_order(heads, self.config.head_dim))
         return stored
 

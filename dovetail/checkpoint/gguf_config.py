@@ -1,58 +1,25 @@
-"""GGUF metadata -> ModelConfig."""
+"""What GGUF metadata says the same way for most decoders.
+
+An architecture's record composes these functions and adds what is its own.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from dovetail.checkpoint.architectures import find_architecture
-from dovetail.checkpoint.geometry import LIMIT, check_geometry
-from dovetail.checkpoint.gguf import GGUFFile
+from dovetail.checkpoint.fields import Keys
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    from dovetail.checkpoint.gguf import GGUFFile
 
 _YARN = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 
-class _Keys:
-    """Metadata keys under the architecture's prefix."""
-
-    def __init__(self, file: GGUFFile, prefix: str) -> None:
-        self.file, self.prefix, self.metadata = file, prefix, file.metadata
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        key = f"{self.prefix}.{name}"
-        value = self.metadata.read(key, int, default)
-        if value is None:
-            raise ModelError(f"{self.file.path}: {key} is missing")
-        if value >= LIMIT:
-            raise ModelError(f"{self.file.path}: {key} is {value}, not below 2^31")
-        return int(value)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.metadata.read(f"{self.prefix}.{name}", float, default)
-        if value is None:
-            raise ModelError(f"{self.file.path}: {self.prefix}.{name} is missing")
-        return float(value)
-
-    def per_layer(self, name: str, default: int | None = None) -> int:
-        """An integer, or an array with the same integer for every layer."""
-        key = f"{self.prefix}.{name}"
-        if self.metadata.is_array(key):
-            numbers = self.metadata.numbers(key)
-            if (
-                numbers is None
-                or not len(numbers)
-                or numbers.dtype.kind not in "iu"
-                or (numbers != numbers[0]).any()
-            ):
-                raise ModelError(f"{self.file.path}: {key} differs by layer, which is not supported")
-            if not 0 <= int(numbers[0]) < LIMIT:
-                raise ModelError(f"{self.file.path}: {key} is {int(numbers[0])}")
-            return int(numbers[0])
-        return self.integer(name, default)
-
-
-def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
+def decoder_rope(keys: Keys, head_dim: int, positions: int) -> RopeConfig:
+    """The rotation of heads of `head_dim`, scaled by metadata or by the tensor rope_freqs.weight."""
     theta = keys.number("rope.freq_base", 10000.0)
     rotated = keys.integer("rope.dimension_count", head_dim)
     if rotated != head_dim:
@@ -86,24 +53,12 @@ def _rope(keys: _Keys, head_dim: int, positions: int) -> RopeConfig:
     return RopeConfig(theta, "yarn", parameters)
 
 
-def gguf_eos_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for
-    it.
+def decoder_config(keys: Keys) -> ModelConfig:
+    """What the keys that decoders share say. Biases are there where the first layer has them, windows in no layer.
+
+    ModelError naming the file and the key for anything missing or wrong, and for mixtures of experts.
     """
-    ids = []
-    for name in ("eos", "eot", "eom"):
-        value = file.metadata.read(f"tokenizer.ggml.{name}_token_id", int)
-        if value is not None:
-            ids.append(value)
-    return tuple(dict.fromkeys(ids))
-
-
-def parse_gguf_config(file: GGUFFile) -> ModelConfig:
-    """The model that `file` describes. ModelError naming the file and the key for anything missing, wrong or
-    contradictory, and for an unknown architecture."""
-    name = file.metadata.read("general.architecture", str)
-    architecture = find_architecture(name, f"{file.path}: general.architecture")
-    keys = _Keys(file, architecture.name)
+    file, name = keys.file, keys.prefix
     heads, hidden = keys.per_layer("attention.head_count"), keys.integer("embedding_length")
     if heads == 0:
         raise ModelError(f"{file.path}: {name}.attention.head_count is 0")
@@ -121,10 +76,9 @@ def parse_gguf_config(file: GGUFFile) -> ModelConfig:
     layers, positions = keys.integer("block_count"), keys.integer("context_length")
     if layers > 65536:
         raise ModelError(f"{file.path}: {name}.block_count is {layers}, more than any model has")
-    window = keys.integer("attention.sliding_window", 0) if architecture.interleaved else 0
     tensors = file.tensors
-    config = ModelConfig(
-        architecture=architecture.name,
+    return ModelConfig(
+        architecture=name,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=keys.per_layer("feed_forward_length"),
@@ -134,14 +88,29 @@ def parse_gguf_config(file: GGUFFile) -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(keys, head_dim, positions),
+        rope=decoder_rope(keys, head_dim, positions),
         tie_word_embeddings="output.weight" not in tensors,
-        qkv_bias=architecture.qkv_bias or "blk.0.attn_q.bias" in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        qk_norm=architecture.qk_norm,
-        sliding_windows=(window,) * layers if window else (),
         bos_token_id=file.metadata.read("tokenizer.ggml.bos_token_id", int),
         eos_token_ids=gguf_eos_ids(file),
     )
-    return check_geometry(config, str(file.path))
+
+
+def window_in_all_layers(keys: Keys, layers: int) -> tuple[int | None, ...]:
+    """One entry per layer, () where the file gives no window."""
+    window = keys.integer("attention.sliding_window", 0)
+    return (window,) * layers if window else ()
+
+
+def gguf_eos_ids(file: GGUFFile) -> tuple[int, ...]:
+    """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for
+    it.
+    """
+    ids = []
+    for name in ("eos", "eot", "eom"):
+        value = file.metadata.read(f"tokenizer.ggml.{name}_token_id", int)
+        if value is not None:
+            ids.append(value)
+    return tuple(dict.fromkeys(ids))

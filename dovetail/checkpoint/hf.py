@@ -6,14 +6,16 @@ Only data is read: nothing in the directory is imported or executed, and pickle 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dovetail.checkpoint.hf_config import Fields, parse_hf_config
+from dovetail.checkpoint.architecture import Architectures, read_hf_config
+from dovetail.checkpoint.fields import Fields
+from dovetail.checkpoint.layout import NORM_SUFFIX
 from dovetail.core.errors import ModelError
 from dovetail.host.json_file import parse_json_object, read_json_object
 from dovetail.ops.stored import CUT_SHORT, StoredTensor
@@ -106,7 +108,7 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
 class HFCheckpoint:
     """See `Checkpoint`."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], known: Architectures) -> None:
         self.path = Path(path)
         if not (self.path / "config.json").exists():
             raise ModelError(f"{self.path}: no config.json (and no GGUF file)")
@@ -116,7 +118,7 @@ class HFCheckpoint:
         if generation.exists():
             self.generation_config = read_json_object(generation)
         eos = Fields(self.generation_config, str(generation)).token_ids("eos_token_id")
-        self.config = parse_hf_config(values, str(self.path / "config.json"), eos)
+        self.architecture, self.config = read_hf_config(values, str(self.path / "config.json"), known, eos)
         self._locations: dict[str, _Location] = {}
         self._handles: dict[str, Any] = {}
         self.bytes = 0
@@ -157,6 +159,9 @@ class HFCheckpoint:
             values: torch.Tensor = self._handles[found.shard].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
+        if self.architecture.norm_offset and name.endswith(NORM_SUFFIX):
+            values = values.to(torch.float32) + self.architecture.norm_offset
+            found = replace(found, dtype="F32")
         rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
         return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
 

@@ -1,20 +1,34 @@
-"""Which tensors a model has, under their Hugging Face names, and with which shapes."""
+"""Which tensors a decoder has, under their Hugging Face names, with which shapes, and what GGUF calls them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig
 
-if TYPE_CHECKING:
-    from dovetail.checkpoint.checkpoint import Checkpoint
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK_NAMES = {  # GGUF -> Hugging Face, of one layer
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+BLOCK_NAMES_WITH_POST_NORMS = BLOCK_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+NORM_SUFFIX = "norm.weight"  # of the weights of all norms
 
-_IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # saved by old versions of transformers, recomputed from the config
 
-
-def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def decoder_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every tensor, embedding first, in the order a forward pass needs them."""
     hidden, wide = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -33,6 +47,8 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
         if config.o_bias:
             yield prefix + "self_attn.o_proj.bias", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
+        if config.post_norms:
+            yield prefix + "pre_feedforward_layernorm.weight", (hidden,)
         for name, shape in (
             ("gate_proj", (wide, hidden)),
             ("up_proj", (wide, hidden)),
@@ -41,33 +57,8 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]
             yield f"{prefix}mlp.{name}.weight", shape
             if config.mlp_bias:
                 yield f"{prefix}mlp.{name}.bias", shape[:1]
+        if config.post_norms:
+            yield prefix + "post_feedforward_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def validate(checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's names and shapes with its config.
-
-    ModelError for a tensor that is missing, has another shape than the config says, or has no place in the
-    model.
-    """
-    present = set(checkpoint.names())
-    for name, shape in expected_shapes(checkpoint.config):
-        if name not in present:
-            raise ModelError(f"{checkpoint.path}: tensor {name} is missing (the config asks for {list(shape)})")
-        found = checkpoint.shape(name)
-        if found != shape:
-            raise ModelError(
-                f"{checkpoint.path}: tensor {name} is {list(found)}, the config asks for {list(shape)}"
-            )
-        present.discard(name)
-    extra = sorted(name for name in present if not name.endswith(_IGNORED_SUFFIX))
-    if checkpoint.config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # a second copy of the embedding
-    if extra:
-        listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
-        raise ModelError(
-            f"{checkpoint.path}: unexpected tensors for {checkpoint.config.architecture}: {listed}; "
-            "loading the model without them would change its output"
-        )

@@ -35,9 +35,9 @@ def command(
     import torch
 
     from dovetail import hub
-    from dovetail.checkpoint import open_checkpoint
     from dovetail.checkpoint.export import export
     from dovetail.host.files import tree_bytes
+    from dovetail.models import open_checkpoint
 
     number = {Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[dtype]
     export(open_checkpoint(hub.resolve(model)), directory, number)

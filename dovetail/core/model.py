@@ -1,8 +1,10 @@
-"""What a checkpoint says about its model, in one vocabulary for every file format."""
+"""What a checkpoint says about its model, in one vocabulary for every file format and architecture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # of gated MLPs
 
 
 @dataclass(frozen=True)
@@ -11,7 +13,7 @@ class RopeConfig:
 
     `parameters` holds the scaling's own numbers under their HF names (factor, low_freq_factor, ...).
     `kind` "factors" (GGUF's rope_freqs tensor): inverse frequency i is theta^(-2i / head_dim) / `factors[i]`,
-    head_dim / 2 of them; `factors` is empty for every other kind.
+    head_dim / 2 of them; `factors` is empty for every other kind. `kind` "none": nothing is rotated.
     """
 
     theta: float = 10000.0
@@ -20,11 +22,23 @@ class RopeConfig:
     factors: tuple[float, ...] = ()
 
 
+NO_ROPE = RopeConfig(kind="none")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Geometry and constants of a decoder-only transformer. Names follow HF config.json."""
+    """Geometry and constants of a decoder-only transformer. Names follow HF config.json.
 
-    architecture: str  # llama | mistral | qwen2 | qwen3
+    What may differ by layer is a tuple with one entry per layer, or () where all are alike: ask `rope_of` and
+    `window_of`.
+
+    query_scale: what scores q . k are multiplied by; None means head_dim^-0.5. embedding_scale: what a row of the
+    embedding is multiplied by, after it was rounded to the model's type. post_norms: there is also a norm behind
+    attention and behind the MLP, before their results are added. wide_norms: a norm is rounded once, behind the
+    product with its weight; else the row is rounded before it.
+    """
+
+    architecture: str  # the name of its record in `models.MODELS`
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -35,12 +49,25 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = field(default_factory=RopeConfig)
+    layer_ropes: tuple[RopeConfig, ...] = ()  # () means `rope` in all
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    hidden_act: str = "silu"
-    sliding_windows: tuple[int | None, ...] = ()  # one per layer; None reads everything; () means all None
+    post_norms: bool = False
+    wide_norms: bool = False
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
+    hidden_act: str = "silu"  # of `ACTIVATIONS`
+    sliding_windows: tuple[int | None, ...] = ()  # None reads everything; () means all None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """How queries and keys of `layer` are rotated; kind "none" where they are not."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a row of `layer` reads, its own included; None for all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None

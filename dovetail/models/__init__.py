@@ -1,7 +1,29 @@
-"""Architectures by the name that checkpoints give them. Imports no technique and no engine."""
+"""Architectures: one file each, with the record of how files are read, written and run. Imports no technique."""
 
-from dovetail.models.llama import Llama, Loader, Stage, facts, geometry
+from __future__ import annotations
 
-MODELS = {"llama": Llama, "mistral": Llama, "qwen2": Llama, "qwen3": Llama}
+import os
 
-__all__ = ["MODELS", "Llama", "Loader", "Stage", "facts", "geometry"]
+from dovetail.checkpoint import Architecture, Checkpoint, read_checkpoint
+from dovetail.models.llama import LLAMA, Llama, Loader, Stage, facts, geometry
+from dovetail.models.mistral import MISTRAL
+from dovetail.models.qwen2 import QWEN2
+from dovetail.models.qwen3 import QWEN3
+
+MODELS: dict[str, Architecture] = {
+    record.name: record
+    for record in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+    )
+}
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """`checkpoint.read_checkpoint` of a model of one of these architectures."""
+    return read_checkpoint(path, MODELS)
+
+
+__all__ = ["MODELS", "Llama", "Loader", "Stage", "facts", "geometry", "open_checkpoint"]

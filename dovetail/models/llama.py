@@ -7,12 +7,18 @@ scaling), so one block serves all of them: norm, attention, residual, norm, gate
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dovetail.checkpoint import Checkpoint
+from dovetail.checkpoint.architecture import Architecture
+from dovetail.checkpoint.fields import Fields, Keys
+from dovetail.checkpoint.gguf_config import decoder_config as gguf_config
+from dovetail.checkpoint.gguf_config import window_in_all_layers
+from dovetail.checkpoint.hf_config import Defaults, decoder_config, decoder_json
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig
 from dovetail.core.seams import EVERY_ROW, Format, Geometry, RowFilter, SlidingWindow, Variant
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
     from dovetail.runtime.recorder import Recorder
 
 Linear = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -113,7 +119,7 @@ class Block:
         self.mlp_norm = load.norm(f"{prefix}.post_attention_layernorm")
         self.gate_up = load.linear(f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj", bias=c.mlp_bias)
         self.down = load.linear(f"{prefix}.mlp.down_proj", bias=c.mlp_bias)
-        self.activation = ACTIVATIONS[c.hidden_act]
+        self.activation = FUNCTIONS[c.hidden_act]
         self.gate, self.width = c.hidden_act, c.intermediate_size
 
     def __call__(self, x: Tensor, layer: int, batch: Batch, kv: KV) -> Tensor:
@@ -166,12 +172,10 @@ class Llama:
 
     def __init__(self, load: Loader, rows: RowFilter, variant: Variant) -> None:
         c = load.checkpoint.config
-        if c.hidden_act not in ACTIVATIONS:
-            raise ModelError(f"activation '{c.hidden_act}' is unknown; known: {', '.join(ACTIVATIONS)}")
         self.config = c
         self.geometry = geometry(c)
         rope = Rope(c.rope, c.head_dim, load.device)
-        windows = c.sliding_windows or (None,) * c.num_layers
+        windows = [c.window_of(i) for i in range(c.num_layers)]
         variants = [variant if w is None else SlidingWindow(w, variant) for w in windows]
         self.embedding = load.embedding("model.embed_tokens")
         blocks = [Block(load, i, rope, variants[i]) for i in range(c.num_layers)]
@@ -220,3 +224,27 @@ def geometry(c: ModelConfig) -> Geometry:
     """What core and techniques may know of the model."""
     sliding = tuple(i for i, w in enumerate(c.sliding_windows) if w is not None)
     return Geometry(c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size, sliding)
+
+
+DEFAULTS = Defaults(max_positions=2048)
+
+
+def _from_hf(fields: Fields) -> ModelConfig:
+    bias = fields.flag("attention_bias")
+    config = decoder_config(fields, "llama", DEFAULTS)
+    return replace(config, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+
+
+def _from_gguf(keys: Keys) -> ModelConfig:
+    """Files of other models that are Llama but for a window say so by a key."""
+    config = gguf_config(keys)
+    return replace(config, sliding_windows=window_in_all_layers(keys, config.num_layers))
+
+
+def _to_hf(config: ModelConfig) -> dict[str, Any]:
+    if config.sliding_windows:
+        raise ModelError("Llama's config.json has no sliding window, so this model cannot be exported")
+    return decoder_json(config) | {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
+
+
+LLAMA = Architecture("llama", "LlamaForCausalLM", _from_hf, _from_gguf, _to_hf, program=Llama, interleaved=True)

@@ -30,7 +30,9 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
         return _yarn(base, rope)
     if rope.kind == "factors":
         return base / torch.tensor(rope.factors, dtype=torch.float32), 1.0
-    raise ModelError(f"rope scaling '{rope.kind}' is unknown; known: default linear dynamic llama3 yarn factors")
+    if rope.kind == "none":
+        return torch.zeros_like(base), 1.0  # every angle is 0
+    raise ModelError(f"rope scaling '{rope.kind}' is unknown")
 
 
 def _llama3(base: Tensor, p: Mapping[str, float]) -> Tensor:

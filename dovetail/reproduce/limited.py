@@ -9,10 +9,9 @@ from typing import Any
 from dovetail import hub
 from dovetail.bench.engine.limited import Batch, Decoded
 from dovetail.bench.rounds import Ratio, in_turns
-from dovetail.checkpoint import open_checkpoint
 from dovetail.core.pages import pages_for
 from dovetail.llm import LLM
-from dovetail.models import geometry
+from dovetail.models import geometry, open_checkpoint
 from dovetail.reproduce import require
 from dovetail.runtime.kv import bytes_per_token
 from dovetail.text.corpus import DEFAULT, corpus

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from ggufs import MERGES, TEMPLATE, TOKENS, metadata, pair, raw, row, string, tensors, write
 
-from dovetail.checkpoint import open_checkpoint
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.core.errors import ModelError
+from dovetail.models import open_checkpoint
 
 U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
 

@@ -16,10 +16,12 @@ from ggufs import HEADS, HIDDEN, KV_HEADS, metadata, permuted, tensors, write
 from hf_models import save_model
 from safetensors import SafetensorError
 
-from dovetail.checkpoint import RopeConfig, open_checkpoint
-from dovetail.checkpoint.export import export, llama3_factors
+from dovetail.checkpoint import RopeConfig
+from dovetail.checkpoint.export import export
 from dovetail.checkpoint.gguf_checkpoint import hf_name
+from dovetail.checkpoint.hf_config import llama3_factors
 from dovetail.core.errors import ConfigError, ModelError
+from dovetail.models import open_checkpoint
 
 QUANTIZED = ("attn_q.weight", "attn_k.weight", "ffn_down.weight")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from hf_models import edit_json, save_model
 
-from dovetail.checkpoint import open_checkpoint
-from dovetail.checkpoint.hf_config import parse_hf_config
+from dovetail.checkpoint.architecture import read_hf_config
 from dovetail.core.errors import ModelError
+from dovetail.models import MODELS, open_checkpoint
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -107,7 +107,8 @@ CONFIG: dict[str, Any] = {
 
 
 def parse(**changes: Any) -> Any:
-    return parse_hf_config({k: v for k, v in (CONFIG | changes).items() if v != "absent"}, "config.json")
+    values = {k: v for k, v in (CONFIG | changes).items() if v != "absent"}
+    return read_hf_config(values, "config.json", MODELS)[1]
 
 
 def test_defaults_of_missing_fields() -> None:
@@ -211,6 +212,8 @@ CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": [3, 1000]}, "eos_token_id 1000"),
     ({"eos_token_id": "x"}, "eos_token_id must be"),
     ({"tie_word_embeddings": "yes"}, "true or false"),
+    ({"model_type": "gemma3", "text_config": {}}, "'gemma3' holds more than text"),
+    ({"rope_parameters": {"rope_type": "factors"}}, "'factors' is not known"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from dovetail.checkpoint import open_checkpoint
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Span
+from dovetail.models import open_checkpoint
 from dovetail.ops.cpu import isas
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.native import NativeExecutor

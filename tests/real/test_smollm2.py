@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dovetail import LLM, SamplingParams
-from dovetail.checkpoint import open_checkpoint
 from dovetail.checkpoint.export import export
+from dovetail.models import open_checkpoint
 
 QUESTIONS = [
     "What is the capital of France?",

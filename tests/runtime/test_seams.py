@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_a_tied_program_batches_requests_at_different_depths(
                 super().__init__(*args)
                 self.program *= loops
 
-        monkeypatch.setitem(MODELS, "llama", Looped)
+        monkeypatch.setitem(MODELS, "llama", replace(MODELS["llama"], program=Looped))
         return tiny_engine(*use, pages=128, **more, **(native if kernels != "torch" else {}))
 
     one_by_one = [run_all(looped(3), [p], PARAMS)[0] for p in PROMPTS]
@@ -329,7 +330,7 @@ def test_aliases_of_a_tied_program_are_offset_by_its_stage(monkeypatch) -> None:
             self.seen |= {p for p in pages.flatten().tolist() if p >= self.kv.num_pages}
             return kv
 
-    monkeypatch.setitem(MODELS, "llama", Looped)
+    monkeypatch.setitem(MODELS, "llama", replace(MODELS["llama"], program=Looped))
     codec = Numbers()
     use = "sink-window:sink=16,window=8"
     found = run_all(tiny_engine(use, fill(codec=codec)), PROMPTS[:1], PARAMS)

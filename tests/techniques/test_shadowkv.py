@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_tied_program_keeps_keys_of_every_stage(monkeypatch: pytest.MonkeyPatc
             super().__init__(*args)
             self.program *= 3
 
-    monkeypatch.setitem(MODELS, "llama", Looped)
+    monkeypatch.setitem(MODELS, "llama", replace(MODELS["llama"], program=Looped))
     engine = tiny_engine(FULL, max_num_batched_tokens=11)
     found = run_all(engine, PROMPTS, PARAMS)
     assert prompts_of(engine).rebuilt > 0

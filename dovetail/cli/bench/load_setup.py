@@ -75,7 +75,7 @@ class LoadSetup:
         """What prompts are made of: ids where each target serves the same model here, else text."""
         from dovetail import hub
         from dovetail.bench.serving import vocabulary
-        from dovetail.checkpoint import open_checkpoint
+        from dovetail.models import open_checkpoint
 
         for model in self.models:
             hub.resolve(model)  # a download shows its progress here
