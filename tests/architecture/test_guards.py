@@ -18,7 +18,7 @@ TECHNIQUES = ROOT / "techniques"
 TECHNIQUE_FILES = sorted(p for p in TECHNIQUES.rglob("*.py") if p != TECHNIQUES / "__init__.py")
 
 # Who may import whom: every folder and loose module may import what stands before it, never what stands behind it.
-# docs/design.md holds the same list, with a line for each.
+# docs/design.md has the same list, with a line for each.
 FLOORS = (
     "core", "host", "show", "text", "hub", "ops", "checkpoint", "runtime", "layers", "models", "techniques",
     "options", "config", "build", "outputs", "session", "llm", "setting", "provenance",
@@ -58,6 +58,12 @@ def test_every_folder_and_loose_module_has_its_floor() -> None:
         p.name.removesuffix(".py") for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
     }
     assert found - {"__init__", "__main__"} == set(FLOORS)
+
+
+def test_the_design_lists_the_floors() -> None:
+    text = (ROOT.parent / "docs/design.md").read_text()
+    table = text.split("## Folders and floors", 1)[1].split("\n## ", 1)[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \| \S", table, re.MULTILINE)) == FLOORS
 
 
 def test_imports_only_go_down() -> None:
