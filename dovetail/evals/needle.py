@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
 from dovetail.evals.haystack import haystack
-from dovetail.evals.plots import draw_front
+from dovetail.evals.plots import draw_front, heat_maps
 from dovetail.evals.retrieval import KEYS, VARIANTS, recall
 from dovetail.evals.suite import Result, Suite
 from dovetail.evals.trial import Trial, trial
@@ -134,8 +134,6 @@ class Needle(Suite):
 
     def draw(self, results: list[Result]) -> Any:
         """A heat map for each result; with several results also quality against speed."""
-        from dovetail.evals.heat_map import heat_maps
-
         measured = [r for r in results if "grid" in r]
         maps = [(f"{r['model']}, {r['setting']}: {_task(r)}", r["grid"]) for r in measured]
         return heat_maps(maps, (lambda axes: draw_front(axes, self, results)) if len(results) > 1 else None)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dovetail.bench.engine.points import Prompts, measure
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.technique import idle
 from dovetail.evals.journal import Journal
-from dovetail.evals.speed import decode_speed
 from dovetail.evals.suite import Result, Suite
 from dovetail.provenance import commit, versions
 from dovetail.setting import Setting
@@ -20,6 +21,7 @@ from dovetail.show.progress import note
 if TYPE_CHECKING:
     from dovetail.llm import LLM
 
+TOKENS, PARTS = 16, 4  # of an answer, in parts that are timed apart
 MEASURED, REFUSED, IDLE = "measured", "refused", "idle"
 
 
@@ -117,3 +119,21 @@ def _once(setting: Setting, asked: Run, act: Callable[[LLM], Any]) -> Any:
     finally:
         del llm
         gc.collect()
+
+
+def decode_speed(llm: LLM, context: int) -> dict[str, Any]:
+    """Decoding of one request behind `context` random tokens, or as many as the engine holds: the median, the
+    lowest and the highest rate of its parts. Nothing where the context leaves no room."""
+    tokens = TOKENS * PARTS + 1
+    context = min(context, llm.config.max_model_len - tokens)
+    if context < 1:
+        return {}
+    prompts = Prompts(llm.checkpoint.config.vocab_size).take(context)
+    measure(llm, [prompts[0][: min(context, 64)]], 8)  # first calls allocate
+    waits = measure(llm, prompts, tokens).waits
+    rates = [TOKENS / sum(waits[i * TOKENS : (i + 1) * TOKENS]) for i in range(PARTS)]
+    return {
+        "decode_tokens_per_s": statistics.median(rates),
+        "decode_spread": [min(rates), max(rates)],
+        "decode_context": context,
+    }

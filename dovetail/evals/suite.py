@@ -35,7 +35,7 @@ class Suite:
 
     def measure(self, llm: LLM, reference: Any) -> Result:
         """Measure an engine. Returns figures as plain data, with `seconds`, the `tokens` that were scored or
-        generated in that time, and `tokens_per_s`. The speed of decoding is measured afterwards (`evals.speed`).
+        generated in that time, and `tokens_per_s`. The speed of decoding is measured afterwards (`evals.run`).
 
         RequestError or ConfigError if the engine cannot do what is asked.
         """

@@ -1,10 +1,10 @@
-"""Decoding of a batch under one limit of device memory, with and without a technique."""
+"""Decoding of a batch under one limit of device memory, with and without a technique; how much of it is run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dovetail import hub
 from dovetail.bench.engine.limited import Batch, Decoded
@@ -12,12 +12,20 @@ from dovetail.bench.rounds import Ratio, in_turns
 from dovetail.core.pages import pages_for
 from dovetail.llm import LLM
 from dovetail.models import geometry, open_checkpoint
-from dovetail.reproduce import require
+from dovetail.reproduce import MODEL
+from dovetail.reproduce.needles import Needles
+from dovetail.reproduce.runner import must_have_acted
 from dovetail.runtime.kv import bytes_per_token
 from dovetail.text.corpus import DEFAULT, corpus
 
 BLOCK, DTYPE = 16, "bf16"  # of KV
 BATCHED = 256  # tokens of a step: what a step writes takes device memory too
+MEMORY, CONTEXT = 402_000_000, 7000  # bytes, tokens of a prompt
+AMOUNTS = {  # rounds and their steps, lengths of needles and trials
+    "quick": (4, 6, "2048", 2),
+    "default": (9, 8, "2048,4096", 3),
+    "full": (9, 12, "1024,2048,4096,7424", 9),
+}
 WAITING = "the same engine without technique and slow tier, where the other requests wait"  # `Side(())`
 
 
@@ -95,6 +103,27 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True)
+class Effort:
+    """limit: of device memory, and the batch under it; needles: the grid; use: the technique in all of it."""
+
+    limit: Limit
+    needles: Needles
+    use: str
+
+    @classmethod
+    def by_name(cls, requests: int, use: str, memory: int = MEMORY) -> dict[str, Self]:
+        """`requests`: of the batch; `memory`: bytes of the device."""
+        return {
+            name: cls(
+                Limit(MODEL, memory, CONTEXT, requests, rounds, steps),
+                Needles(MODEL, lengths, "10,50,90", trials),
+                use,
+            )
+            for name, (rounds, steps, lengths, trials) in AMOUNTS.items()
+        }
+
+
 def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
     """Decode the same prompts on both sides in turns. RuntimeError if a technique of ours did nothing."""
     found: tuple[list[Decoded], list[Decoded]] = ([], [])
@@ -106,7 +135,7 @@ def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
     for i in range(limit.rounds):
         for at in in_turns(range(2), i):
             found[at].append(batches[at].decode(limit.steps))
-    require.activity(engines[1])
+    must_have_acted(engines[1])
     for batch in batches:
         batch.close()
     slow, fast = found

@@ -10,8 +10,8 @@ from typing import Any
 from dovetail.evals.needle import Needle
 from dovetail.host.units import parse_size
 from dovetail.llm import LLM
-from dovetail.reproduce import require
 from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.runner import must_have_acted
 from dovetail.techniques import technique
 from dovetail.text.corpus import DEFAULT
 
@@ -49,7 +49,7 @@ class Needles:
         llm = LLM(self.model, use=use, max_model_len=longest, kv_cache_dtype="bf16", **options)
         suite = Needle(corpus=self.corpus, lengths=self.lengths, depths=self.depths, trials=self.trials)
         grid = suite.measure(llm, None)["grid"]
-        require.activity(llm)
+        must_have_acted(llm)
         return Found(sum(c["correct"] for c in grid), sum(c["trials"] for c in grid))
 
 

@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from dovetail.bench.kernels.attention import Kernels
+from dovetail.core.errors import ConfigError
+from dovetail.core.technique import idle
+from dovetail.host import machine
 from dovetail.host.units import format_duration
+from dovetail.llm import LLM
+from dovetail.ops import cpu
 from dovetail.reproduce import System
 from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.show.progress import counter, note
@@ -54,6 +60,19 @@ def measure(experiments: Sequence[Experiment]) -> list[Claim]:
             _take(e, found, advance)
             note(f"  ({len(found) - before} claims in {format_duration(time.monotonic() - start)})")
     return found
+
+
+def native_kernels(system: str) -> Kernels:
+    """The kernels that `system` is measured with. ConfigError if they were not built."""
+    if not cpu.isas():
+        raise ConfigError(f"reproducing {system} needs the native kernels, which were not built: `pip install .`")
+    return Kernels(cpu.isas()[0], machine.cpu_budget())
+
+
+def must_have_acted(llm: LLM) -> None:
+    """RuntimeError if a technique in use never acted."""
+    if names := idle(llm.activity()):
+        raise RuntimeError(f"{', '.join(names)} did nothing: what was measured is the plain engine's")
 
 
 def _take(experiment: Experiment, found: list[Claim], advance: Callable[[int], None]) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dovetail import LLM, cli, evals
 from dovetail.evals.journal import Journal
 from dovetail.evals.plots import pareto
-from dovetail.evals.speed import decode_speed
+from dovetail.evals.run import decode_speed
 from dovetail.evals.suite import Result, Suite
 
 MEASURED: list[str] = []

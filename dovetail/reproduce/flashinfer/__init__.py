@@ -14,16 +14,16 @@ backend (section 4.1) and vLLM (G.4) are of other projects' GPU kernels, and lef
 
 from __future__ import annotations
 
-from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
 from dovetail.reproduce.flashinfer import balance, pages, parallel, prefix, variants
 from dovetail.reproduce.flashinfer.effort import EFFORTS, Effort
+from dovetail.reproduce.runner import native_kernels
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
 
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    kernels = require.native("flashinfer")
+    kernels = native_kernels("flashinfer")
     parts = (balance, prefix, parallel, variants, pages)
     return [part.experiment(effort, kernels) for part in parts]

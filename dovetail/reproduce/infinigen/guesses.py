@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe
 from dovetail.llm import LLM
+from dovetail.reproduce import limited
 from dovetail.reproduce.claim import Bar, Claim, Experiment
-from dovetail.reproduce.infinigen.effort import Effort
 from dovetail.reproduce.infinigen.prediction import likeness, watching
 from dovetail.text.corpus import DEFAULT, corpus
 
 FOUND, READ = 0.9, 0.1  # of what would be chosen, at least; of KV, at most
 ALIKE, GUESSED = "inputs of neighbouring layers", "pages guessed right"
+
+
+@dataclass(frozen=True)
+class Effort(limited.Effort):
+    """context, rows: tokens of text, and of those after them whose guesses are judged."""
+
+    context: int = 4096
+    rows: int = 64
+
+
+EFFORTS = Effort.by_name(requests=4, use="infinigen:budget=512")
 
 
 def experiment(effort: Effort) -> Experiment:

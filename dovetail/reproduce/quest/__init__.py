@@ -3,7 +3,7 @@
 1. Self-attention is faster by what it does not read, the estimate included (abstract and section 4.3):
    `attention`, on random keys, which are cold.
 2. So is decoding as a whole (section 4.3): `decode`, the whole engine on a real model.
-3. And what matters is found (section 4.2): `quality`, at the setting of 2.
+3. And what matters is found (section 4.2): `decode` too, needles at its setting.
 
 Everything is run, nothing simulated. The paper's figures are of a GPU and of models with as many KV heads as query
 heads, so both sides are ratios to their own dense attention.
@@ -11,19 +11,19 @@ heads, so both sides are ratios to their own dense attention.
 
 from __future__ import annotations
 
-from dovetail.reproduce import require
 from dovetail.reproduce.claim import Experiment
-from dovetail.reproduce.quest import attention, decode, quality
+from dovetail.reproduce.quest import attention, decode
 from dovetail.reproduce.quest.effort import EFFORTS, Effort
+from dovetail.reproduce.runner import native_kernels
 
 __all__ = ["EFFORTS", "Effort", "experiments"]
 
 
 def experiments(effort: Effort) -> list[Experiment]:
     """What measures the claims. ConfigError without native kernels."""
-    kernels = require.native("quest")
+    kernels = native_kernels("quest")
     return [
         attention.experiment(effort, kernels),
         decode.experiment(effort, kernels),
-        quality.experiment(effort),
+        decode.needles_experiment(effort),
     ]
