@@ -6,14 +6,14 @@
 namespace dovetail {
 
 constexpr int MAX_ROWS = 8;    // rows of a register block of a linear
-constexpr int MAX_TILES = 3;   // tiles of one
-constexpr int TALL_ROWS = 48;  // rows of a tall one
+constexpr int MAX_TILES = 3;   // tiles of a register block
+constexpr int TALL_ROWS = 48;  // rows of a tall register block
 constexpr int KEYS = 128;      // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
 
-// A register block: some tiles of weights against some activation rows. Meanwhile `lines` cache lines per block of K
-// are fetched from `ahead` on.
+// A register block: some tiles of weights times some activation rows. Meanwhile `lines` cache lines per block of K are
+// fetched, from `ahead` on.
 struct GemmArgs {
     const uint8_t* weights;
     size_t tile_stride;
@@ -60,28 +60,30 @@ struct KeyBlock {
     int first, last;                // tiles [first, last) are read, both even
 };
 
-// Called for one query row and n keys: replaces scores, -infinity where the key may not be read.
+// Called for one query row and n keys. Replaces the scores; -infinity where the key may not be read.
 using Variant = void (*)(float* scores, const int32_t* k_pos, int32_t n, int32_t q_pos, int32_t head,
                          const float* params);
 
-// What is kept of each chunk of a page: maximum and minimum of its keys, or mean and weighted standard deviation, [2][n]
-// values. A query is scored by its positive and negative part against the one, by itself and its magnitude against the
-// other.
-// Or codes: of a page, the minimum of its keys, n values; a third of their range in each dimension, in 255ths of the
-// largest, n bytes, and the largest as a float, in the space of n values; and how many thirds each key lies above the
-// minimum, 2 bits, in tiles of sixteen keys: bits 2 j and 2 j + 1 of byte i of lane t of vector b are dimension
-// 16 b + 4 j + i of key t. Or landmarks: means.
+// How a page is summarised.
+// BOUND, MEAN_STD: of each chunk [2][n] values, the maximum and minimum of its keys, or their mean and weighted standard
+// deviation. A bound is multiplied with the positive and the negative part of a query, a mean with the query and its
+// magnitude.
+// CODES: of a page, the minimum of its keys, n values. Then, in the space of n values, a third of their range in each
+// dimension as n bytes, in 255ths of the largest third, and the largest third as a float. Then how many thirds each key
+// lies above the minimum, 2 bits a value, in tiles of sixteen keys: bits 2 j and 2 j + 1 of byte i of lane t of vector b
+// are dimension 16 b + 4 j + i of key t.
+// LANDMARKS: the mean of each chunk.
 enum Summary : int { BOUND, MEAN_STD, CODES, NUM_SUMMARIES, LANDMARKS = NUM_SUMMARIES };
 
-constexpr int CODE_SCALE = 16320;  // 255 times it is 127 times 2^15
+constexpr int CODE_SCALE = 16320;  // 255 * CODE_SCALE = 127 * 2^15
 constexpr size_t CODE_UNIT = 64;
 inline size_t code_query(int n, int element) { return (size_t)n * element + (size_t)(n + 31) / 32 * 64 + CODE_UNIT; }
 
-// Queries [heads][rows][n], both halves each, against summaries [page][heads][chunks][n] of the first `count` pages listed.
-// Those of the others are likely to be asked for next; `follows`: as these were.
-// out[h * out_stride + p]: the highest product of the rows of head h with a chunk of page p; a NaN is none.
-// Against codes, chunks are tiles of sixteen keys, and a query has `code_query` bytes: n values q; x = round(CODE_SCALE q / A)
-// in 16 bits, A the largest magnitude; and, CODE_UNIT before the end, the float 2^15 A / (255 CODE_SCALE).
+// Scores queries [heads][rows][n], both halves of each, with summaries [page][heads][chunks][n] of the first `count` listed
+// pages. The other listed pages are likely to be scored next. follows: these pages were listed so in the call before.
+// out[h * out_stride + p]: the highest product of the rows of head h with a chunk of page p; NaN never counts.
+// With codes, chunks are tiles of sixteen keys, and a query has `code_query` bytes: n values q; x = round(CODE_SCALE q / A)
+// in 16 bits, where A is the largest magnitude; and CODE_UNIT before the end, the float 2^15 A / (255 CODE_SCALE).
 struct PageScores {
     const void* q;
     int heads, rows, n, chunks;
@@ -93,7 +95,7 @@ struct PageScores {
     size_t out_stride;
 };
 
-// Queries [heads][rows][n] against landmarks [page][heads][vectors][n] of the pages listed: products
+// Products of queries [heads][rows][n] with landmarks [page][heads][vectors][n] of the listed pages:
 // out[((h * rows + r) * vectors + v) * stride + p].
 struct LandmarkLogits {
     const void* q;
@@ -105,8 +107,8 @@ struct LandmarkLogits {
     size_t stride;
 };
 
-// Logits [rows][vectors][stride] of n pages' vectors: out[p] is the highest of a page's log-softmax values over the row's
-// logits. Pages that do not compete have -infinity, as what is beyond n; it is the same for all vectors of a page.
+// Of logits [rows][vectors][stride] of the vectors of n pages: out[p] is the highest log-softmax value of page p, over the
+// logits of a row. Pages that do not compete have -infinity in all their vectors, and so has everything beyond n.
 struct SoftmaxScores {
     const float* logits;
     int rows, vectors, n, stride;
@@ -121,15 +123,15 @@ struct PageTiles {
     float deviations;  // what a standard deviation is multiplied with
 };
 
-// cos, then sin, of `half` frequencies each, rounded up to sixteen: at position `first`, times the rotation's factor, and
-// [16] at 0 to 15.
+// cos and then sin of `half` frequencies each, rounded up to sixteen. at_first: at position `first`, times the factor of
+// the rotation. beyond: [16], at positions 0 to 15.
 struct Angles {
     int first, half;
     const float *frequencies, *at_first, *beyond;
 };
 
-// Sixteen keys [16][n], of which `dim` count: coefficients [16][rank] times a basis; [rank][n] in float32, in bfloat16 pairs
-// of its rows side by side [rank / 2][n][2], of an even rank.
+// Sixteen keys [16][n], of which `dim` values count, as coefficients [16][rank] times a basis. The basis is [rank][n] in
+// float32. In bfloat16 the rank is even, and pairs of its rows lie side by side: [rank / 2][n][2].
 struct RebuildArgs {
     const uint8_t* coefficients;
     int rank;
@@ -140,19 +142,19 @@ struct RebuildArgs {
 };
 
 constexpr int MAX_DIM = 512;  // of a head
-constexpr int LOGITS = 64;  // whose maximum, or sum of odds, is kept together
+constexpr int LOGITS = 64;  // logits that share one maximum, or one sum of odds
 
-// How odds are made of logits: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
+// Odds of a logit x: e^((x - most) * inverse), rounded to a multiple of grain * 2^-23; 0 below `least`.
 struct Odds {
     float most, inverse, grain, least;
 };
 
 struct Kernels {
     const char* name;
-    int rows_alone;  // up to so many rows one tile at a time is best, in one block of rows
-    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best register block for more
+    int rows_alone;  // up to so many rows, one block of all rows by one tile at a time is best
+    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best register block for more rows
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
-    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where rows_many is beyond MAX_ROWS: any number of rows between them
+    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where rows_many is above MAX_ROWS: for any number of rows between the two
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
@@ -162,14 +164,14 @@ struct Kernels {
     // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
     void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);
     void (*to_bf16)(const float* x, int n, uint16_t* y);
-    // A token's K and V [n], n a multiple of 16, as bfloat16 into column `t` of its tiles; false, and nothing is
-    // written, where one is not finite.
+    // Writes a token's K and V [n], n a multiple of 16, as bfloat16 into column `t` of its tiles. If a value is not finite,
+    // nothing is written and the result is false.
     bool (*write_bf16)(const float* k, const float* v, int n, int t, uint8_t* k_tile, uint8_t* v_tile);
     void (*argmax)(const float* x, int n, float* best, int* index);  // lowest index of the largest; NaN wins
 
     // Scores of query rows [rows][head_dim] against a block: scores [rows][KEYS].
     void (*scores[NUM_KV])(const void* q, size_t q_stride, int rows, int head_dim, const KeyBlock& keys, float* scores);
-    // Softmax of the scores (which it overwrites) and the mixture of V.
+    // Softmax of the scores, which it overwrites, and the weighted sum of V.
     void (*mix[NUM_KV])(float* scores, int rows, int head_dim, const KeyBlock& keys, State& state);
     // Merge states of rows into records [n values, maximum, sum] (log-sum-exp); the empty state (maximum -infinity,
     // sum 0) is the identity.
@@ -178,12 +180,14 @@ struct Kernels {
 
     void (*page_scores[NUM_SUMMARIES][NUM_KV])(const PageScores& args);
     void (*landmark_logits[NUM_KV])(const LandmarkLogits& args);
-    // out[i]: the highest of scores [16 i, 16 i + 16); a NaN is none.
+    // out[i]: the highest of scores [16 i, 16 i + 16); NaN never counts.
     void (*best_of_sixteen)(const float* scores, int n, float* out);
-    // best [rows][n], n a multiple of 16: out[p] is the highest of best[r][p] - max(best[r]); how many are above -alpha.
+    // best [rows][n], n a multiple of 16: out[p] is the highest of best[r][p] - max(best[r]). Returns how many are above
+    // -alpha.
     int (*margins)(const float* best, int rows, int n, float alpha, float* out);
     void (*softmax_scores)(const SoftmaxScores& args);
-    // The indices of the `count` largest of x [n], of equals the first ones, ascending. n is a multiple of 16; no NaN.
+    // The indices of the `count` largest of x [n], ascending; of equal values the first ones. n is a multiple of 16; x has
+    // no NaN.
     void (*largest)(const float* x, int n, int count, int32_t* out);
     // Bounds and moments: [chunks][2][n] in the compute type. Codes are of whole pages.
     void (*summarise[NUM_SUMMARIES][NUM_KV])(const PageTiles& page, int chunks, void* out);
@@ -198,7 +202,7 @@ struct Kernels {
     void (*sum_odds)(const float* x, int n, const Odds& how, double* y);  // of every 64 logits
 };
 
-// The table of an instruction set, or null if this build or this CPU lacks it.
+// The table of an instruction set, or null if this build or this CPU does not have it.
 const Kernels* kernels(const char* name);
 const Kernels* best_kernels();
 const char* isa_name(int i);       // of the i-th that this build has, best first; null beyond

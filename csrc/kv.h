@@ -7,10 +7,9 @@
 
 namespace dovetail {
 
-// TILED: per head and page, tiles of 16 tokens as attention reads them, those of K and then those of V (page sizes
-// that are multiples of 16); `v` is the first tile of V. A head's pages lie together: pages that follow each other are one
-// stream.
-// NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles as they are read.
+// TILED: for each head and page, tiles of 16 tokens as attention reads them, first of K and then of V; `v` is the first tile
+// of V. Page sizes are multiples of 16. The pages of a head lie together, so neighbouring pages are one stream.
+// NHD: [page][token][head][dim]. HND: [page][head][token][dim]. These are gathered into tiles while they are read.
 enum Layout : int { TILED, NHD, HND };
 enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4 };
 
@@ -22,7 +21,7 @@ struct KVMemory {
     int64_t pages_per_layer;
     int page_size, heads, dim;
     int64_t cells;  // TILED: pages that there is memory for, for each head
-    const int32_t* places = nullptr;  // [pages][heads]: the cell in which a page lies; null: in the one of its number
+    const int32_t* places = nullptr;  // [pages][heads]: the cell in which a page lies; null: the cell of its own number
 
     KVType compute() const { return stored == STORE_BF16 ? KV_BF16 : KV_F32; }
     int padded() const { return (dim + 15) / 16 * 16; }
@@ -45,8 +44,8 @@ struct TokenPlace {
     int head, offset;  // of the token in its page
 };
 
-// Store K and V [dim] of one token. What is not finite is stored so that only rows that read the token see it: as
-// NaN in K, whose scores are masked by selection, and 0 in V, whose weight is then 0.
+// Store K and V [dim] of one token. If a value is not finite, K becomes NaN and V becomes 0. Then only rows that read the
+// token see it: masks replace its score, and its weight is then 0.
 void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& place, const float* k, const float* v);
 
 // Copy tokens [first, first + count) of a page into rows `at`.. of the block of tiles in the compute type.

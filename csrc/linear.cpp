@@ -8,8 +8,8 @@ namespace dovetail {
 
 namespace {
 
-constexpr int ALONE = 4;       // rows up to which every thread prepares all activations itself
-constexpr int CHUNKS = 12;     // pieces per thread: its last one is what others may have to wait for
+constexpr int ALONE = 4;       // up to so many rows, every thread prepares all activations itself
+constexpr int CHUNKS = 12;     // pieces per thread: others may have to wait for its last piece
 constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed before they are combined
 constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
 constexpr size_t PANEL = 256 << 10;  // bytes of activation rows that stay in a core's cache
@@ -91,7 +91,7 @@ void LinearOp::run(Member& member, const Work& work) {
     const int many = k.rows_many[args_.activation], least = many > MAX_ROWS ? 1 : 4;
     const int fit = std::max(least, (int)(PANEL / row_bytes_ / many)) * many;
     const int panels = few ? 1 : (n + fit - 1) / fit;
-    const int step = few ? 1 : k.tiles_many[args_.activation];  // a piece is made of whole register blocks
+    const int step = few ? 1 : k.tiles_many[args_.activation];  // a piece consists of whole register blocks
     const int each = std::clamp(tiles_ / (member.threads() * CHUNKS * step), 1, few ? 64 : 3) * step;
     const int chunks = (tiles_ + each - 1) / each;
     member.share(panels * chunks, [&](int i) {
@@ -106,8 +106,8 @@ void LinearOp::panel(const Work& work, const uint8_t* rows, int row, int n, int 
     else tiles(work, rows, row, n, first, last);
 }
 
-// Rows `rows` (n of them) times `count` tiles. While few rows are computed the weights behind these are fetched;
-// else `part` of `parts` fetches its share of the next group of tiles.
+// n rows times `count` tiles. With few rows, the weights behind these are fetched meanwhile. Otherwise each of the `parts`
+// groups of rows fetches its share of the next group of tiles.
 void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const {
     const size_t group = block.count * w.tile_stride, all = (group / k_blocks_ + 63) / 64;
     const int each = ((int)all + block.parts - 1) / block.parts, sharers = ((int)all + each - 1) / each;
@@ -158,7 +158,8 @@ void LinearOp::finish(Slot& out, int row, int column, int n, const float* values
     }
 }
 
-// Tiles [first, last) of both weights. With few rows first several of the gate's, so that each is read in one stream.
+// Tiles [first, last) of both weights. With few rows, several tiles of the gate come first, so that each weight is read as
+// one stream.
 void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
     Slot& out = (*work.slots)[args_.out];
@@ -184,7 +185,7 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
                         values[0][r * width + i] += args_.bias[column + i];
                         values[1][r * width + i] += args_.bias[out.width + column + i];
                     }
-            // Up to a whole vector: what lies beyond the slot's width stays zero, for the weights' padding is.
+            // Up to a whole vector. What lies beyond the slot's width stays zero, because the weights' padding is zero.
             k.gate({args_.gate, values[0], values[1], width, out.data.data() + (size_t)at * out.stride + column,
                     out.stride, some, (columns + 15) / 16 * 16});
         }

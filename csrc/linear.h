@@ -1,4 +1,4 @@
-// A linear operation: activation rows in, packed weights, an epilogue.
+// A linear operation: activation rows, packed weights, and what is done with the product.
 #pragma once
 #include "program.h"
 
@@ -6,7 +6,7 @@ namespace dovetail {
 
 class LinearOp : public Op {
    public:
-    // Bytes of activation rows beside which weights must be fetched: the processor then does not see their stream.
+    // With so many bytes of activation rows, weights must be fetched ahead: the processor no longer sees their stream.
     static constexpr size_t CROWDED = 8 << 10;
 
     LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kernels& kernels);
@@ -20,8 +20,8 @@ class LinearOp : public Op {
         const Packed* weights;
         int column, first_tile;
     };
-    // `count` tiles from `tile` on against n activation rows, which are `part` of `parts` such groups of rows. ahead:
-    // fetch weights.
+    // `count` tiles from `tile` on times n activation rows, which are group `part` of `parts` groups of rows. ahead: fetch
+    // weights ahead.
     struct Block {
         int tile, count;
         const uint8_t* rows;

@@ -5,7 +5,7 @@
 
 namespace dovetail {
 
-constexpr int KEPT = 16;  // positions between those whose angles are kept
+constexpr int KEPT = 16;  // angles are kept for every so many positions
 
 LowRankKeys::LowRankKeys(KeysShape shape) : shape_(std::move(shape)), frequencies_(shape_.frequencies) {
     frequencies_.resize(half());
@@ -39,7 +39,7 @@ void LowRankKeys::remove(const std::vector<int64_t>& aliases) {
     }
 }
 
-// Two rows of the basis side by side, as products of bfloat16 pairs take them. A rank that is odd ends with a row of zeros.
+// Two rows of the basis side by side, as products of bfloat16 pairs need them. An odd rank ends with a row of zeros.
 void LowRankKeys::pack(const Factors& from, Layer& to) const {
     const int n = padded(), width = shape_.heads * shape_.dim;
     to.coefficients = from.coefficients, to.rank = from.rank;

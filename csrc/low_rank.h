@@ -1,4 +1,4 @@
-// Keys of prompts as products of low rank, and pages of them rebuilt: multiplied out and rotated at their positions.
+// Keys of prompts as products of low rank. Pages are rebuilt from them: multiplied out and rotated at their positions.
 #pragma once
 #include <cstdint>
 #include <unordered_map>

@@ -22,7 +22,8 @@ uint32_t u32(const uint8_t* p) {
     return x;
 }
 
-// 32 values of one row: unsigned codes, and what turns them into numbers. The halves are scaled apart in Q6_K.
+// 32 values of one row: unsigned codes, and the scales and minima that turn them into numbers. In Q6_K each half has its own
+// scale.
 struct Codes {
     uint8_t q[32];
     uint16_t d = 0, m = 0;        // float16 scale and minimum (of the super-block, in K formats)
@@ -107,8 +108,8 @@ void place_scales(Format f, const Codes& c, int lane, uint8_t* head, uint8_t* bl
     if (f != Q6_K) memcpy(head + 32 + 2 * lane, &c.m, 2);
 }
 
-// Formats whose block of 32 is one stored block: bytes i and i + 16 of the codes already share a byte, so four of
-// them are a lane's k-quad as they are.
+// Formats whose block of 32 is one stored block. Codes i and i + 16 already share a byte, so four bytes are a lane's k-quad
+// as they are.
 void pack_small_block(Format f, const uint8_t* p, int lane, uint8_t* block) {
     const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
     const uint8_t* at = p + (has_min ? 4 : 2);

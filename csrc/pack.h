@@ -8,7 +8,7 @@
 
 namespace dovetail {
 
-// [n, k] weights as tiles of 16 columns: keeps its memory, which other threads may read at any time.
+// [n, k] weights as tiles of 16 columns. It owns their memory, which other threads may read at any time.
 class Packed {
    public:
     // rows: n rows of `row_bytes` each, in the checkpoint's layout.

@@ -79,7 +79,7 @@ void Ring::push(const FileCall& c, uint64_t index) {
     __atomic_store_n(s.tail, tail + 1, __ATOMIC_RELEASE);
 }
 
-// Takes what has ended, and waits until that is `at_least` calls.
+// Takes the calls that have ended, and waits until there are `at_least` so many.
 void Ring::reap(unsigned at_least) {
     Shared& s = *shared_;
     for (unsigned found = 0;;) {

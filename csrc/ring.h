@@ -1,5 +1,5 @@
-// Transfers of files that the kernel carries out by itself (io_uring), where it lets us; else they are done when waited
-// for.
+// Transfers of files that the system carries out by itself (io_uring). Where it does not allow that, they are done when they
+// are waited for.
 #pragma once
 #include <sys/uio.h>
 
@@ -24,12 +24,12 @@ class Ring {
     Ring& operator=(const Ring&) = delete;
 
     void add(const FileCall& call);
-    void submit();  // what was added
-    // Waits for all calls since the last wait: bytes transferred, or below 0, of each in the order of `add`.
+    void submit();  // start what was added
+    // Waits for all calls since the last wait. For each, in the order of `add`: bytes transferred, or an error below 0.
     std::vector<int64_t> wait();
 
  private:
-    struct Shared;  // with the kernel
+    struct Shared;  // memory shared with the system's kernel
     void push(const FileCall& call, uint64_t index);
     void reap(unsigned at_least);
 

@@ -12,7 +12,7 @@ namespace dovetail {
 namespace {
 
 constexpr size_t SORTED = 128;  // keys that are sorted rather than halved again
-constexpr int GUESS = 128;      // of how many tokens top-p leaves
+constexpr int GUESS = 128;      // how many tokens top-p is first guessed to leave
 constexpr int DEPTHS = 2048;
 
 int blocks(int n) { return (n + LOGITS - 1) / LOGITS; }
@@ -87,7 +87,7 @@ const float* Chooser::changed(const float* logits, const Change& change) {
             count = 0;
         }
     }
-    for (auto [token, value] : change.added) x[token] += value;  // -infinity makes NaN of infinity: no token then
+    for (auto [token, value] : change.added) x[token] += value;  // infinity - infinity is NaN, and then there is no token
     return x;
 }
 
@@ -98,7 +98,7 @@ int Chooser::likeliest(float* best) const {
     return (int)(std::find(block, std::min(block + LOGITS, x_ + n_), *most) - x_);
 }
 
-// -- drawing: the first token at which the running sum of odds exceeds the noise's part of the whole sum -----------
+// -- drawing: the first token at which the running sum of odds exceeds noise times the whole sum -------------------
 
 int Chooser::by_index(double noise) {
     const int count = blocks(n_);
@@ -131,7 +131,7 @@ double Chooser::take(int count) {
     return sum_of(0, count_);
 }
 
-// Keys of so many of the likeliest that their odds are that part of the sum of all, if those are few; the sum of all.
+// Keys of the likeliest tokens whose odds together are that part of the sum, if they are few. Returns the sum of all odds.
 double Chooser::take(double part) {
     grow(sums_, blocks(n_));
     kernels_->sum_odds(x_, n_, odds_, sums_.data());
@@ -155,8 +155,8 @@ float Chooser::bound(int wanted) {
     return order_[wanted - 1];
 }
 
-// The depth of each token below the likeliest, and the sum of odds at each depth. The depths reach to where odds
-// vanish, or to where few tokens are; deeper tokens are all at the last one.
+// The depth of each token below the likeliest, and the sum of odds at each depth. Depths reach down to where odds vanish, or
+// to where few tokens are. All deeper tokens are at the last depth.
 void Chooser::sink() {
     const float half = odds_.most - bound((blocks(n_) + 1) / 2), range = std::min(4 * half, 27 / odds_.inverse);
     const float most = odds_.most, by = range > 0 ? DEPTHS / range : 0;

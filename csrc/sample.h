@@ -1,8 +1,7 @@
 // Chooses tokens from rows of logits: changes to the logits, temperature, top-k, top-p, min-p.
 //
-// runtime/sampler.py is the definition, and the same bits come out of it: the odds of a token against the likeliest
-// are defined operation by operation, and are multiples of a power of two so large that their sums are exact in
-// float64, whatever their order.
+// runtime/sampler.py is the definition, and gives the same bits. The odds of a token against the likeliest are defined
+// operation by operation. They are multiples of a power of two so large that their sums are exact in float64, in any order.
 #pragma once
 #include <map>
 #include <utility>
@@ -21,10 +20,10 @@ struct Choice {
     double noise;        // in [0, 1)
 };
 
-// What is done to a row's logits first, in this order.
+// Changes of a row's logits before a token is chosen, in this order.
 struct Change {
     float repetition = 1, presence = 0, frequency = 0;
-    std::vector<int32_t> tokens;  // the prompt's and then those written
+    std::vector<int32_t> tokens;  // those of the prompt, then those of the answer
     size_t prompt = 0;
     std::vector<std::pair<int32_t, float>> added;
 };
@@ -38,7 +37,7 @@ struct Logits {
 class Chooser {
    public:
     explicit Chooser(const Kernels* kernels) : kernels_(kernels) {}
-    // The token; -1 where the largest logit is not finite, or one is NaN.
+    // The token; -1 if the largest logit is not finite, or if a logit is NaN.
     int choose(const float* logits, int n, const Choice& how, const Change* change);
 
    private:
@@ -69,7 +68,7 @@ class Chooser {
     Aligned<int32_t> depths_;
     Aligned<uint64_t> keys_;
     size_t count_ = 0;   // of keys
-    bool deep_ = false;  // many tokens may be chosen, and keys are those of one depth
+    bool deep_ = false;  // many tokens may be chosen; the keys are those of one depth
     Aligned<int32_t> counts_;  // of each token; zero between rows
 };
 

@@ -88,7 +88,7 @@ class Disk : public SlowTier {
     int descriptor() const override { return file_; }
 
  private:
-    // Neighbours in the file, transferred by one call. What is not whole sectors goes through memory of its own.
+    // Neighbours in the file are transferred by one call. What is not whole sectors goes through memory of the call.
     struct Call {
         bool write;
         int64_t offset;
@@ -127,7 +127,7 @@ void Disk::begin(const std::vector<Transfer>& transfers, bool write) {
                 call.direct.push_back(sorted[i]);
                 end += (int64_t)sorted[i].bytes;
             }
-        } else {  // a write takes its sectors for itself: whoever places blobs sees to it that no two share one
+        } else {  // a write fills its sectors alone: blobs are placed so that no two share a sector
             for (; i < sorted.size() && !whole(sorted[i]) && call.staged.size() < MOST_PARTS; i++) {
                 if (!call.staged.empty() && (write ? sorted[i].offset != end : down(sorted[i].offset) > end)) break;
                 call.staged.push_back({sorted[i].offset - call.offset, sorted[i].memory, sorted[i].bytes});

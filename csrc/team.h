@@ -1,9 +1,9 @@
 // Threads of one parallel region, and the sharing of work between them.
 //
-// The region is OpenMP's, so that torch and this library use one runtime and one set of threads. In a phase every
-// thread has a range of its own and then takes from the others' ranges; the phase ends when all pieces are done. So
-// a thread that the system has put aside, or has not started yet, holds up nobody unless it holds a piece, and cores
-// that are far apart touch each other's cache lines once per phase.
+// The region is OpenMP's, so that torch and this library use one runtime and one set of threads. In a phase every thread has
+// a range of its own, and then takes from the others' ranges. The phase ends when all pieces are done. So a thread that the
+// system has paused or not started yet delays the others only if it holds a piece. Cores that are far apart touch each
+// other's cache lines once per phase.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -26,7 +26,7 @@ inline void pause_cpu() {
 #endif
 }
 
-// A count that is zero again in every run: its high bits say to which run the low ones belong.
+// A count that begins at zero in every run: its high bits say to which run its low bits belong.
 class alignas(64) Counter {
    public:
     // The count before, to which n is added.
@@ -66,7 +66,7 @@ class Member {
     template <class F> int take(int owner, int n, F& f);
 
     Team& team_;
-    const int count_;  // of threads that the region really has: limits of OpenMP may allow fewer than asked for
+    const int count_;  // threads that the region really has: OpenMP may allow fewer than asked for
     int phase_ = 0;
 };
 

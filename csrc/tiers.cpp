@@ -26,7 +26,7 @@ Tiers::Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> t
     }
 }
 
-// Pages that follow each other in a layer follow each other here: they are often wanted together.
+// Neighbouring pages of a layer are neighbours here too, because they are often wanted together.
 int64_t Tiers::offset(int64_t page, int head) const {
     const int64_t layer = page / shape_.layer_pages, inside = page % shape_.layer_pages;
     return ((layer * shape_.heads + head) * shape_.layer_pages + inside) * (int64_t)stride_;
@@ -38,7 +38,7 @@ int64_t Tiers::source(int64_t page) const {
     return at - at % shape_.layer_pages + source_[at % shape_.layer_pages];
 }
 
-// Whether its K is to be rebuilt rather than brought.
+// Whether its K is rebuilt instead of fetched.
 bool Tiers::low_rank(const Miss& m) const {
     return is_alias(m.page) && !apart_[(m.page - shape_.pages()) * shape_.heads + m.head];
 }
@@ -51,7 +51,7 @@ Transfer Tiers::transfer(const Miss& m) const {
 void Tiers::alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart) {
     const int64_t all = shape_.layers * shape_.stages, n = (int64_t)names.size();
     if (n == 0) return;
-    for (int64_t name : names) groups_.erase(name);  // of what had these names before
+    for (int64_t name : names) groups_.erase(name);  // forget what had these names before
     std::vector<std::vector<int32_t>>& lists = groups_[names[0]];
     lists.assign((size_t)(all * shape_.heads), {});
     for (int64_t i = 0; i < all * shape_.heads; i++)
@@ -90,7 +90,7 @@ void Tiers::want(int head, const int32_t* pages, int count, const Wish& wish, st
         const int64_t page = pages[i] + wish.first;
         int32_t& place = places_[page * shape_.heads + head];
         if (place >= 0) {
-            h.hits += h.until[place] < h.now;  // and not a second time
+            h.hits += h.until[place] < h.now;  // count a page once
         } else {
             const int taken = take(head);
             if (taken < 0) {
@@ -142,7 +142,7 @@ void Tiers::evict(int head, int cell) {
     h.owner[cell] = -1, h.dirty[cell] = h.used[cell] = 0, h.evictions++;
 }
 
-// So that a row that reads it, and no other, has no result: scores that are not a number.
+// Makes the scores of this page NaN, so that a row that reads it has no result, and no other row is affected.
 void Tiers::break_cell(int head, int cell) {
     uint8_t* to = this->cell(head, cell);
     memset(to, 0xff, shape_.blob / 2);
@@ -224,7 +224,7 @@ void Tiers::put(const std::vector<int64_t>& pages) {
                 heads_[h].kept[page] = STORED, heads_[h].dirty[at] = 0;
             }
     tier_->write(transfers);
-    for (uint8_t* memory : tier_->wait()) {  // it stays on the device as long as that has room
+    for (uint8_t* memory : tier_->wait()) {  // the page stays on the device as long as there is room
         const size_t index = (size_t)(memory - cells_) / shape_.blob;
         Head& h = heads_[index / shape_.cells];
         const size_t at = index % shape_.cells;

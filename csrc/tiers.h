@@ -1,8 +1,8 @@
-// KV on a device that is too small for all of it. Pages have numbers of their own; for each KV head by itself, a table
-// says in which cell of the device a page lies, if it does. What is complete is also in a slower tier, from where it
-// comes back when it is wanted. Cells are given up to the clock algorithm: those not used since the hand last passed.
+// KV on a device that is too small for all of it. The device has cells. For each KV head, a table says which cell holds a
+// page, if one does. Complete pages are also in a slower tier and come back from there when they are wanted. Cells are
+// reused by the clock algorithm: first those that were not used since its hand last passed.
 //
-// A page of a KV head is a blob: its K, and then its V. Heads share nothing, so a thread can see to one of them.
+// A page of a KV head is a blob: its K, and then its V. Heads share nothing, so each can be handled by a thread of its own.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -18,8 +18,8 @@
 
 namespace dovetail {
 
-// Programs of several stages have layers again for each of them. Beside its pages, a layer can have as many aliases of
-// them, whose K is kept as `LowRankKeys`: page + pages() + a number of its own.
+// A program of several stages has layers for each stage. In addition to its pages, a layer can have as many aliases of them,
+// whose K is kept as `LowRankKeys`. An alias has a page number of pages() or more.
 struct TierShape {
     int heads, cells;  // cells: of each head
     int64_t layers, stages, layer_pages;
@@ -36,22 +36,23 @@ struct TierStats {
 
 class Tiers {
  public:
-    // `cells`: [heads][cells][blob]. link: bytes per second at which transfers from the slow tier arrive at most; 0 for as
-    // they come.
+    // `cells`: [heads][cells][blob]. link: the most bytes per second at which transfers from the slow tier arrive; 0 for no
+    // limit.
     Tiers(const TierShape& shape, uint8_t* cells, std::unique_ptr<SlowTier> tier, double link);
 
     // [pages][heads]: the cell, or -1.
     const int32_t* places() const { return places_.data(); }
     const TierShape& shape() const { return shape_; }
 
-    // Aliases [n] of pages [n] of every layer. apart: [layers and stages][heads][n], those that keep their K as it is.
+    // Give pages [n] of every layer the aliases `names` [n]. apart: [layers and stages][heads][n], pages that keep exact K.
     void alias(const std::vector<int64_t>& names, const std::vector<int64_t>& pages, const uint8_t* apart);
-    // Of the pages that were given aliases together with `alias` (a number of the layer), those that keep their K: which of
-    // them they are, ascending.
+    // Of the pages that got aliases together with `alias` (a number of the layer): the indices of those that keep exact K,
+    // ascending.
     const std::vector<int32_t>& apart(int64_t alias, int head) const;
     void set_keys(std::shared_ptr<LowRankKeys> keys) { keys_ = std::move(keys); }
 
-    // For how many more of `next` pages stay. A guess that finds no room is left out: it is asked for when it is needed.
+    // hold: for how many more calls of `next` the pages stay. A guess that finds no room is left out; its pages are asked
+    // for again when they are needed.
     struct Wish {
         int64_t first;  // added to page numbers
         int hold;
@@ -65,43 +66,43 @@ class Tiers {
 
     // ---- of one head, on one thread
 
-    // What earlier wants have brought may go.
+    // Pages of earlier `want`s may be given up from now on, as their `hold` allows.
     void next(int head) { heads_[head].now++; }
-    // Cells for these pages, which stay until `next` at least. `misses`: those that now lie in a cell which does not hold
-    // them yet. Where there is no room, `check` throws from then on, unless it was a guess.
+    // Give these pages cells, which they keep at least until `next`. misses: pages whose new cell does not hold them yet. If
+    // there is no room, `check` throws from then on, unless the wish was a guess.
     void want(int head, const int32_t* pages, int count, const Wish& wish, std::vector<Miss>& misses);
     void touch(int head, int64_t page) { heads_[head].dirty[places_[page * shape_.heads + head]] = 1; }
 
     // ---- of all heads, on one thread
 
-    // Begin to fetch. Where the tier can be addressed, `copy` is to be called for each miss instead.
+    // Begin to fetch. If the tier can be addressed, call `copy` for each miss instead.
     void begin(const std::vector<Miss>& misses);
     void copy(const Miss& miss) const;
-    // To be called for each miss, before or after it has arrived: makes K that is not kept.
+    // Call this for each miss, before or after it has arrived: it rebuilds K that is not stored.
     void rebuild(const Miss& miss, const Kernels& kernels) const;
     bool rebuilds() const { return keys_ != nullptr; }
     bool addressed() const { return tier_->memory() != nullptr; }
     bool waits() const { return !addressed() || link_ > 0; }
-    // All that was begun has arrived.
+    // Wait until everything that was begun has arrived.
     void arrive();
 
-    // All of that at once. Throws as `check` does.
+    // Begin, copy, rebuild and wait in one call. Throws as `check` does.
     void fetch(const std::vector<Miss>& misses);
 
-    // Bring these pages of all heads of a layer; `written`: they are about to be written.
+    // Bring these pages of all heads of a layer to the device. written: they are about to be written.
     void bring(int64_t layer, const std::vector<int64_t>& pages, bool written);
-    // The pages, of every layer, are complete.
+    // The pages are complete in every layer.
     void put(const std::vector<int64_t>& pages);
-    // They will hold something else.
+    // The pages will hold something else.
     void drop(const std::vector<int64_t>& pages);
     void copy_pages(const std::vector<int64_t>& from, const std::vector<int64_t>& to);
-    // Copy what is stored of a page of a head. False: nothing, or it cannot be read.
+    // Copy what is stored of a page of a head to `out`. False if nothing is stored, or if it cannot be read.
     bool load(int64_t page, int head, uint8_t* out);
-    // Begin a step: nothing is held, and what could not be read in the last one is forgotten.
+    // Begin a step: no page is held, and failed reads of the last step are forgotten.
     void step();
-    // Whether the slow tier holds these pages of all layers, as they are.
+    // Whether the slow tier holds these pages of all layers, unchanged.
     bool stored(const std::vector<int64_t>& pages) const;
-    // Throws if there was no room for something that was wanted in the step.
+    // Throws if the step wanted something for which there was no room.
     void check() const;
 
     TierStats stats() const;

@@ -12,9 +12,9 @@ using dovetail::KeyBlock;
 using dovetail::KEYS;
 using dovetail::State;
 
-// Of short tiles (two to a page of memory) every second line is fetched: the processor brings its neighbour along, and
-// a core can wait for about 24 lines that it asked for itself, which are 15 GB/s. Of longer ones, which it follows by
-// itself, every line is: measured on Zen 4.
+// Of short tiles (two to a page of memory) every second line is fetched, because the processor fetches its neighbour too.
+// A core can wait for about 24 lines that a program asked for, which are 15 GB/s. Of longer tiles every line is fetched; the
+// processor follows them by itself. Measured on Zen 4.
 constexpr int SHORT_DIM = 64;
 
 template <int R, int U>
@@ -112,7 +112,7 @@ template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBloc
             store(scores + 32 * j, a), store(scores + 32 * j + 16, b);
         } else {
             a = power_of_two(fma(a, all(LOG2E), low)), b = power_of_two(fma(b, all(LOG2E), low));
-            store_bf16_pair(scores + 16 * j, a, b);  // weights take the place of scores, in half the room
+            store_bf16_pair(scores + 16 * j, a, b);  // weights replace scores, in half the room
         }
         parts[j] = add(a, b);
     }

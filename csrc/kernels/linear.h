@@ -1,6 +1,6 @@
-// Products of activation rows and packed weight tiles. Each output has one sequence of operations, whatever the
-// register block: blocks of 32 in order of K; inside one an exact integer sum (or a fixed float sequence), then one
-// or two fused multiply-adds. So a row's result depends neither on the other rows nor on the instruction set.
+// Products of activation rows and packed weight tiles. Each output has one sequence of operations, whatever the register
+// block: blocks of 32 in order of K, and in each an exact integer sum (or a fixed float sequence), then one or two fused
+// multiply-adds. So a row's result depends neither on the other rows nor on the instruction set.
 #pragma once
 #include "../kernels.h"
 
@@ -114,8 +114,8 @@ template <class W> INLINE I products(I acc, I weights, int32_t quad) {
 
 // ---- int8 activations
 
-// Where block b of each row is: one pointer per array and one offset per row, in registers, for rows apart would need
-// a register per row and array.
+// Where block b of each row is: one pointer per array and one offset per row. Separate pointers would need a register for
+// each row and array.
 template <int R> struct Int8Rows {
     const uint8_t *codes, *scale, *scaled_sum, *offset, *half_offset;
     size_t at[R];
@@ -298,8 +298,8 @@ void gemm_wide(const GemmArgs& g) {
     put<R, T>(g, f);
 }
 
-// bfloat16 weights lie as [K / 2][16][2]. With float32 rows both halves are widened; with bfloat16 rows two products
-// at a time go into the float32 sum.
+// bfloat16 weights are stored as [K / 2][16][2]. With float32 rows both halves are widened. With bfloat16 rows two products
+// at a time are added to the float32 sum.
 template <bool WIDE, int R, int T>
 void gemm_bf16(const GemmArgs& g) {
     F f[R][T];

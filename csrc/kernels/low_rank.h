@@ -33,8 +33,8 @@ template <bool WIDE, int R, int V> INLINE void product(const RebuildArgs& a, int
         UNROLL for (int v = 0; v < V; v++) store(out + (size_t)(row + r) * a.n + d + 16 * v, acc[r][v]);
 }
 
-// cos and sin of the angle at a.first + t as a model computes it, position times frequency rounded to float32:
-// cos(a + b) and sin(a + b) of the exact angles, turned back by what the rounding adds.
+// cos and sin of the angle at position a.first + t. A model rounds position times frequency to float32. So these are
+// cos(a + b) and sin(a + b) of the exact angles, corrected by what that rounding changes.
 INLINE void angles_of(const dovetail::Angles& a, int t, float* cos, float* sin) {
     const float *beyond = a.beyond + (size_t)t * 2 * a.half, *first = a.at_first;
     const F position = all((float)(a.first + t));

@@ -1,4 +1,4 @@
-// What is kept of a page of keys, and how a group's queries score against it.
+// How a page of keys is summarised, and how the queries of a group are scored with it.
 #pragma once
 #include "../kernels.h"
 #include "rows.h"
@@ -21,8 +21,8 @@ template <bool WIDE> INLINE F values(const void* p, int at) {
     return bf16((const uint16_t*)p + at);
 }
 
-// acc[p][r]: products of n values of R queries, `row` bytes apart, with P vectors; rows that are not there repeat the
-// first one.
+// acc[p][r]: products of n values of R queries, `row` bytes apart, with P vectors. Rows that do not exist repeat the first
+// one.
 template <bool WIDE, int P, int R>
 INLINE void products(const uint8_t* const* vectors, const uint8_t* q, size_t row, int n, F (&acc)[P][4]) {
     constexpr int STEP = WIDE ? 16 : 32;
@@ -48,7 +48,7 @@ INLINE void score_pages(const uint8_t* const* summaries, const uint8_t* q, int n
     best_sums(acc, best);
 }
 
-// The rows of a head, raising best[p] where a chunk has more; the summaries move on to the next chunk.
+// Scores the rows of a head and raises best[p] where a chunk scores higher. The summaries move on to the next chunk.
 template <bool WIDE, int P> INLINE void score_chunk(const uint8_t** summaries, const PageScores& args, const uint8_t* q,
                                                     float* best) {
     const size_t row = (size_t)args.n * (WIDE ? 4 : 2);
@@ -84,7 +84,7 @@ template <bool WIDE, int P> INLINE void score_heads(const PageScores& args, int 
     }
 }
 
-// The first pages, of so many bytes, where no call before this one has fetched them.
+// Fetches the first pages, of so many bytes each, if no earlier call has fetched them.
 INLINE void fetch_first(const PageScores& args, size_t page) {
     for (int p = 0; !args.follows && p < AHEAD && p < args.listed; p++)
         for (size_t b = 0; b < page; b += 64) prefetch_far(args.summaries + args.pages[p] * page + b);
@@ -99,8 +99,8 @@ template <bool WIDE> void page_scores(const PageScores& args) {
 
 // ---- codes
 
-// The highest products of R queries with a page's keys, token by token of its tiles; `low`: [R][P] products with what
-// all its keys share. Queries times steps are rounded to bytes, so that what is multiplied with codes is summed exactly.
+// The highest products of R queries with a page's keys, token by token. low: [R][P], the products with what all keys of the
+// page share. Queries times steps are rounded to bytes, so that their products with codes are summed exactly.
 template <bool WIDE, int P, int R>
 INLINE F code_page(const uint8_t* page, const uint8_t* q, const float* low, const PageScores& args) {
     const size_t vector = (size_t)args.n * (WIDE ? 4 : 2), row = dovetail::code_query(args.n, WIDE ? 4 : 2);
@@ -130,7 +130,7 @@ INLINE F code_page(const uint8_t* page, const uint8_t* q, const float* low, cons
                     acc[r] = dot_small(acc[r], fours[j], iall(bytes));
                 }
         }
-        UNROLL for (int r = 0; r < R; r++)  // a NaN leaves what is best so far
+        UNROLL for (int r = 0; r < R; r++)  // NaN changes nothing
             best = max(fma(to_float(acc[r]), all(largest * units[r]), all(low[r * P])), best);
     }
     return best;
@@ -251,7 +251,7 @@ int margins(const float* best, int rows, int n, float alpha, float* out) {
     return above;
 }
 
-// The softmax of each row of logits, and the best of it for each page. A NaN is none.
+// The softmax of each row of logits, and its highest value for each page. NaN never counts.
 void softmax_scores(const SoftmaxScores& args) {
     const F none = all(-__builtin_inff());
     for (int i = 0; i < args.n; i += 16) store(args.out + i, none);
@@ -284,7 +284,7 @@ INLINE int count_from(const float* x, int n, F least) {
     return count;
 }
 
-// Floats as integers that compare alike, and back.
+// Floats as integers with the same order, and back.
 INLINE int32_t rank_of(float x) {
     int32_t i;
     __builtin_memcpy(&i, &x, 4);
@@ -311,7 +311,7 @@ void largest(const float* x, int n, int count, int32_t* out) {
         else to = middle;
     }
     const float least = of_rank((int32_t)from);
-    int equals = count;  // of those that equal the least one, so many are taken
+    int equals = count;  // how many are taken of those that equal the least one
     if (reached > count)
         for (int i = 0; i < n; i += 16) equals -= __builtin_popcount(bits(not_less_equal(load(x + i), all(least))));
     for (int i = 0, taken = 0; taken < count; i += 16)
@@ -396,7 +396,7 @@ template <bool WIDE> void landmarks(const PageTiles& page, int vectors, int stri
     });
 }
 
-// 0 to 3. A range of nothing is all 0.
+// The code, 0 to 3. It is 0 where the range is empty.
 INLINE I code_of(F key, float low, float step) {
     if (!(step > 0)) return izero();
     const F at = round_even(div(sub(key, all(low)), all(step)));
@@ -417,7 +417,7 @@ template <bool WIDE> void page_codes(const PageTiles& page, int, void* out) {
     const float largest = highest(most), part = largest / 255.0f;
     for (int d = 0; d < page.n; d += 16) {
         const F parts = round_even(mul(div(load(step + d), all(largest)), all(255.0f)));
-        const F bytes = keep(not_nan(parts), parts);  // 0 where there is no range, or none that is a number
+        const F bytes = keep(not_nan(parts), parts);  // 0 where the range is empty or NaN
         for (int i = 0; i < 16; i++) put<WIDE>(out, d + i, low[d + i]), steps[d + i] = (uint8_t)lane(bytes, i);
         store(step + d, mul(bytes, all(part)));
     }

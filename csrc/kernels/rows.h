@@ -18,7 +18,7 @@ INLINE F exponential(F x) {
     return keep(finite, times_power_of_two(p, keep(finite, n)));
 }
 
-// 2^x for x below 1, 2.6e-6 relative: enough where the result becomes bfloat16. Zero below 2^-126; NaN stays NaN.
+// 2^x for x below 1, within 2.6e-6 relative, which is enough for bfloat16. Zero below 2^-126; NaN stays NaN.
 INLINE F power_of_two(F x) {
     const M finite = not_less(x, all(-126.0f));
     const F n = round_even(x), f = sub(x, n);
@@ -63,7 +63,7 @@ void rms_norm(const float* x, const float* w, float eps, int n, float* y) {
     for (int i = 0; i < n; i += 16) store(y + i, mul(mul(load(x + i), by), load(w + i)));
 }
 
-// Codes and scales (max|x| / 127) of at most 16 blocks of 32; the divisions of all of them are one.
+// Codes and scales (max|x| / 127) of at most 16 blocks of 32, whose divisions are one vector operation.
 INLINE void quantize_blocks(const float* x, int n, int8_t* codes, float* scales) {
     alignas(64) float most[16] = {}, by[16];
     for (int b = 0; b < n; b++) most[b] = highest_magnitude(load(x + 32 * b), load(x + 32 * b + 16));
@@ -150,8 +150,8 @@ void gate(const dovetail::GateArgs& g) {
     }
 }
 
-// cos and sin may be read up to 15 floats past n / 2; y is written up to a multiple of 16 per half only where n / 2
-// is one, so other sizes take the plain loop.
+// cos and sin may be read up to 15 floats past n / 2. Vectors write whole multiples of 16 in each half of y, so sizes where
+// n / 2 is no such multiple take the plain loop.
 void rotate(const float* x, const float* cos, const float* sin, float scale, int n, float* y) {
     const int h = n / 2;
     int i = 0;
@@ -174,7 +174,7 @@ void argmax(const float* x, int n, float* best, int* index) {
     int tail_at = 0, i = 0;
     for (; i + 16 <= n; i += 16) {
         const F v = load(x + i);
-        const M more = not_less_equal(v, high);  // also where v is NaN: then it stays, for nothing exceeds it
+        const M more = not_less_equal(v, high);  // also where v is NaN, which stays because nothing exceeds it
         const M sound = not_nan(high);
         const M take = both(more, sound);
         high = choose(take, v, high), at = choose(take, iall(i), at);

@@ -30,8 +30,8 @@ bool maxima(const float* x, int n, float* y) {
     return sum(keep(sound, all(1.0f))) == 16.0f;
 }
 
-// e^z for z in [-80, 0], 1e-7 relative, 1 for 0. Separate multiplications and additions, so that any IEEE float32
-// gives these bits: runtime/odds.py says the same in torch.
+// e^z for z in [-80, 0], within 1e-7 relative, and 1 for 0. Multiplications and additions are separate, so that any IEEE
+// float32 gives these bits. runtime/odds.py is the same in torch.
 INLINE F odds_exponential(F z) {
     const F n = round_even(mul(z, all(1.44269504f)));
     const F r = add(sub(z, mul(n, all(0.693359375f))), mul(n, all(2.12194440e-4f)));

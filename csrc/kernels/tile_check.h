@@ -1,5 +1,5 @@
-// Whether tile registers give the same bits as vectors, on one small product of each of their shapes. bfloat16 is
-// tried on whole numbers, whose sums are exact in any order.
+// Tests whether tile registers give the same bits as vectors, on one small product of each shape. bfloat16 is tested with
+// whole numbers, whose sums are exact in any order.
 #pragma once
 #include <string.h>
 

@@ -1,11 +1,11 @@
 // Products of many activation rows and packed weights through tile registers: of AMX, or emulated.
 //
-// int8 rows: some blocks of K are decoded to signed bytes at a time, zero points subtracted, and serve all rows, which
-// are dealt out in groups. Of each group and block the tile registers give the integer sums, and vectors do with them
-// what kernels/linear.h does, in its order. The sums are exact, so results are the same bits.
+// int8 rows: a few blocks of K at a time are decoded to signed bytes, with zero points subtracted. They serve all rows, in
+// groups. For each group and block the tile registers give integer sums. Vectors then do what kernels/linear.h does, in its
+// order. The sums are exact, so results have the same bits.
 //
-// bfloat16 rows: the tile registers also sum over K. Their order of additions is another than the vectors', so any
-// number of rows goes through them.
+// bfloat16 rows: the tile registers also sum over K. They add in another order than the vectors, so any number of rows goes
+// through them.
 #pragma once
 #include <string.h>
 
@@ -86,7 +86,7 @@ struct Tall {
 };
 
 template <Sums S> void shape_int8(const Tall& w) {
-    // As many rows as the largest group has. A smaller one's last row then is the next group's first, read in vain.
+    // As many rows as the largest group has. In a smaller group the last row is the next group's first, and is not used.
     const int rows = w.g.row_count - w.start(w.groups - 1);
     TileShapes shapes;
     shapes.set(0, 3, rows, 64);
@@ -239,7 +239,7 @@ void tiles_bf16(const GemmArgs& g) {
 
 // ---- the table: another one's, with these products
 
-// Where the other table has no block of vectors for so few rows, a tall one will do.
+// Where the other table has no block of vectors for so few rows, a tall block is used.
 template <class W> void add_tall(dovetail::Kernels& k) {
     k.tall[W::ID][dovetail::INT8] = tall_int8<W>;
     for (int r = LEAST_ROWS; r <= dovetail::MAX_ROWS; r++)

@@ -1,7 +1,7 @@
 // The tile registers of Intel AMX: eight of up to 16 rows of 64 bytes.
 //
-// Not by the compiler's intrinsics: GCC 12's take literal register numbers only, and do not say that a load reads
-// memory, so that stores could be moved behind it.
+// They are written as assembly. The intrinsics of GCC 12 take only literal register numbers, and they do not say that a load
+// reads memory, so the compiler could move stores behind it.
 #pragma once
 #include <stddef.h>
 

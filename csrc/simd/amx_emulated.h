@@ -1,5 +1,5 @@
-// Tile registers in plain C++, as Intel's manual describes those of AMX: for testing on CPUs without them. What would
-// be a fault there ends the process here.
+// Tile registers in plain C++, as Intel's manual describes those of AMX, for tests on CPUs without them. Where the manual
+// says fault, the process ends.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -85,8 +85,8 @@ __attribute__((noinline)) void emulated_dot(int c, int a, int b) {
 
 // A denormal counts as zero, before and after.
 inline float flushed(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
-// Rounded as if exponents went on: what that makes smaller than 2^-126 is flushed even if a denormal would be rounded
-// up to it.
+// Rounded as if exponents had no lower limit. A result below 2^-126 is flushed to zero, even if a denormal would round up to
+// 2^-126.
 inline float flushed_fma(float a, float b, float c) {
     const float x = __builtin_fmaf(a, b, c);
     const bool edge = fabsf(x) == 0x1p-126f && fabsf(__builtin_fmaf(a * 0x1p60f, b, c * 0x1p60f)) < 0x1p-66f;

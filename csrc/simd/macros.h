@@ -1,8 +1,8 @@
-// Kernels are small pieces in tight loops: all of them belong into their callers, whatever the compiler thinks.
+// Kernels are small pieces in tight loops, so all of them must be inlined, whatever the compiler would choose.
 #pragma once
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")
 
-// Keep a number in a general register rather than have it computed again or folded into pointers.
+// Keep a number in a general register, so that it is not computed again or folded into pointers.
 INLINE void hold(unsigned long& x) { __asm__("" : "+r"(x)); }

@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++: for any CPU, and the simplest statement of what the others compute.
+// Sixteen lanes in plain C++. It runs on any CPU and says most simply what the others compute.
 #pragma once
 #include "macros.h"
 
