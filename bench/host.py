@@ -29,7 +29,7 @@ from dovetail.config import Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Geometry, Site
+from dovetail.core.seams import WALL_CLOCK, Clock, Geometry, Site
 from dovetail.core.technique import compose
 from dovetail.core.types import SpanResult, StepPlan, StepResult
 from dovetail.hub import aliases, models_home
@@ -47,6 +47,7 @@ class NullExecutor:
     """Answers every sampled row with the next token of a text, and notes when it was called."""
 
     num_stages = 1
+    clock: Clock = WALL_CLOCK
 
     def __init__(self, text: list[int], read: int) -> None:
         self.text = text

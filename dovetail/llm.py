@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +123,9 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the growing output after each step. Stopping early frees its pages."""
-        answer = self.session.submit(self.session.prepare(prompt, _params(params)))
-        shown: list[tuple[int, str | None]] = [(0, None)] * len(answer.streams)
-        try:
-            while True:  # others may step the session too, so what counts is what has not been shown yet
-                with self.session.turns:
-                    state = [(len(s.token_ids), s.finish_reason) for s in answer.streams]
-                    output = answer.output() if state != shown else None
-                if output is not None:
-                    shown = state
-                    yield output
-                elif answer.finished:
-                    return
-                else:
-                    with uninterrupted():
-                        self.session.step()
-        finally:
-            if not answer.finished:
-                self.session.abort(answer)
+        answer = self.session.prepare(prompt, _params(params))
+        with closing(self.session.follow(answer, lambda gained: answer.output() if gained else None)) as outputs:
+            yield from (output for output in outputs if output is not None)
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """The tokens of a conversation, ready for the model's answer."""
@@ -177,7 +163,7 @@ class LLM:
     def _finish(self, answers: list[Answer], progress: bool) -> list[RequestOutput]:
         from dovetail.show.progress import counter
 
-        left = {answer.request_id for answer in answers}
+        left = set(answers)
         try:
             with counter("answers", len(answers), enabled=progress) as advance:
                 with uninterrupted():
@@ -186,7 +172,7 @@ class LLM:
                 for answer in answers:
                     with uninterrupted() as interrupts:
                         while not (answer.finished or interrupts):
-                            done = left & {a.request_id for a in self.session.step() if a.finished}
+                            done = left & {d.answer for d in self.session.step() if d.last}
                             left -= done
                             advance(len(done))
                 if left:  # finished by another thread's steps
@@ -194,8 +180,7 @@ class LLM:
         finally:  # an interrupt or a refusal leaves nothing behind
             with uninterrupted():
                 for answer in answers:
-                    if not answer.finished:
-                        self.session.abort(answer)
+                    self.session.abort(answer)
         with self.session.turns:
             return [a.output() for a in answers]
 

@@ -1,8 +1,8 @@
-"""What a caller gets back: text and tokens of one request, growing step by step. Shapes are vLLM's."""
+"""What a caller gets back: what each step brings to an answer, and the answer so far in vLLM's shapes."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dovetail.core.engine import Progress
@@ -23,7 +23,8 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Seconds. `ttft` is None before the first token; `tokens_per_s` counts tokens after the first."""
+    """Seconds, by the session's clock. `ttft` is None before the first token; `tokens_per_s` counts tokens after
+    the first."""
 
     arrival: float
     ttft: float | None
@@ -74,6 +75,7 @@ class Stream:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.last_token: float | None = None  # when it last gained tokens
         self._names: list[dict[int, Logprob]] = []
         self._stoppable = 0  # where text that stop strings may be found in begins
         self._margin = max((len(s) for s in p.stops), default=1) - 1
@@ -150,9 +152,48 @@ def named(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
     return out
 
 
+@dataclass(slots=True)
+class Delta:
+    """What a choice gained: in one step, in several, or in all of them.
+
+    `index` tells which of the answer's choices it is. `time` is when it came, by the session's clock; `waited` is
+    how many seconds the choice had brought no token, or since the request's arrival. The answer has ended with the
+    `last` one.
+    """
+
+    answer: Answer
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]  # one per token, or none at all
+    finish_reason: str | None
+    stop_reason: int | str | None
+    time: float
+    waited: float = 0.0
+    last: bool = False
+
+    @property
+    def choice(self) -> int:
+        """The choice's number, where a body asks for several answers."""
+        return self.answer.first_choice + self.index
+
+    def add(self, later: Delta) -> None:
+        """Take in what the same choice gained afterwards."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.time, self.last = later.time, later.last
+
+
+def text_of(deltas: Iterable[Delta]) -> str:
+    """The text that one choice gained."""
+    return "".join([d.text for d in deltas])
+
+
 @dataclass(eq=False)
 class Answer:
-    """A submitted request with its n streams."""
+    """A request of a user with its n choices, a stream each. Times are the session's clock's."""
 
     request_id: str
     prompt: str | None
@@ -160,29 +201,52 @@ class Answer:
     params: SamplingParams
     streams: list[Stream]
     tokenizer: Tokenizer
+    arrival: float
     score_from: int = 1
-    arrival: float = field(default_factory=time.monotonic)
+    first_choice: int = 0  # the number of its first choice, where a body asks for several answers
     first_token: float | None = None
     last_token: float | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     prompt_names: list[dict[int, Logprob]] = field(default_factory=list)  # of prompt_scores, as far as shown
+    unread: list[Delta] | None = None  # for `Session.follow`, which other threads' steps serve too
     error: str | None = None
 
     @property
     def finished(self) -> bool:
         return all(s.finish_reason is not None for s in self.streams)
 
-    def push(self, progress: Progress, now: float) -> None:
-        """Take what a step brought to one of the streams."""
+    def push(self, progress: Progress, now: float) -> Delta | None:
+        """Take what a step brought to one of the streams; None if nothing of it can be shown."""
         if progress.error is not None:
             self.error = progress.error
-        if progress.tokens:
-            self.last_token = now
-            if self.first_token is None:
-                self.first_token = now
         if progress.prompt_logprobs and progress.request.index == 0:
             self.prompt_scores += progress.prompt_logprobs
-        self.streams[progress.request.index].push(progress)
+        stream = self.streams[progress.request.index]
+        ready, count = stream.ready, len(stream.token_ids)
+        stream.push(progress)
+        if stream.finish_reason is None and (stream.ready, len(stream.token_ids)) == (ready, count):
+            return None
+        return self._gained(stream, ready, count, now)
+
+    def close(self, reason: str, now: float) -> list[Delta]:
+        """End the streams that have not ended; text that was held back is shown."""
+        gained = []
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                ready = stream.ready
+                stream.close(reason)
+                gained.append(self._gained(stream, ready, len(stream.token_ids), now))
+        return gained
+
+    def whole(self) -> list[Delta]:
+        """All that each choice has gained so far."""
+        return [
+            Delta(
+                self, s.request.index, s.text[: s.ready], list(s.token_ids), list(s.logprobs), s.finish_reason,
+                s.stop_reason, self.arrival if s.last_token is None else s.last_token,
+            )
+            for s in self.streams
+        ]  # fmt: skip
 
     def output(self) -> RequestOutput:
         """A snapshot; safe to keep."""
@@ -203,3 +267,19 @@ class Answer:
         busy = self.last_token - self.first_token
         rate = count / busy if count > 0 and busy > 0 else None
         return Metrics(self.arrival, self.first_token - self.arrival, self.last_token - self.arrival, rate)
+
+    def _gained(self, stream: Stream, ready: int, count: int, now: float) -> Delta:
+        """What a stream gained that had `ready` characters and `count` tokens before."""
+        tokens, ended = stream.token_ids[count:], stream.finish_reason is not None
+        since = self.arrival if stream.last_token is None else stream.last_token
+        if tokens:
+            stream.last_token = self.last_token = now
+            if self.first_token is None:
+                self.first_token = now
+        delta = Delta(
+            self, stream.request.index, stream.text[ready : stream.ready], tokens, stream.logprobs[count:],
+            stream.finish_reason, stream.stop_reason, now, now - since, ended and self.finished,
+        )  # fmt: skip
+        if self.unread is not None:
+            self.unread.append(delta)
+        return delta

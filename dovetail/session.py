@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from dovetail.config import Config
 from dovetail.core.engine import Engine
@@ -14,9 +13,12 @@ from dovetail.core.errors import RequestError
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe, Request
+from dovetail.host.interrupts import uninterrupted
 from dovetail.host.turns import Turns
-from dovetail.outputs import Answer, Stream
+from dovetail.outputs import Answer, Delta, Stream
 from dovetail.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _MASK = 2**64 - 1
 SERVING = Probe()  # nothing is measured
@@ -27,15 +29,18 @@ class Session:
 
     Safe from several threads: each of these is a turn of its own, and a step advances everybody's answers. What
     reads an answer that another thread may be stepping holds `turns`. ForkError in a forked child.
+    Times are those of `clock`, which whoever runs the engine's plans owns.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
         self.engine = engine
+        self.clock = engine.clock
         self.tokenizer = tokenizer
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, Answer] = {}  # those that run, by their ids
+        self._owners: dict[Request, Answer] = {}  # whose choice a request that runs is
         self.turns = Turns()
         self._late: list[tuple[Answer, str]] = []  # to be ended before the next step
         self._count = itertools.count()
@@ -73,29 +78,64 @@ class Session:
                 r.dense_until = probe.dense_until
             r.scored, r.observe = probe.score_from - 1, probe.observe
         streams = [Stream(r, self.tokenizer) for r in requests]
-        return Answer(request_id, text, ids, params, streams, self.tokenizer, probe.score_from)
+        return Answer(
+            request_id, text, ids, params, streams, self.tokenizer, self.clock.now(), score_from=probe.score_from
+        )
 
-    def submit(self, answer: Answer) -> Answer:
-        """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run."""
-        with self.turns:
-            return self._submit(answer)
+    def submit(self, answer: Answer, arrival: float | None = None) -> Answer:
+        """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run.
 
-    def step(self) -> list[Answer]:
-        """One step of the engine; the answers that changed."""
+        arrival: when it was asked for, by the session's clock; None is now.
+        """
         with self.turns:
+            return self._submit(answer, arrival)
+
+    def step(self) -> list[Delta]:
+        """One step of the engine: what each choice gained."""
+        with self.turns:
+            gained = []
             while self._late:
-                self._abort(*self._late.pop())
-            return self._step()
+                gained += self._abort(*self._late.pop())
+            return gained + self._step()
 
-    def abort(self, answer: Answer, reason: str = "abort") -> None:
-        """End an answer now; its pages are free when this returns."""
-        if self.turns.mine:  # the garbage collector ends a generator in the midst of a step
+    def abort(self, answer: Answer, reason: str = "abort") -> list[Delta]:
+        """End an answer now: the ends of its choices. Its pages are free when this returns.
+
+        Where the garbage collector calls this in the midst of a step, it is done with the next one.
+        """
+        if answer.finished:
+            return []
+        if self.turns.mine:
             self._late.append((answer, reason))
-            return
+            return []
         with self.turns:
-            self._abort(answer, reason)
+            return self._abort(answer, reason)
 
-    def _submit(self, answer: Answer) -> Answer:
+    def follow(self, answer: Answer, show: Callable[[list[Delta]], T]) -> Generator[T]:
+        """Submit an answer and step until it has ended, yielding after each step what `show` makes of its gain.
+
+        Other threads' steps serve it too, so what a choice gained may come at once or be nothing. `show` is called
+        while nothing changes. Whoever stops reading aborts the answer.
+        """
+        answer.unread = []
+        self.submit(answer)
+        return self._follow(answer, show)
+
+    def _follow(self, answer: Answer, show: Callable[[list[Delta]], T]) -> Generator[T]:
+        ended = False
+        try:
+            while not ended:
+                if not answer.finished:  # by another thread's steps, or by an abort
+                    with uninterrupted():
+                        self.step()
+                with self.turns:
+                    ended, gained, answer.unread = answer.finished, answer.unread or [], []
+                    shown = show(gained)
+                yield shown
+        finally:
+            self.abort(answer)
+
+    def _submit(self, answer: Answer, arrival: float | None) -> Answer:
         if answer.request_id in self.answers:
             raise RequestError(f"a request with id '{answer.request_id}' is already running", param="request_id")
         requests = [s.request for s in answer.streams]
@@ -106,35 +146,35 @@ class Session:
                 for earlier in requests[:i]:
                     self.engine.abort(earlier)
                 raise
-        answer.arrival = time.monotonic()
+        answer.arrival = self.clock.now() if arrival is None else arrival
         self.answers[answer.request_id] = answer
+        self._owners.update(dict.fromkeys(requests, answer))
         return answer
 
-    def _step(self) -> list[Answer]:
-        changed: dict[str, Answer] = {}
-        gained = self.engine.step()
-        now = time.monotonic()
-        for progress in gained:
-            request = progress.request
-            answer = self.answers.get(request.id.rpartition("/")[0])
-            if answer is None:
+    def _step(self) -> list[Delta]:
+        gained = []
+        progress = self.engine.step()
+        now = self.clock.now()
+        for p in progress:
+            answer = self._owners[p.request]
+            delta = answer.push(p, now)
+            if delta is None:
                 continue
-            answer.push(progress, now)
-            changed[answer.request_id] = answer
-            reason = answer.streams[request.index].finish_reason
-            if reason is not None:
-                self.engine.abort(request, reason)
-                if answer.finished:
-                    del self.answers[answer.request_id]
-        return list(changed.values())
+            gained.append(delta)
+            if delta.finish_reason is not None:
+                self.engine.abort(p.request, delta.finish_reason)  # a stop string is the stream's to find
+                del self._owners[p.request]
+            if delta.last:
+                del self.answers[answer.request_id]
+        return gained
 
-    def _abort(self, answer: Answer, reason: str) -> None:
+    def _abort(self, answer: Answer, reason: str) -> list[Delta]:
         for stream in answer.streams:
             self.engine.abort(stream.request, reason)
-            if stream.finish_reason is None:
-                stream.close(reason)
+            self._owners.pop(stream.request, None)
         if self.answers.get(answer.request_id) is answer:
             del self.answers[answer.request_id]
+        return answer.close(reason, self.clock.now())
 
     def _request(self, request_id: str, ids: list[int], params: SamplingParams, seed: int) -> Request:
         limit = self.config.max_model_len

@@ -15,7 +15,7 @@ from dovetail.core.errors import RequestError
 from dovetail.core.pages import PagePool, PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request, Span
-from dovetail.outputs import Stream
+from dovetail.outputs import Answer, Delta, Stream, text_of
 from dovetail.session import Session
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.tiny import TinyCheckpoint, tiny_config, tiny_engine
@@ -292,3 +292,105 @@ def test_token_ids_come_in_many_types(ids) -> None:
 def test_what_is_no_prompt_is_refused_by_name(prompt) -> None:
     with pytest.raises(RequestError, match="prompt"):
         session().prepare(prompt, SamplingParams())
+
+
+# -- what steps bring -------------------------------------------------------------------------------------
+
+FEW = dict.fromkeys(TOKENIZER.encode("ab"), 100.0)
+
+
+def add_up(gained: list[Delta], answers: list[Answer]) -> list[list[Delta]]:
+    """The deltas of each choice as one. Each choice ends once, with its last one, and each answer once."""
+    found: dict[tuple[str, int], Delta] = {}
+    for delta in gained:
+        earlier = found.setdefault((delta.answer.request_id, delta.index), delta)
+        if earlier is not delta:
+            assert earlier.finish_reason is None
+            earlier.add(delta)
+    assert sum(d.finish_reason is not None for d in found.values()) == sum(len(a.streams) for a in answers)
+    assert sum(d.last for d in found.values()) == len(answers)
+    return [[found[a.request_id, i] for i in range(len(a.streams))] for a in answers]
+
+
+def facts(delta: Delta) -> tuple[object, ...]:
+    return (delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason)
+
+
+asked = st.builds(
+    lambda n, most, stop, seed: SamplingParams(
+        n=n, max_tokens=most, stop=stop, seed=seed, logit_bias=FEW, logprobs=1, ignore_eos=True
+    ),
+    st.integers(1, 3), st.integers(1, 9), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2),
+    st.integers(0, 99),
+)  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.text("ab", min_size=1, max_size=30), asked, st.integers(0, 12)), min_size=1, max_size=4),
+    st.sampled_from([(), ("ngram:min_n=1,tokens=4",)]),
+)
+@settings(max_examples=25, deadline=None)
+def test_what_steps_bring_adds_up_to_the_answers(jobs, use) -> None:
+    """Also where an answer is aborted after so many steps, and where one reader's steps bring another's tokens."""
+    s = session(*use, max_num_batched_tokens=16)
+    answers = [s.submit(s.prepare(text, params)) for text, params, _ in jobs]
+    read: list[Delta] = []
+    followed = s.prepare("abab", jobs[0][1])
+    follower = s.follow(followed, read.extend)
+    gained: list[Delta] = []
+    take = s.step
+
+    def step() -> list[Delta]:
+        s.engine.check()
+        gained.extend(found := take())
+        return found
+
+    s.step = step
+    for i in range(13):
+        for answer, (_, _, until) in zip(answers, jobs, strict=True):
+            if i == until:
+                gained += s.abort(answer)
+        if i % 3 == 0:
+            next(follower, None)
+        else:
+            s.step()
+    list(follower)
+    s.engine.check()
+    assert not s.busy and not s.answers
+    shared = [d for d in gained if d.answer is not followed]
+    for found, answer in zip(add_up(shared, answers), answers, strict=True):
+        assert [facts(d) for d in found] == [facts(d) for d in answer.whole()]
+        assert [(d.text, d.token_ids) for d in found] == [(o.text, o.token_ids) for o in answer.output().outputs]
+    (found,) = add_up(read, [followed])
+    assert [facts(d) for d in found] == [facts(d) for d in followed.whole()]
+
+
+def test_text_that_was_held_back_is_shown_when_an_answer_is_aborted() -> None:
+    s = session()
+    params = SamplingParams(logit_bias={TOKENIZER.encode("a")[0]: 100.0}, stop=["aaab"], max_tokens=9, seed=0)
+    a = s.submit(s.prepare("x", params))
+    shown = "".join(d.text for _ in range(4) for d in s.step())
+    (end,) = s.abort(a)
+    assert (shown, end.text, end.finish_reason, end.last) == ("a", "aaa", "abort", True)
+    assert s.abort(a) == []
+
+
+def test_who_stops_following_aborts_the_answer() -> None:
+    s = session(enable_prefix_caching=False)
+    a = s.prepare("hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    pieces = s.follow(a, text_of)
+    next(pieces)
+    pieces.close()
+    assert a.output().outputs[0].finish_reason == "abort"
+    assert not s.busy and s.engine.pool.num_free == 128
+
+
+def test_following_ends_when_another_aborts_the_answer() -> None:
+    s = session()
+    a = s.prepare("hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    reasons: list[list[str | None]] = []
+    for found in s.follow(a, lambda gained: [d.finish_reason for d in gained]):
+        reasons.append(found)
+        s.abort(a, "enough")
+    assert reasons == [[None], ["enough"]]
+    assert s.engine.steps == 1

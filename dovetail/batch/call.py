@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from dovetail.batch.rows import Row
 from dovetail.core.errors import RequestError
-from dovetail.llm import LLM
-from dovetail.outputs import Answer
 from dovetail.server.bodies import chat_body, completion_body
-from dovetail.server.params import (
-    chat_params,
-    check_common,
-    completion_params,
-    messages,
-    prompts,
-    template_variables,
-)
+from dovetail.server.intake import Intake
+from dovetail.server.params import check_common
 from dovetail.server.protocol import ChatRequest, CompletionRequest, sort_extra
-from dovetail.session import mix
 
 
 class Call:
     """A row's answers, checked and tokenized but not queued.
 
-    `defaults` are sampling settings that hold where the body is silent, `unknown` fields that mean nothing here.
+    `defaults` are sampling settings that hold where the body is silent, `unknown` fields that mean nothing here,
+    `open` the number of answers that have not ended.
     Raises RequestError, CapacityError or pydantic's ValidationError.
     """
 
-    def __init__(self, llm: LLM, row: Row, defaults: Mapping[str, Any]) -> None:
-        self.llm = llm
+    def __init__(self, intake: Intake, row: Row, defaults: Mapping[str, Any]) -> None:
+        self.llm = intake.llm
         self.row = row
         body = {name: value for name, value in (row.body or {}).items() if value is not None}
         chat = row.url == "/v1/chat/completions"
@@ -42,7 +33,9 @@ class Call:
             raise RequestError("an answer in a batch cannot be streamed", param="stream")
         check_common(self.request)
         self.unknown = tuple(sort_extra(self.request))
-        self.answers = self._prepare()
+        # A row's own seed: what it gets does not depend on which rows ran before it.
+        self.answers = intake.answers(intake.read(self.request), row.key, seed=int(row.key[:15], 16))
+        self.open = len(self.answers)
 
     @property
     def error(self) -> str | None:
@@ -65,31 +58,6 @@ class Call:
             **head,
             **completion_body(self.request, self.answers, self.llm.tokenizer),
         }
-
-    def _prepare(self) -> list[Answer]:
-        request, llm = self.request, self.llm
-        given: list[str | list[int]]
-        if isinstance(request, ChatRequest):
-            params = chat_params(request, llm.default_params)
-            generation = request.add_generation_prompt is not False
-            variables = template_variables(request)
-            given = [llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)]
-        else:
-            params = completion_params(request, llm.default_params)
-            given = prompts(request.prompt)
-        answers = []
-        for i, prompt in enumerate(given):
-            # A row's own seed: what it gets does not depend on which rows ran before it.
-            seed = mix(int(self.row.key[:15], 16), i) if params.seed is None else params.seed
-            ids = prompt
-            if isinstance(prompt, str) and request.add_special_tokens is False:
-                ids = llm.tokenizer.encode(prompt, add_special_tokens=False)
-            answer = llm.session.prepare(ids, replace(params, seed=seed), f"{self.row.key}-{i}")
-            answer.prompt = prompt if isinstance(prompt, str) else None
-            for stream in answer.streams:
-                stream.request.salt = request.cache_salt or ""
-            answers.append(answer)
-        return answers
 
 
 def _with_defaults(body: dict[str, Any], defaults: Mapping[str, Any], chat: bool) -> dict[str, Any]:

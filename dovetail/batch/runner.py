@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +11,21 @@ from dovetail.batch.call import Call
 from dovetail.batch.journal import Journal
 from dovetail.batch.rows import Row
 from dovetail.core.errors import RequestError
+from dovetail.core.seams import Clock
 from dovetail.llm import LLM
+from dovetail.outputs import Answer
 from dovetail.server import errors
+from dovetail.server.intake import Intake
 
 _LOG = logging.getLogger(__name__)
-ROWS_PER_SEQUENCE = 4  # tokenized and waiting for each request that can run, so that the engine never waits
+ANSWERS_PER_SEQUENCE = 4  # tokenized and waiting for each request that can run, so that the engine never waits
 
 
 @dataclass
 class Totals:
-    """What a run did. `reused` rows were finished by an earlier one."""
+    """What a run did. `reused` rows were finished by an earlier one; `seconds` are the session's clock's."""
 
+    clock: Clock
     rows: int = 0
     answered: int = 0
     errors: int = 0
@@ -30,11 +33,13 @@ class Totals:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     unknown: set[str] = field(default_factory=set)
-    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock.now()
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        return self.clock.now() - self._started
 
 
 class Runner:
@@ -44,10 +49,11 @@ class Runner:
         self.llm = llm
         self.journal = journal
         self.defaults = defaults
-        self.totals = Totals()
+        self.totals = Totals(llm.session.clock)
         self.keys: list[str] = []  # of every row, in the input's order
-        self._calls: dict[str, Call] = {}
-        self._window = llm.config.max_num_seqs * ROWS_PER_SEQUENCE
+        self._intake = Intake(llm)
+        self._calls: dict[Answer, Call] = {}  # of each answer that runs
+        self._window = llm.config.max_num_seqs * ANSWERS_PER_SEQUENCE
 
     def run(self, rows: Iterable[Row], tick: Callable[[Runner], None]) -> None:
         """Finish every row; `tick` is called after each step. A bad row becomes an error result."""
@@ -61,18 +67,18 @@ class Runner:
                         more = False
                     else:
                         self._start(row)
-                for answer in self.llm.session.step():
-                    if answer.finished:
-                        self._settle(answer.request_id.rpartition("-")[0])
+                for delta in self.llm.session.step():
+                    if delta.last:
+                        self._ended(delta.answer)
                 tick(self)
         finally:
-            for call in self._calls.values():
-                self._abort(call)
+            for answer in self._calls:
+                self.llm.session.abort(answer)
 
     @property
     def tokens(self) -> int:
         """Tokens written by this run, also for rows that are not finished."""
-        return self.totals.completion_tokens + sum(c.tokens for c in self._calls.values())
+        return self.totals.completion_tokens + sum(call.tokens for call in set(self._calls.values()))
 
     def _start(self, row: Row) -> None:
         self.keys.append(row.key)
@@ -85,25 +91,27 @@ class Runner:
             return
         call = None
         try:
-            call = Call(self.llm, row, self.defaults)
+            call = Call(self._intake, row, self.defaults)
             for answer in call.answers:
                 self.llm.session.submit(answer)
         except Exception as error:
             known = errors.request_error(error)
             if known.status >= 500:
                 _LOG.exception("row %s failed", row.custom_id)
-            if call is not None:
-                self._abort(call)
+            for answer in () if call is None else call.answers:
+                self.llm.session.abort(answer)
             self._fail(row, known)
             return
         self.totals.unknown.update(name[:64] for name in call.unknown[:64])
-        self._calls[row.key] = call
+        self._calls.update(dict.fromkeys(call.answers, call))
 
-    def _settle(self, key: str) -> None:
-        call = self._calls.get(key)  # None: several answers of a row ended in this step
-        if call is None or not all(a.finished for a in call.answers):
-            return
-        del self._calls[key]
+    def _ended(self, answer: Answer) -> None:
+        call = self._calls.pop(answer)
+        call.open -= 1
+        if not call.open:
+            self._settle(call)
+
+    def _settle(self, call: Call) -> None:
         if call.error is not None:
             self._fail(call.row, RequestError(call.error, status=500, type="server_error"))
             return
@@ -118,11 +126,6 @@ class Runner:
         body = errors.body(error)
         short = {"code": body["error"]["type"], "message": body["error"]["message"]}
         self.journal.add(row.key, _record(row, error.status, body, short))
-
-    def _abort(self, call: Call) -> None:
-        for answer in call.answers:
-            if not answer.finished:
-                self.llm.session.abort(answer)
 
 
 def _record(row: Row, status: int, body: Mapping[str, Any], error: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,11 +35,11 @@ class Conversation:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            answer = self._submit()
+            answer, pieces = self._submit()
         except RequestError:
             self.messages.pop()
             raise
-        yield from self._follow(answer, stopped)
+        yield from self._follow(answer, pieces, stopped)
 
     def again(self, stopped: Callable[[], bool]) -> Iterator[str]:
         """Replace the latest answer, as `ask` does. RequestError if there is none."""
@@ -46,11 +47,11 @@ class Conversation:
             raise RequestError("there is no answer to write again")
         old = self.messages.pop()
         try:
-            answer = self._submit()
+            answer, pieces = self._submit()
         except RequestError:
             self.messages.append(old)
             raise
-        yield from self._follow(answer, stopped)
+        yield from self._follow(answer, pieces, stopped)
 
     def clear(self) -> None:
         """Forget everything but the system message."""
@@ -71,8 +72,10 @@ class Conversation:
             return f"the context of {limit} tokens is full, the answer was cut; /clear starts over"
         return f"cut after {len(self.last.outputs[0].token_ids)} tokens; --max-tokens allows longer answers"
 
-    def _submit(self) -> Answer:
-        """Queue the conversation as it stands, for the model to go on."""
+    def _submit(self) -> tuple[Answer, Generator[str]]:
+        """Queue the conversation as it stands, for the model to go on: the answer, and its text step by step."""
+        from dovetail.outputs import text_of
+
         llm = self.llm
         system = [{"role": "system", "content": self.system}] if self.system else []
         ids = terminal.chat_ids(llm, system + self.messages, "`dovetail run --raw` continues plain text")
@@ -86,21 +89,18 @@ class Conversation:
         params = terminal.params_for(llm, ids, self.sampling, MAX_TOKENS)
         if params.max_tokens is not None:  # what fits shrinks from turn to turn
             params = replace(params, max_tokens=min(params.max_tokens, limit - len(ids)))
-        return llm.session.submit(llm.session.prepare(ids, params))
+        answer = llm.session.prepare(ids, params)
+        return answer, llm.session.follow(answer, text_of)
 
-    def _follow(self, answer: Answer, stopped: Callable[[], bool]) -> Iterator[str]:
-        session, stream, shown = self.llm.session, answer.streams[0], 0
+    def _follow(self, answer: Answer, pieces: Generator[str], stopped: Callable[[], bool]) -> Iterator[str]:
         try:
-            while not answer.finished and not stopped():
-                session.step()
-                if stream.ready > shown:
-                    yield stream.text[shown : stream.ready]
-                    shown = stream.ready
-        finally:  # also where the reader stops reading
-            if not answer.finished:
-                session.abort(answer)
+            with closing(pieces):  # also where the reader stops reading
+                for piece in pieces:
+                    yield piece
+                    if stopped():  # text that was held back still comes
+                        self.llm.session.abort(answer)
+        finally:
             self.last = answer.output()
             self.messages.append({"role": "assistant", "content": self.last.outputs[0].text})
-        yield self.last.outputs[0].text[shown:]
         if self.last.error is not None:
             raise RequestError(f"the answer could not be finished: {self.last.error}")

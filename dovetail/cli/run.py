@@ -94,19 +94,20 @@ def _utf8(what: str, text: str) -> str:
 
 
 def _answer(llm: LLM, ids: list[int], params: SamplingParams, quiet: bool) -> RequestOutput:
-    shown, output = 0, None
+    from dovetail.outputs import text_of
+
+    answer, shown = llm.session.prepare(ids, params), False
     try:
-        for output in llm.stream(ids, params):
-            if not quiet:
-                sys.stdout.write(output.outputs[0].text[shown:])
+        for text in llm.session.follow(answer, text_of):
+            if text and not quiet:
+                sys.stdout.write(text)
                 sys.stdout.flush()
-            shown = len(output.outputs[0].text)
+                shown = True
     finally:
-        if shown and not quiet:
+        if shown:
             sys.stdout.write("\n")
             sys.stdout.flush()
-    if output is None:
-        raise RuntimeError("the engine ended a request without an output")
+    output = answer.output()
     if output.error is not None:
         raise RequestError(f"the answer could not be finished: {output.error}")
     return output

@@ -27,6 +27,7 @@ class Engine:
 
     def __init__(self, executor: Executor, pool: PagePool, seams: Seams, limits: Limits) -> None:
         self.executor = executor
+        self.clock = executor.clock
         self.pool = pool
         self.seams = seams
         self.scheduler = Scheduler(pool, seams, limits, executor.num_stages)

@@ -6,6 +6,7 @@ a time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -216,10 +217,34 @@ class SlidingWindow(Variant):
         return self.inner.mask(q_pos, k_pos, head) & (k_pos > q_pos - self.window)
 
 
+class Clock(Protocol):
+    """The time by which requests are timed: seconds since a fixed point. It never goes back.
+
+    There is no sleep, because nothing in the engine waits for a moment to come. Who lets virtual time pass moves
+    its own clock: an executor in `run`, or a program that submits requests at given times.
+    """
+
+    def now(self) -> float: ...
+
+
+class WallClock:
+    """The host's time."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+WALL_CLOCK = WallClock()
+
+
 class Executor(Protocol):
-    """Who runs a plan. Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length."""
+    """Who runs a plan. Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length.
+
+    `clock` is the time in which plans run. All times of requests are read from it.
+    """
 
     num_stages: int
+    clock: Clock
 
     def run(self, plan: StepPlan) -> StepResult: ...
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.core.seams import WALL_CLOCK, Clock
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
@@ -28,6 +29,7 @@ class ModelExecutor:
         self.kv = kv
         self.builder = builder
         self.num_stages = len(model.program)
+        self.clock: Clock = WALL_CLOCK
         self.calls = 0
         self._carry: dict[str, Tensor] = {}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dovetail.core.pages import IntArray
-from dovetail.core.seams import Codec, Residency, RowFilter, Seams, Selector
+from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Residency, RowFilter, Seams, Selector
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
@@ -56,6 +56,7 @@ class NativeExecutor:
         self.model = model
         self.kv = kv
         self.num_stages = len(model.program)
+        self.clock: Clock = WALL_CLOCK
         self.calls = 0
         shape = model.geometry
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)

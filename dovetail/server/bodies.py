@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dovetail.outputs import Answer, Stream
+from dovetail.outputs import Answer, Delta
 from dovetail.server import logprobs
-from dovetail.server.job import Delta
 from dovetail.server.logprobs import CompletionLogprobs, joined
 from dovetail.server.params import scores_only
 from dovetail.server.protocol import ChatRequest, CompletionRequest
@@ -29,23 +28,24 @@ def usage(answers: Sequence[Answer], completion_tokens: int) -> dict[str, Any]:
 def chat_body(request: ChatRequest, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:
     """A chat.completion without id, created and model; there is one answer."""
     (answer,) = answers
+    whole = answer.whole()
     out: dict[str, Any] = {
         "object": "chat.completion",
-        "choices": [_chat_choice(request, s, tokenizer) for s in answer.streams],
-        "usage": usage(answers, sum(len(s.token_ids) for s in answer.streams)),
+        "choices": [_chat_choice(request, choice, tokenizer) for choice in whole],
+        "usage": usage(answers, sum(len(choice.token_ids) for choice in whole)),
     }
     if request.prompt_logprobs is not None:
         out["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
     return out
 
 
-def _chat_choice(request: ChatRequest, stream: Stream, tokenizer: Tokenizer) -> dict[str, Any]:
+def _chat_choice(request: ChatRequest, whole: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "index": stream.request.index,
-        "message": {"role": "assistant", "content": stream.text},
-        "logprobs": logprobs.chat_logprobs(stream.logprobs, tokenizer) if request.logprobs else None,
-        "finish_reason": stream.finish_reason,
-        "stop_reason": stream.stop_reason,
+        "index": whole.choice,
+        "message": {"role": "assistant", "content": whole.text},
+        "logprobs": logprobs.chat_logprobs(whole.logprobs, tokenizer) if request.logprobs else None,
+        "finish_reason": whole.finish_reason,
+        "stop_reason": whole.stop_reason,
     }
 
 
@@ -54,27 +54,23 @@ def completion_body(request: CompletionRequest, answers: Sequence[Answer], token
     choices: list[dict[str, Any]] = []
     tokens = 0
     for answer in answers:
-        for stream in answer.streams:
-            delta = Delta(
-                len(choices),
-                stream.text,
-                stream.token_ids,
-                stream.logprobs,
-                stream.finish_reason,
-                stream.stop_reason,
-            )
-            choice = text_choice(request, delta, answer, CompletionLogprobs(tokenizer))
+        for whole in answer.whole():
+            choice = text_choice(request, whole, CompletionLogprobs(tokenizer))
             if request.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
             choices.append(choice)
-            tokens += 0 if scores_only(request) else len(stream.token_ids)
+            tokens += shown_tokens(request, whole)
     return {"object": "text_completion", "choices": choices, "usage": usage(answers, tokens)}
 
 
-def text_choice(
-    request: CompletionRequest, delta: Delta, answer: Answer, builder: CompletionLogprobs
-) -> dict[str, Any]:
+def shown_tokens(request: CompletionRequest, delta: Delta) -> int:
+    """How many of the tokens the client sees; one that only the prompt's scores needed is thrown away."""
+    return 0 if scores_only(request) else len(delta.token_ids)
+
+
+def text_choice(request: CompletionRequest, delta: Delta, builder: CompletionLogprobs) -> dict[str, Any]:
     """A choice, whole or its next part. A builder that has not been used yet brings the echoed prompt."""
+    answer = delta.answer
     only, echo = scores_only(request), bool(request.echo) and not builder.begun
     builder.begun = True
     text = "" if only else delta.text

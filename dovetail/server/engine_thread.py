@@ -15,9 +15,9 @@ from functools import partial
 from typing import TypeVar
 
 from dovetail.core.errors import CapacityError, RequestError
-from dovetail.outputs import Answer
+from dovetail.outputs import Answer, Delta
 from dovetail.server.errors import Failure, Unavailable
-from dovetail.server.job import Delta, Job, Track
+from dovetail.server.job import Job
 from dovetail.server.metrics import Metrics
 from dovetail.session import Session
 
@@ -53,7 +53,7 @@ class EngineThread:
         self.metrics = metrics
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._jobs: dict[str, tuple[Job, int]] = {}  # request id -> its job, which of the job's answers it is
+        self._jobs: dict[Answer, Job] = {}  # of each answer that runs
         self._beat = time.monotonic()
         self._empty_steps = 0
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class EngineThread:
 
     def submit(self, job: Job) -> None:
         """Queue a job of the event loop's; it is accepted, or ends with the reason why not."""
-        self._send(_Command(partial(self._submit, job), lambda error: self._post([partial(job.end, error)])))
+        self._send(_Command(partial(self._submit, job), lambda error: self._post([partial(job.fail, error)])))
 
     def abort(self, job: Job, reason: Exception | None = None) -> None:
         """End a job in whatever state it is; its pages are free at the latest when the current step is done."""
@@ -146,77 +146,51 @@ class EngineThread:
             command.run()
 
     def _step(self) -> None:
-        changed = self.session.step()
-        now = self._beat = time.monotonic()
+        gained = self.session.step()
+        self._beat = time.monotonic()
         tokens = self.session.engine.last_plan.num_tokens
         self._empty_steps = 0 if tokens else self._empty_steps + 1
         if self._empty_steps > MAX_EMPTY_STEPS:
             raise RuntimeError("the scheduler has requests but plans nothing")
-        events: list[Event] = []
-        for answer in changed:
-            job, position = self._jobs.get(answer.request_id, (None, 0))
-            if job is None:  # another answer of its job has failed in this step
-                continue
-            deltas = self._advance(job, position, now)
-            if answer.error is None:  # else the error is the only end that the reader sees
-                events += [partial(job.put, delta) for delta in deltas]
-            if answer.finished:
-                events += self._finished(job, answer)
         self.metrics.stepped(tokens)
-        self._post(events)
+        self._post([event for delta in gained for event in self._gained(delta)])
 
-    def _advance(self, job: Job, position: int, now: float) -> list[Delta]:
-        """What the streams of an answer gained."""
-        answer = job.answers[position]
-        first = sum(len(a.streams) for a in job.answers[:position])
-        deltas = []
-        for stream, track in zip(answer.streams, job.tracks[position], strict=True):
-            count = len(stream.token_ids)
-            ends = stream.finish_reason is not None and not track.ended
-            if count == track.tokens and stream.ready == track.text and not ends:
-                continue
-            if job.streaming:
-                deltas.append(
-                    Delta(
-                        first + stream.request.index, stream.text[track.text : stream.ready],
-                        stream.token_ids[track.tokens :], stream.logprobs[track.tokens :],
-                        stream.finish_reason, stream.stop_reason,
-                    )
-                )  # fmt: skip
-            self._measure(answer, track, count, now, job.arrival)
-            track.text, track.tokens, track.ended = stream.ready, count, stream.finish_reason is not None
-            if ends:
-                self.metrics.finished(
-                    stream.finish_reason or "", len(answer.prompt_token_ids), count, now - job.arrival
-                )
-        return deltas
-
-    def _measure(self, answer: Answer, track: Track, count: int, now: float, arrival: float) -> None:
-        if count == track.tokens:
-            return
-        if track.tokens == 0:
-            self.metrics.first_token(now - arrival, len(answer.prompt_token_ids))
-        else:
-            self.metrics.next_token(now - track.last)
-        self.metrics.generated(count - track.tokens)
-        track.last = now
-
-    def _finished(self, job: Job, answer: Answer) -> list[Event]:
-        del self._jobs[answer.request_id]
+    def _gained(self, delta: Delta) -> list[Event]:
+        """Hand a delta over to its job's reader, or the error that its answer ended with."""
+        self._measure(delta)
+        answer = delta.answer
+        job = self._jobs.get(answer)
+        if job is None:  # another answer of its job has failed in this step
+            return []
         if answer.error is not None:
             return [self._end(job, Failure(answer.error))]
-        return [job.end] if all(a.finished for a in job.answers) else []
+        if delta.last:
+            del self._jobs[answer]
+        # Who waits for the whole is woken by ends only.
+        return [partial(job.put, delta)] if job.streaming or delta.finish_reason is not None else []
+
+    def _measure(self, delta: Delta) -> None:
+        answer, new = delta.answer, len(delta.token_ids)
+        prompt, total = len(answer.prompt_token_ids), len(answer.streams[delta.index].token_ids)
+        if new:
+            if new == total:
+                self.metrics.first_token(delta.waited, prompt)
+            else:
+                self.metrics.next_token(delta.waited)
+            self.metrics.generated(new)
+        if delta.finish_reason is not None:
+            self.metrics.finished(delta.finish_reason, prompt, total, delta.time - answer.arrival)
 
     def _submit(self, job: Job) -> None:
         if job.cancelled:
             return
-        for position, answer in enumerate(job.answers):
+        for answer in job.answers:
             try:
-                self.session.submit(answer)
+                self.session.submit(answer, job.arrival)
             except (RequestError, CapacityError) as error:
                 self._post([self._end(job, error)])
                 return
-            self._jobs[answer.request_id] = (job, position)
+            self._jobs[answer] = job
         self._post([job.accept])
 
     def _abort(self, jobs: Sequence[Job], reason: Exception) -> None:
@@ -224,15 +198,14 @@ class EngineThread:
 
     def _end(self, job: Job, error: Exception) -> Event:
         """Stop what still runs of a job; the event that ends it."""
-        now = time.monotonic()
-        for position, answer in enumerate(job.answers):
-            if self._jobs.pop(answer.request_id, None) is not None:
-                self.session.abort(answer)
-                self._advance(job, position, now)
-        return partial(job.end, error)
+        for answer in job.answers:
+            if self._jobs.pop(answer, None) is not None:
+                for delta in self.session.abort(answer):
+                    self._measure(delta)
+        return partial(job.fail, error)
 
     def _open_jobs(self) -> list[Job]:
-        return list({id(job): job for job, _ in self._jobs.values()}.values())
+        return list(dict.fromkeys(self._jobs.values()))
 
     def _close(self) -> None:
         """Refuse the commands that came meanwhile and those to come; end every open job."""
@@ -243,7 +216,7 @@ class EngineThread:
                 command = self._commands.get(block=False)
                 if command is not None:
                     command.refuse(self._refusal())
-        self._post([partial(job.end, self._refusal()) for job in self._open_jobs()])
+        self._post([partial(job.fail, self._refusal()) for job in self._open_jobs()])
         self._jobs.clear()
         if self.failure is not None:
             self._post([self._on_failure])

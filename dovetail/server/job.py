@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 
-from dovetail.core.types import TokenLogprobs
-from dovetail.outputs import Answer
-
-
-@dataclass
-class Delta:
-    """What a choice gained since the reader last looked."""
-
-    choice: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-    def add(self, later: Delta) -> None:
-        self.text += later.text
-        self.token_ids += later.token_ids
-        self.logprobs += later.logprobs
-        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
-
-
-@dataclass
-class Track:
-    """How much of a stream was handed over, and when it last gained tokens. The engine's thread owns it."""
-
-    text: int = 0
-    tokens: int = 0
-    last: float = 0.0
-    ended: bool = False
+from dovetail.outputs import Answer, Delta
 
 
 class Job:
     """Answers on their way, and one reader.
 
     Deltas that the reader has not taken are merged, one per choice: a slow reader holds no more than its
-    answers' text. It ends exactly once, with an error or without. All methods belong to the event loop;
-    `cancelled` and `tracks` are for the engine's thread.
+    answers' text. It ends exactly once: when the last of its choices has, or with an error. All methods belong to
+    the event loop; `cancelled` is for the engine's thread. arrival: when it was asked for, by the session's clock.
     """
 
-    def __init__(self, answers: Sequence[Answer], streaming: bool, arrival: float | None = None) -> None:
+    def __init__(self, answers: Sequence[Answer], streaming: bool, arrival: float) -> None:
         self.answers = list(answers)
         self.streaming = streaming
-        self.arrival = time.monotonic() if arrival is None else arrival
-        self.tracks = [[Track(last=self.arrival) for _ in a.streams] for a in self.answers]
+        self.arrival = arrival
         self.cancelled = False
-        self.ended = False
         self.error: Exception | None = None
         self._accepted = False
+        self._open = sum(len(a.streams) for a in self.answers)  # choices that have not ended
         self._pending: dict[int, Delta] = {}
         self._changed = asyncio.Event()
-        for answer in self.answers:
-            answer.arrival = self.arrival
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or not self._open
 
     def accept(self) -> None:
         self._accepted = True
@@ -73,11 +43,13 @@ class Job:
             self._pending[delta.choice] = delta
         else:
             earlier.add(delta)
+        if delta.finish_reason is not None:
+            self._open -= 1
         self._changed.set()
 
-    def end(self, error: Exception | None = None) -> None:
+    def fail(self, error: Exception) -> None:
         if not self.ended:
-            self.ended, self.error = True, error
+            self.error = error
             self._changed.set()
 
     async def accepted(self) -> None:

@@ -21,6 +21,7 @@ _SAME = (
 
 _TEMPLATE_RESERVED = frozenset({"self", "messages", "add_generation_prompt", "tools", "chat_template"})
 
+Prompt = str | list[int]
 Defaults = Callable[..., SamplingParams]  # the checkpoint's own settings, with overrides
 
 
@@ -69,7 +70,7 @@ def _given(request: GenerationRequest) -> dict[str, Any]:
     return {name: value for name in _SAME if (value := getattr(request, name)) is not None}
 
 
-def prompts(value: Any) -> list[str | list[int]]:
+def prompts(value: Any) -> list[Prompt]:
     """One prompt or several: a string, a list of strings, a list of token ids, a list of lists of token ids."""
     if isinstance(value, str):
         return [value]

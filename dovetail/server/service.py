@@ -1,4 +1,4 @@
-"""What the routes share: the model, the engine's thread, the gate, and the way from a prompt to a job."""
+"""What the routes share: the model, the way in, the engine's thread, the gate."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dovetail.core.errors import RequestError
-from dovetail.core.sampling import SamplingParams
 from dovetail.llm import LLM
 from dovetail.outputs import Answer
 from dovetail.server.engine_thread import EngineThread
 from dovetail.server.errors import NotFound
 from dovetail.server.gate import Gate
+from dovetail.server.intake import Intake
 from dovetail.server.job import Job
 from dovetail.server.metrics import Metrics
 from dovetail.server.params import check_common
@@ -26,8 +24,6 @@ from dovetail.server.protocol import GenerationRequest, sort_extra
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-
-Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,7 @@ class Service:
         self.gate = Gate(llm.config.max_num_seqs + options.max_queue)
         self.engine = EngineThread(llm.session, self.metrics)
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="dovetail-text")
-        pieces = llm.tokenizer.backend.get_vocab(with_added_tokens=True)
-        self._longest_piece = max(map(len, pieces), default=1)
+        self.intake = Intake(llm)
 
     def close(self) -> None:
         self.engine.stop()
@@ -75,24 +70,6 @@ class Service:
                 _LOG.warning("request field %r means nothing here and is ignored", name[:64])
         return request.model or self.options.names[0]
 
-    def prepare(
-        self, prompts: Sequence[Prompt], params: SamplingParams, request: GenerationRequest
-    ) -> list[Answer]:
-        """Tokenized and checked answers, one per prompt. Takes a while for long prompts."""
-        identity = uuid.uuid4().hex
-        answers = []
-        for i, prompt in enumerate(prompts):
-            self._check_length(prompt)
-            text, ids = prompt, prompt
-            if isinstance(prompt, str) and request.add_special_tokens is False:
-                ids = self.llm.tokenizer.encode(prompt, add_special_tokens=False)
-            answer = self.llm.session.prepare(ids, params, f"{identity}-{i}")
-            answer.prompt = text if isinstance(text, str) else None
-            for stream in answer.streams:
-                stream.request.salt = request.cache_salt or ""
-            answers.append(answer)
-        return answers
-
     @contextlib.asynccontextmanager
     async def running(self, answers: Sequence[Answer], streaming: bool, arrival: float) -> AsyncIterator[Job]:
         """The answers as a job that the engine has accepted; on leaving, whatever still runs of it is aborted."""
@@ -103,12 +80,3 @@ class Service:
             yield job
         finally:
             self.engine.abort(job)
-
-    def _check_length(self, prompt: Prompt) -> None:
-        """Refuse what cannot fit before the work of tokenizing or copying it."""
-        limit = self.llm.config.max_model_len
-        unit, least = ("characters", self._longest_piece) if isinstance(prompt, str) else ("tokens", 1)
-        if len(prompt) > limit * least:
-            raise RequestError(
-                f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
-            )

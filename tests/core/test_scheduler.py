@@ -15,7 +15,7 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, PageTable, pages_for
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Codec, Drafter, Policy, Seams, Selector
+from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Drafter, Policy, Seams, Selector
 from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
 
 
@@ -30,6 +30,7 @@ class FakeExecutor:
     page_size: int
     budget: int
     num_stages: int = 1
+    clock: Clock = WALL_CLOCK
     memory: dict[int, tuple[int, ...]] = field(default_factory=dict)
     plans: list[StepPlan] = field(default_factory=list)
     sealed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # page -> the text to its end

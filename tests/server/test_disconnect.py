@@ -89,23 +89,33 @@ def test_while_the_prompt_is_tokenized(running: Running) -> None:
     running.check_empty()
 
 
-def test_a_slow_reader_gets_merged_deltas() -> None:
+def test_a_slow_reader_gets_merged_deltas(shared: Running) -> None:
     import asyncio
 
-    from dovetail.server.job import Delta, Job
+    from dovetail.core.sampling import SamplingParams
+    from dovetail.outputs import Delta
+    from dovetail.server.job import Job
+
+    answer = shared.llm.session.prepare("x", SamplingParams(n=2))
+
+    def delta(index: int, text: str, ids: list[int], reason: str | None = None) -> Delta:
+        return Delta(answer, index, text, ids, [], reason, None, 0.0)
 
     async def scenario() -> list[list[Delta]]:
-        job = Job([], streaming=True)
+        job = Job([answer], True, 0.0)
         job.accept()
         for i in range(1000):
-            job.put(Delta(i % 2, "ab"[i % 2], [i]))
-        job.put(Delta(0, "!", finish_reason="stop"))
-        job.end()
-        job.end(RuntimeError("late"))
-        job.put(Delta(0, "late"))
+            job.put(delta(i % 2, "ab"[i % 2], [i]))
+        job.put(delta(0, "!", [], "stop"))
+        assert not job.ended
+        job.put(delta(1, "", [], "length"))
+        assert job.ended
+        job.fail(RuntimeError("late"))
+        job.put(delta(0, "late", []))
         await job.accepted()
         return [batch async for batch in job.deltas()]
 
     ((first, second),) = asyncio.run(scenario())
     assert first.text == "a" * 500 + "!" and second.text == "b" * 500
-    assert first.finish_reason == "stop" and len(second.token_ids) == 500
+    assert (first.finish_reason, second.finish_reason) == ("stop", "length")
+    assert len(second.token_ids) == 500

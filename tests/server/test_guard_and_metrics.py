@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dovetail.server.metrics import token_buckets
 from dovetail.server.service import ServiceOptions
 from tests.server.serving import NAME, Running
+from tests.test_clock import VIRTUAL
 
 PREFIX = "vllm:"
 LABELLED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
@@ -82,3 +83,18 @@ def test_the_version_has_the_resolved_configuration(shared: Running) -> None:
     config = shared.llm.config
     assert found["config"]["use"] == list(config.use) and found["config"]["threads"] == config.threads
     assert found["config"]["kv_memory"] == config.kv_memory
+
+
+def test_latencies_are_the_session_s_clock_s(start) -> None:
+    """A client asks for three tokens of an engine whose steps take a second each."""
+    running: Running = start(use=VIRTUAL)
+    for prompt in ("a", ["b", "c"]):
+        running.complete(prompt, max_tokens=3, ignore_eos=True)
+    text = httpx.get(f"{running.url}/metrics").text
+    values = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    for name, count, total in (
+        ("time_to_first_token_seconds", 3, 3.0),
+        ("inter_token_latency_seconds", 6, 6.0),
+        ("e2e_request_latency_seconds", 3, 9.0),
+    ):
+        assert (values[f"vllm:{name}_count"], values[f"vllm:{name}_sum"]) == (count, total), name

@@ -120,7 +120,7 @@ def _take(side: Side, jobs: Sequence[Job], advance: Advance) -> None:
     answers = [llm.session.submit(llm.session.prepare(job.ids, job.params)) for job in jobs]
     batches: list[int] = []
     while llm.session.busy:
-        advance(sum(answer.finished for answer in llm.session.step()))
+        advance(sum(delta.last for delta in llm.session.step()))
         batches.append(len(llm.engine.last_plan.spans))
     seconds = time.perf_counter() - start
     prompt, output = sum(len(job.ids) for job in jobs), sum(len(a.streams[0].token_ids) for a in answers)

@@ -1,0 +1,88 @@
+"""From a request's fields to answers, tokenized and checked: the server's way in and the batch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dovetail.core.errors import RequestError
+from dovetail.core.sampling import SamplingParams
+from dovetail.llm import LLM
+from dovetail.outputs import Answer
+from dovetail.server.params import (
+    Prompt,
+    chat_params,
+    completion_params,
+    messages,
+    prompts,
+    template_variables,
+)
+from dovetail.server.protocol import ChatRequest, CompletionRequest
+from dovetail.session import mix
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for. A conversation has no `prompts`: its one prompt is made by the chat template."""
+
+    request: ChatRequest | CompletionRequest
+    params: SamplingParams
+    prompts: Sequence[Prompt] = ()
+
+    @property
+    def choices(self) -> int:
+        return self.params.n * max(1, len(self.prompts))
+
+
+class Intake:
+    """Reads requests to one model. RequestError names the field that is wrong."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        pieces = llm.tokenizer.backend.get_vocab(with_added_tokens=True)
+        self._longest_piece = max(map(len, pieces), default=1)
+
+    def read(self, request: ChatRequest | CompletionRequest) -> Asked:
+        """The parameters and prompts of a request whose common fields are checked."""
+        if isinstance(request, ChatRequest):
+            return Asked(request, chat_params(request, self.llm.default_params))
+        params = completion_params(request, self.llm.default_params)
+        return Asked(request, params, prompts(request.prompt))
+
+    def answers(self, asked: Asked, name: str, seed: int | None = None) -> list[Answer]:
+        """An answer per prompt, with ids made from `name`; nothing is queued. Takes a while for long prompts.
+
+        Choices are numbered prompt by prompt: choice i belongs to prompt i // n. `seed` counts where the request
+        has none; each prompt gets another one made from it.
+        """
+        request, found = asked.request, []
+        given = [self._conversation(request)] if isinstance(request, ChatRequest) else asked.prompts
+        for i, prompt in enumerate(given):
+            self._check_length(prompt)
+            params = asked.params
+            if params.seed is None and seed is not None:
+                params = replace(params, seed=mix(seed, i))
+            ids = prompt
+            if isinstance(prompt, str) and request.add_special_tokens is False:
+                ids = self.llm.tokenizer.encode(prompt, add_special_tokens=False)
+            answer = self.llm.session.prepare(ids, params, f"{name}-{i}")
+            answer.prompt = prompt if isinstance(prompt, str) else None
+            answer.first_choice = i * params.n
+            for stream in answer.streams:
+                stream.request.salt = request.cache_salt or ""
+            found.append(answer)
+        return found
+
+    def _conversation(self, request: ChatRequest) -> list[int]:
+        variables = template_variables(request)
+        generation = request.add_generation_prompt is not False
+        return self.llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)
+
+    def _check_length(self, prompt: Prompt) -> None:
+        """Refuse what cannot fit before the work of tokenizing or copying it."""
+        limit = self.llm.config.max_model_len
+        unit, least = ("characters", self._longest_piece) if isinstance(prompt, str) else ("tokens", 1)
+        if len(prompt) > limit * least:
+            raise RequestError(
+                f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
+            )
