@@ -17,7 +17,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Request
 from dovetail.layers.embedding import Embedding
-from dovetail.models import facts
+from dovetail.models import MODELS, facts
 from dovetail.ops.stored import StoredTensor
 from dovetail.techniques import technique
 
@@ -38,6 +38,7 @@ class TinyCheckpoint:
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         self.config = config
+        self.architecture = MODELS[config.architecture]
         self.path = Path("tiny")
         self.generation_config: dict[str, Any] = {}
         self.bytes = 0
