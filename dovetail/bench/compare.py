@@ -17,18 +17,18 @@ from dovetail.host.json_file import parse_json_object, read_bytes
 
 MAX_BYTES = 64 << 20
 ORIGIN = ("machine", "versions", "commit", "config")
-# What was asked for, in numbers; what is in words (and yes or no) always is.
+# Numbers that say what was asked for. Texts and yes-or-no values always do.
 ASKED = {
     *("rounds", "workload", "slo", "sampling", "threads", "seed", "trials", "limit"),
     *("window", "windows", "dense", "needles", "shots"),
 }
-# No figures either: where the result comes from, single answers, and the readings that figures were made from.
+# Not figures either: the result's origin, single answers, and the readings from which figures were made.
 _NOT_FIGURES = ASKED | {
     *(*ORIGIN, "date", "targets", "spread", "samples", "facts", "settings", "items", "refusals"),
 }
-_SALT = "salt"  # of a workload: new each time, so that a server that runs already gets new prompts
+_SALT = "salt"  # of a workload: new each time, so that a running server gets new prompts
 _OF_TARGETS = ("target", "model", "context", "version", "options", "config")
-_NAMES = ("setting", "name", "target", "rate", "length", "depth")  # what tells the objects of a list apart
+_NAMES = ("setting", "name", "target", "rate", "length", "depth")  # by which the objects of a list are told apart
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -50,11 +50,12 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """What is different about two results, and the figures that both have.
+    """In what two results differ, and the figures that both have.
 
-    `same_machine`; `differs`: in what, as [a's, b's], by part of origin and what was `asked`; `figures`: `a`,
-    `b`, `ratio` (b / a, None where a is 0), `spread_a`, `spread_b` and `beyond`, whether these do not touch;
-    `only_a`, `only_b`: the names of the others. ConfigError if they have no figure in common.
+    same_machine: whether both say so. differs: [a's value, b's value] by place, for the results' origins and for
+    what was `asked`. figures: `a`, `b`, `ratio` (b / a, None where a is 0), `spread_a`, `spread_b`, and `beyond`,
+    which says that the spreads do not touch. only_a, only_b: names of figures that only one has. ConfigError if
+    they have no figure in common.
     """
     ours, theirs = dict(figures(a)), dict(figures(b))
     common = [place for place in ours if place in theirs]
@@ -74,7 +75,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figures(value: Any, place: Path = ()) -> Iterator[tuple[Path, float]]:
-    """Every finite number in objects, and in lists of objects, by its place; lists of numbers are readings."""
+    """Every finite number in objects and in lists of objects, by its place. Lists of numbers are readings, not
+    figures."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key not in _NOT_FIGURES:
@@ -94,7 +96,7 @@ def spread(result: Mapping[str, Any], place: Path) -> tuple[float, float] | None
             around = (around if isinstance(around, Mapping) else _named(around)).get(name)
         if found := _range(at(around, ("spread", *place[depth:]))):
             return found
-    if "peer" in result and len(place) == 2:  # bench/peers.py: the figure first, then whose it is
+    if "peer" in result and len(place) == 2:  # bench/peers.py names the figure first, and then whose it is
         whose, figure = {"ratios": "ratio"}.get(place[0], place[0]), place[1]
         return _range(at(result, ("spread", figure, whose)))
     return None
@@ -119,7 +121,7 @@ def _range(value: Any) -> tuple[float, float] | None:
 
 
 def _names(objects: list[Mapping[str, Any]]) -> list[str]:
-    """A name for each of a list's objects: its own if these are all different, else its number."""
+    """A name for each object of a list: its own name if all are different, else its number."""
     targets = {str(inner.get("target")) for inner in objects}
     telling = [key for key in _NAMES if key != "target" or len(targets) > 1]
     own = ["/".join(str(inner[key]) for key in telling if key in inner) for inner in objects]
@@ -133,14 +135,14 @@ def _origin(result: Mapping[str, Any], name: str) -> Any:
 
 
 def _asked(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result says of the measurement: its words, how often it was made, and what it was made of."""
+    """What a result says about the measurement: texts, numbers of rounds, and its input."""
     found: dict[str, Any] = {}
     for name, value in result.items():
         if name in (*ORIGIN, "date"):
             continue
         if name in ASKED or isinstance(value, (str, bool)):
             found[name] = value
-        elif name == "results":  # of an evaluation: several settings, each with a configuration of its own
+        elif name == "results":  # several settings of an evaluation, each with its own configuration
             found[name] = {key: _asked(one) | _config(one) for key, one in _named(value).items()}
         elif name == "against" and isinstance(value, Mapping):
             found[name] = _asked(value) | _config(value)
@@ -158,12 +160,12 @@ def _config(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_machine(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether what both say of the machine is the same."""
+    """Whether both describe the same machine."""
     return all(a[name] == b[name] for name in a if name in b)
 
 
 def _differences(a: Any, b: Any, name: str = "") -> dict[str, list[Any]]:
-    """Everything in which two values differ, by its place; None for what one of them does not have."""
+    """Everything in which two values differ, by its place. None means that one of them does not have it."""
     if not any(isinstance(value, Mapping) and value for value in (a, b)):
         return {} if a == b else {name: [a, b]}
     ours, theirs = (value if isinstance(value, Mapping) else {"": value} for value in (a or {}, b or {}))
@@ -175,7 +177,7 @@ def _differences(a: Any, b: Any, name: str = "") -> dict[str, list[Any]]:
 
 
 def _named(value: Any) -> dict[str, Any]:
-    """A list's objects by their names; nothing of anything else."""
+    """The objects of a list by their names. Empty for anything but a list of objects."""
     objects = value if isinstance(value, list) and all(isinstance(inner, Mapping) for inner in value) else []
     return dict(zip(_names(objects), objects, strict=True))
 

@@ -1,7 +1,7 @@
-"""How fast a batch decodes where memory for KV is limited.
+"""How fast a batch decodes when memory for KV is limited.
 
-All prompts are submitted at once. What fits is computed and then decodes together; the rest waits, as it would in
-a server. Timed are steps in which as many requests as fit do nothing but decode.
+All prompts are submitted at once. Those that fit are computed and then decode together; the others wait, as in a
+server. Steps are timed in which all requests that fit do nothing but decode.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WARM = 3  # tokens that every request has before the first timed step
 
 @dataclass(frozen=True)
 class Decoded:
-    """Timed steps: `rate` in tokens per second, from their median; `batch` requests, and bytes of KV that came
-    from the slow tier for each token, on average."""
+    """Timed steps: `rate` in tokens per second, from the median step; `batch` requests; and the mean bytes of KV
+    that came from the slow tier for each token."""
 
     rate: float
     batch: int
@@ -32,7 +32,7 @@ class Decoded:
 
 
 class Batch:
-    """Prompts [tokens] of one engine that are being answered. `close` gives them up."""
+    """Prompts (lists of tokens) that one engine is answering. `close` gives them up."""
 
     def __init__(self, llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> None:
         self.llm = llm
@@ -46,12 +46,12 @@ class Batch:
         return [r.num_output for r in self.llm.engine.scheduler.running]
 
     def settle(self) -> None:
-        """Step until everything that fits decodes. RequestError if a request fails or the batch runs out."""
+        """Step until everything that fits decodes. RequestError if a request fails or if all requests end."""
         while not self._running or min(self._running) < WARM:
             self._step()
 
     def decode(self, steps: int) -> Decoded:
-        """Time so many steps. RequestError as `settle`, and where requests come or go meanwhile."""
+        """Time so many steps. RequestError as in `settle`, and if requests start or end meanwhile."""
         self.settle()
         batch, before = len(self._running), self._bytes_in()
         seconds = []

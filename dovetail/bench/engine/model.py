@@ -1,4 +1,4 @@
-"""A model's speed at fixed points, beside what the machine could read; alone, or two settings in turns."""
+"""A model's speed at fixed points, compared with what the machine can read. One setting, or two in turns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _TABLES = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure: `model` at one setting, or at two in turns; `starts` processes each for the start-up."""
+    """What to measure: `model` at one setting, or at two in turns. Start-up is measured with `starts` processes
+    for each setting."""
 
     model: str
     settings: Sequence[Setting]
@@ -35,12 +36,12 @@ class Asked:
 
 
 class Timed(Side):
-    """An engine that is timed at points; `skipped` are figures that could not be measured, with the reason."""
+    """An engine that is timed at points. `skipped` has the figures that could not be measured, with the reason."""
 
     def __init__(self, setting: Setting, asked: Asked) -> None:
         super().__init__(setting, asked.model)
         self.skipped: list[dict[str, str]] = []
-        self._waits: list[float] = []  # of the tokens of every round at LATENCY_CONTEXT
+        self._waits: list[float] = []  # seconds of every token in all rounds at LATENCY_CONTEXT
         self.facts = {"skipped": self.skipped, **{name: {} for name in _TABLES}, "read_bandwidth": None}
         self.points = points(asked.quick)
         for at in self.points:
@@ -55,13 +56,13 @@ class Timed(Side):
             self.skipped += [{"figure": name, "why": why} for name in ("bytes_per_token", "roofline_fraction")]
 
     def skip(self, at: Point, why: str) -> None:
-        """The point is not measured, or what was read of it does not count."""
+        """Mark the point as not measured, and drop its readings."""
         self.points = [p for p in self.points if p != at]
         self.skipped.append({"figure": " ".join(at.path), "why": why})
         self.samples.pop(at.path, None)
 
     def time(self, at: Point, prompts: Sequence[Sequence[int]]) -> Timing | None:
-        """One run of a point, or None where the engine cannot do it."""
+        """One run of a point, or None if the engine cannot do it."""
         if at not in self.points:
             return None
         with self.running():
@@ -72,14 +73,15 @@ class Timed(Side):
         return timing
 
     def take(self, at: Point, prompts: Sequence[Sequence[int]]) -> None:
-        """A round's run of a point: adds what it tells to the readings."""
+        """Run a point once and add its readings."""
         with self.watched() if at.figure != PREFILL else contextlib.nullcontext():
             timing = self.time(at, prompts)
         if timing is not None:
             self._read_off(at, timing)
 
     def figures(self) -> dict[str, Any]:
-        """Medians of the rounds; latencies of the tokens of all rounds, as one round has too few for a p99."""
+        """Medians of the rounds. Latencies are over the tokens of all rounds, because one round has too few for a
+        p99."""
         pooled = {"latency_ms": _latency(self._waits)} if self._waits else {}
         return super().figures() | pooled
 
@@ -107,20 +109,20 @@ def _latency(waits: Sequence[float]) -> dict[str, float]:
 
 
 def run(asked: Asked) -> dict[str, Any]:
-    """The result as plain data; figures that could not be measured are in `skipped`, with the reason.
+    """The result as plain data. Figures that could not be measured are in `skipped`, with the reason.
 
-    Raises ModelError, ConfigError or CapacityError where an engine cannot be had, RequestError where it fails.
+    Raises ModelError, ConfigError or CapacityError if an engine cannot be built, RequestError if it fails.
     """
     wanted = points(asked.quick)
-    # Quick, only the smallest point of each figure warms up.
+    # With `quick`, only the smallest point of each figure runs before the rounds.
     warming = [at for i, at in enumerate(wanted) if not asked.quick or at.figure != wanted[i - 1].figure]
     each = asked.starts + len(warming) + asked.rounds * len(wanted)
     with counter("measurements", each * len(asked.settings)) as advance:
-        starts = _starts(asked, advance)  # before anything is loaded here: the memory is theirs alone
+        starts = _starts(asked, advance)  # before anything is loaded here, so that they have the memory alone
         sides = [Timed(setting, asked) for setting in asked.settings]
         prompts = Prompts(sides[0].llm.session.vocab_size)
         for number, at in [(-1, at) for at in warming] + [(n, at) for n in range(asked.rounds) for at in wanted]:
-            given = prompts.take(at.prompt, at.streams)  # all sides get the same ones
+            given = prompts.take(at.prompt, at.streams)  # the same for all sides
             for side in in_turns(sides, number):
                 if number < 0:
                     side.time(at, given)

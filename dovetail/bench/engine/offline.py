@@ -1,4 +1,4 @@
-"""Throughput on a file of prompts that are all there at once; one setting of an engine, or two in turns."""
+"""Throughput on a file of prompts that are submitted at once, with one setting of an engine or two in turns."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dovetail.session import token_ids
 from dovetail.setting import Setting
 from dovetail.show.progress import Advance, counter
 
-SHOWN_LINES = 5  # of those that cannot be used
+SHOWN_LINES = 5  # how many of the lines that cannot be used are shown
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure. `params`: how a prompt of an engine is sampled where its line does not say."""
+    """What to measure. params: how an engine samples a prompt whose line does not say."""
 
     model: str
     settings: Sequence[Setting]
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass
 class Work:
-    """The jobs of a file; lines that are none, by number, with the reason; and fields that mean nothing here."""
+    """The jobs of a file; the lines that are not jobs, by number, with the reason; and unknown fields."""
 
     jobs: list[Job] = field(default_factory=list)
     broken: dict[int, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Work:
 
 def run(asked: Asked) -> dict[str, Any]:
     """The result as plain data. ConfigError if no line of the file can be used."""
-    if next(prompt_file.read(asked.source), None) is None:  # known before a model is loaded
+    if next(prompt_file.read(asked.source), None) is None:  # checked before a model is loaded
         raise ConfigError(f"{asked.source}: there is no prompt in it")
     sides = [Side(setting, asked.model) for setting in asked.settings]
     work = _work(asked, [side.llm for side in sides])
@@ -112,7 +112,7 @@ def _admit(llm: LLM, job: Job) -> None:
 
 
 def _take(side: Side, jobs: Sequence[Job], advance: Advance) -> None:
-    """Answer all jobs, with nothing in the prefix cache but what they put there."""
+    """Answer all jobs. The prefix cache is empty at the start."""
     llm, stats = side.llm, side.llm.engine.scheduler.stats
     llm.engine.scheduler.reuse.evict(llm.config.num_kv_pages)
     before = replace(stats)

@@ -1,4 +1,5 @@
-"""Several answers to one prompt through the whole engine, with their prompt's KV read once or by each."""
+"""Several answers to one prompt through the whole engine. The prompt's KV is read once for all, or once for
+each."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ CHUNK = 128  # tokens that attention shares at a time
 
 @dataclass
 class Steps:
-    """Of one run: seconds until every answer had its first token, and of each later step that advances all of
-    them; tokens of KV that the later steps read, that they would read without sharing, and that they must read."""
+    """One run: seconds until every answer had its first token, and seconds of each later step that advances all of
+    them. Then tokens of KV that the later steps read, would read without sharing, and must read."""
 
     first: float = 0.0
     each: list[float] = field(default_factory=list)
@@ -61,7 +62,7 @@ class ParallelGeneration:
         return steps
 
     def _expected(self, plan: StepPlan, shared: bool) -> int:
-        """Tokens to read: whole chunks of the pages that all share once, everything else for each."""
+        """Tokens to read: whole chunks of the shared pages once, everything else for each answer."""
         page = self.llm.config.block_size
         together = (len(self.prompt) - 1) // page * page // CHUNK * CHUNK if shared else 0
         return together + sum(span.stop - together for span in plan.spans)

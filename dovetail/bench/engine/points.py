@@ -1,7 +1,7 @@
 """The fixed points at which an engine is timed, and one timed run.
 
 A point is `streams` requests of `prompt` tokens at once, each answered greedily with exactly `tokens` tokens.
-Prompts are new random token ids every time, so that no prefix cache helps, and their context is really computed.
+Prompts are new random token ids every time. So no prefix cache helps, and the context is really computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STREAM_CONTEXT = 105  # tokens of a stream's context, on average over its answer
 
 @dataclass(frozen=True)
 class Point:
-    """`figure` is what is read off it, `size` the number that tells points of one figure apart."""
+    """figure: what is measured at this point. size: the number that tells points of one figure apart."""
 
     figure: str
     size: int
@@ -41,7 +41,7 @@ class Point:
 
 
 def points(quick: bool) -> list[Point]:
-    """Prompts by their tokens, one request by its context, several by their number."""
+    """All points: prompts of several lengths, one request at several contexts, several requests at once."""
     alone, together = (16, 32) if quick else (64, 64)
     return [
         *(Point(PREFILL, n, n, 1) for n in (128, 512, 2048)),
@@ -57,7 +57,7 @@ def obstacle(at: Point, config: Config) -> str | None:
         return f"takes {total} tokens of context, and max_model_len is {config.max_model_len}"
     if at.streams > config.max_num_seqs:
         return f"takes {at.streams} requests at once, and max_num_seqs is {config.max_num_seqs}"
-    # The last one is admitted where a further page is free for each of the others.
+    # The last request is admitted only if one more page is free for each of the others.
     pages = at.streams * pages_for(total, config.block_size) + at.streams - 1
     if pages > config.num_kv_pages:
         return f"takes {pages} pages of KV, and kv_memory holds {config.num_kv_pages}"
@@ -65,11 +65,12 @@ def obstacle(at: Point, config: Config) -> str | None:
 
 
 class Prompts:
-    """Token ids that nobody has seen before; the same ones in every run of the program."""
+    """New random token ids, the same ones in every run of the program."""
 
     def __init__(self, vocab_size: int) -> None:
         self._random = random.Random(0)
-        self._low, self._high = min(1000, vocab_size // 4), vocab_size * 9 // 10  # special tokens lie at the ends
+        # special tokens lie at both ends of a vocabulary
+        self._low, self._high = min(1000, vocab_size // 4), vocab_size * 9 // 10
 
     def take(self, tokens: int, streams: int = 1) -> list[list[int]]:
         """`streams` prompts of `tokens` tokens."""
@@ -78,11 +79,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run. `first`: seconds until every request had its first token.
+    """One run. first: seconds until every request had its first token.
 
-    The rest is about the time from then until one of them had its last, in which all of them run. `waits` are the
-    seconds of each token of a single request: what a step took, shared by the tokens that it brought. `step` is 0
-    where there is no such time: one token each, or a request that ended before another one began.
+    The other fields are about the time from then until the first request had its last token, in which all of them
+    run. waits: seconds of each token of a single request, which is a step's time divided among the tokens that it
+    brought. `step` is 0 if there is no such time: one token each, or a request that ended before another began.
     """
 
     first: float
@@ -93,7 +94,7 @@ class Timing:
 
 
 def measure(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
-    """Answer prompts at once with `tokens` tokens each. RequestError if the engine gives one up."""
+    """Answer prompts at once with `tokens` tokens each. RequestError if a request fails."""
     session, params = llm.session, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     start = time.perf_counter()
     answers = [session.submit(session.prepare(prompt, params)) for prompt in prompts]
@@ -127,7 +128,7 @@ def _waits(events: Sequence[tuple[float, list[int]]]) -> tuple[float, ...]:
 
 
 def exercise(llm: LLM) -> None:
-    """A prompt of 512 tokens and a short answer, or what the context holds of them."""
+    """Run a prompt of 512 tokens and a short answer, or as much of them as the context holds."""
     tokens = min(16, llm.config.max_model_len // 2)
     prompt = min(512, llm.config.max_model_len - tokens)
     measure(llm, Prompts(llm.session.vocab_size).take(prompt), tokens)

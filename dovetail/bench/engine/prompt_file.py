@@ -17,7 +17,7 @@ FIELDS = ("prompt", "messages", "max_tokens")
 class Line:
     """A line with a prompt: text or token ids in `prompt`, or else a conversation in `messages`.
 
-    `unknown` are fields that mean nothing here. `error`: why there is no prompt.
+    unknown: fields that have no meaning here. error: why there is no prompt.
     """
 
     number: int

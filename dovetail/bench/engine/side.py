@@ -1,4 +1,4 @@
-"""The engines of one comparison, or the only one: what was read off each, and the result."""
+"""The engines of a comparison, or a single one: their readings, and the result."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Side:
-    """An engine under measurement. `samples` has a reading of every figure for every round."""
+    """An engine that is measured. `samples` has a reading of every figure for every round."""
 
     def __init__(self, setting: Setting, model: str) -> None:
         self.setting = setting
         self.llm: LLM = setting.load(model)
         self.samples: Samples = {}
-        self.facts: dict[str, Any] = {}  # of the result, besides figures
+        self.facts: dict[str, Any] = {}  # what the result says besides figures
         self._acted: collections.Counter[str] = collections.Counter()
 
     def read(self, path: tuple[str, ...], reading: float) -> None:
@@ -31,7 +31,7 @@ class Side:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The body runs this engine: torch has one number of threads for all engines of a process."""
+        """Set torch's threads for this engine while the body runs: torch has one number for the whole process."""
         import torch
 
         torch.set_num_threads(self.llm.config.threads)
@@ -39,7 +39,7 @@ class Side:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """What techniques do in the body counts as their activity."""
+        """Count what techniques do in the body as their activity."""
         before = self.llm.activity()
         yield
         self._acted.update({name: count - before[name] for name, count in self.llm.activity().items()})
@@ -55,7 +55,8 @@ class Side:
 
 
 def result(model: str, sides: Sequence[Side]) -> dict[str, Any]:
-    """Figures of the first side; of a second one under `against`, and the first's over the second's as `ratio`."""
+    """The figures of the first side. With a second side, its figures are under `against`, and `ratio` has the
+    first over the second."""
     from dovetail.provenance import provenance
 
     first, *others = sides

@@ -1,4 +1,4 @@
-"""How long a new process takes to its first token, and how much memory it comes to hold."""
+"""How long a new process takes to its first token, and how much memory it then holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dovetail.host.process import peak_rss, since_start
 if TYPE_CHECKING:
     from dovetail.setting import Setting
 
-# -P, and the path of this process: what the child imports is what this one would, wherever it is started.
+# -P and the path of this process make the child import what this process would, in any folder.
 _CHILD = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from dovetail.bench.engine.startup import main; main()"
@@ -22,7 +22,7 @@ _CHILD = (
 
 
 def start(model: str, setting: Setting) -> dict[str, float]:
-    """`startup_s`, from the beginning of a process to the first token, and `peak_rss` in bytes, after a prompt of
+    """startup_s: seconds from the beginning of a process to its first token. peak_rss: bytes, after a prompt of
     512 tokens and a short answer. DovetailError if the model cannot be run.
     """
     asked = {"model": model, "use": setting.use, "options": vars(setting.options)}
@@ -41,7 +41,7 @@ def _run(command: list[str]) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a process that does not outlive an interrupt."""
     process = None
     try:
-        with uninterrupted():  # one that comes while the process is made would lose sight of it
+        with uninterrupted():  # after an interrupt in between, nobody would know the new process
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
         out, errors = process.communicate()
@@ -54,7 +54,7 @@ def _run(command: list[str]) -> tuple[int, str, str]:
 
 
 def main() -> None:
-    """What the child does: load, answer one token, work; the figures, or the `error`, as a line on stdout."""
+    """What the child does: load, answer one token, then more. Prints the figures, or the `error`, as one line."""
     asked = json.loads(sys.argv[2])
     try:
         line = json.dumps(_measure(asked))

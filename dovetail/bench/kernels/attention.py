@@ -1,6 +1,6 @@
-"""Attention over made-up KV, as a step of the engine runs it: planned once, replayed for layer after layer.
+"""Attention over random KV, as a step of the engine runs it: planned once, replayed for layer after layer.
 
-KV is cold: a run goes through as many layers as the pool holds, each of them once.
+KV is not in the caches: a run goes through as many layers as the pool holds, each of them once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Pages:
-    """How KV lies in memory: tokens of a page, and whether in the kernels' own tiles (multiples of 16 tokens) or
-    token by token (NHD), from which tiles are gathered as they are read."""
+    """How KV lies in memory: tokens of a page, and the layout. That is either the kernels' own tiles (multiples of
+    16 tokens), or token by token (NHD), from which tiles are gathered while they are read."""
 
     size: int = PAGE
     tiled: bool = True
@@ -92,7 +92,8 @@ class KVPool:
 
 
 class Attention:
-    """A step's attention over every layer of `tokens` tokens that the pool has room for, but at most `layers`."""
+    """A step's attention over all layers of `tokens` tokens for which the pool has room, at most `layers` of
+    them."""
 
     _dense = True  # rows read everything
     _operations = 1  # of the program, for a layer
@@ -137,7 +138,7 @@ class Attention:
         check_finite(program, self._out, self.rows, f"attention {self.pool.heads} {self.pool.kind}")
 
     def _queries(self, memory: np.ndarray) -> Tensor:
-        """Queries [rows, heads, padded dim], which lie one after the other in the compute type, scaled."""
+        """Scaled queries [rows, heads, padded dim] in the compute type, one after the other."""
         heads = self.pool.heads
         random = torch.Generator().manual_seed(2)
         q = torch.randn(self.rows, heads.query, padded(heads.dim), generator=random)

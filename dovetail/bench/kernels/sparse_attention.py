@@ -1,4 +1,4 @@
-"""Attention in which each KV head reads the pages that score highest, chosen anew in each layer."""
+"""Attention in which each KV head reads the pages that score highest. They are chosen anew in each layer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dovetail.ops.cpu import lazy_zeros, padded
 from dovetail.ops.pages import num_vectors
 
 SPAN = 16  # pages
-NOISE = 0.5  # of a token's key, beside the 1 of what its page's keys have in common
+NOISE = 0.5  # deviation of a token's key from its page's mean, relative to that mean
 
 
 @dataclass(frozen=True)
 class Choosing:
-    """A row reads `budget` tokens for each KV head: those of its page and of the one before, and pages chosen by
-    their summaries (`dovetail.ops.pages`) of the given `kind`."""
+    """A row reads `budget` tokens for each KV head: its own page, the page before it, and pages chosen by
+    summaries of the given `kind` (`dovetail.ops.pages`)."""
 
     budget: int
     kind: str = "bound"
 
 
 def drift(pool: KVPool) -> None:
-    """Give the keys of `pool` a mean that drifts from page to page: in straight lines between random points SPAN
-    pages apart. Neighbours are alike then, as in text, and no two pages are the same."""
+    """Give the keys of `pool` a mean that drifts from page to page, in straight lines between random points SPAN
+    pages apart. Then neighbouring pages are alike, as in text, and no two pages are the same."""
     keys = pool.k.data  # the dimension of tokens is the one before the last, in tiles of both types
     shape = (*keys.shape[1:-2], 1, keys.shape[-1])
     last = torch.randn(shape)
@@ -42,7 +42,7 @@ def drift(pool: KVPool) -> None:
 
 
 class SparseAttention(Attention):
-    """A step of one row per request over summaries of all pages, and over those that are chosen by them."""
+    """A step of one row per request: over the summaries of all pages, and then over the chosen pages."""
 
     _dense = False
     _operations = 2
@@ -75,11 +75,11 @@ class SparseAttention(Attention):
 
     @property
     def bytes(self) -> int:
-        """Of summaries, K and V that one layer reads."""
+        """Bytes of summaries, K and V that one layer reads."""
         return self._summarised * self.summaries[0].nbytes + self._listed * self.pool.token_bytes
 
     def seconds(self, rounds: int) -> dict[str, float]:
-        """Of choosing (`pick`) and of reading (`attend`) in one layer, timed apart: medians."""
+        """Median seconds of choosing (`pick`) and of reading (`attend`) in one layer, timed apart."""
         samples: dict[str, list[float]] = collections.defaultdict(list)
         for _ in range(rounds):
             total: collections.Counter[str] = collections.Counter()

@@ -21,7 +21,7 @@ from dovetail.bench.serving.workload import LoadRequest, Workload
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.show.progress import counter, note
 
-CACHED = 0.25  # share of prompt tokens in a prefix cache, above which prompts were not new to the server
+CACHED = 0.25  # above this share of prompt tokens in a prefix cache, prompts were not new to the server
 
 # Takes the label of the target, the rate as in the JSON result, the number of the round, and the run.
 Keep = Callable[[str, Any, int, Run], None]
@@ -47,8 +47,8 @@ class _Ended(Exception):
 class ServingBench:
     """Runs a plan. `loads` has the figures of each load as soon as it is over; `stop` ends everything early.
 
-    `activity` says for each target, by its label, how often techniques acted under load; None where the server
-    was gone before it could say.
+    `activity` says for each target, by its label, how often techniques acted under load; None if the server was
+    gone before it could say.
     """
 
     def __init__(self, targets: Sequence[Target], workload: Workload, plan: Plan) -> None:
@@ -59,8 +59,8 @@ class ServingBench:
         self.loads: list[dict[str, Any]] = []
         self.activity: dict[str, dict[str, int] | None] = {}
         self._unloaded: dict[str, float] = {}  # seconds of a request alone, for each target
-        self._number = 0  # of loads that were put on all targets
-        self._taken = 0  # rows of the workload that loads had
+        self._number = 0  # loads so far, each of which was put on all targets
+        self._taken = 0  # rows of the workload that loads have used
 
     @property
     def points(self) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ class ServingBench:
 
     @property
     def ratios(self) -> list[dict[str, Any]]:
-        """The first target beside the second, rate by rate; nothing where there is one."""
+        """The first target compared with the second, rate by rate. Empty with a single target."""
         return ratios(self.loads, [target.label for target in self.targets]) if len(self.targets) == 2 else []
 
     async def run(self, keep: Keep) -> None:
@@ -113,7 +113,7 @@ class ServingBench:
         return seconds
 
     async def _at_rate(self, rate: float, keep: Keep) -> list[bool]:
-        """The loads at `rate` on every target; whether each was saturated in most rounds."""
+        """Run the loads at `rate` on every target. Returns for each whether it was saturated in most rounds."""
 
         def requests(number: int) -> list[LoadRequest]:
             return self.workload.at(self.plan.arrivals, rate, number, self._taken)
@@ -121,7 +121,7 @@ class ServingBench:
         return await self._rounds("max" if math.isinf(rate) else rate, requests, keep)
 
     async def _rounds(self, rate: Any, make: Callable[[int], list[LoadRequest]], keep: Keep) -> list[bool]:
-        """Loads of every round; each target goes first in every other one. Nothing where no request arrives."""
+        """The loads of every round. Each target is first in every other round. Empty if no request arrives."""
         for number in range(self.plan.rounds):
             requests = make(self._number + 1)
             if not requests:
@@ -143,7 +143,7 @@ class ServingBench:
 
     async def _load(self, target: Target, rate: Any, requests: list[LoadRequest]) -> Run:
         load = Load(target.client, target.served.model, self.stop, self.plan.max_concurrency)
-        # A collection of everything that is in memory takes long enough to make requests late.
+        # A full garbage collection takes long enough to make requests late.
         gc.collect()
         gc.freeze()
         with counter(f"{target.label}, rate {rate}", len(requests)) as done:
@@ -152,7 +152,7 @@ class ServingBench:
         return run
 
     def _judge(self, target: Target, rate: Any, run: Run) -> None:
-        """The figures of a load that is over. _Ended if there are to be no more."""
+        """The figures of a load that is over. Raises _Ended if no more loads shall run."""
         if self.stop.interrupted:
             run = run.ended()
         if run.records:
@@ -183,7 +183,7 @@ async def _acted(target: Target, before: dict[str, int]) -> dict[str, int] | Non
 
 
 def _tell(point: dict[str, Any]) -> None:
-    """How a load went, in a line, and what makes its figures doubtful."""
+    """Say in a line how a load went, and what makes its figures doubtful."""
     what = f"{point['target']}, rate {point['rate']}"
     ttft = point["ttft_ms"]
     first = f", TTFT p50 {ttft['p50']:.0f} ms" if ttft else ""

@@ -19,10 +19,10 @@ from dovetail.bench.serving.sse import EventStream
 from dovetail.bench.serving.vocabulary import Prompt
 from dovetail.core.errors import ConfigError
 
-# Below the time after which servers close an idle connection: a request must not meet one that is being closed.
+# Shorter than servers keep an idle connection, so that no request meets one that is being closed.
 KEEP_ALIVE = 2.0
 PROBE_SECONDS = 5.0
-MAX_MESSAGE = 300  # characters of a server's words
+MAX_MESSAGE = 300  # characters kept of a server's message
 _ACTIVITY = re.compile(r"^dovetail:(\w+)_activity_total(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 UNREACHABLE, LOST = "cannot connect", "connection lost"
@@ -34,8 +34,8 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Served:
-    """A model as a server offers it: the name it is asked by, its context in tokens, the server's version and, of
-    Dovetail's, the configuration of the engine; None where it does not say.
+    """A model as a server offers it: its name in requests, its context in tokens, the server's version, and the
+    engine's configuration if the server is Dovetail's. None where the server does not say.
     """
 
     model: str
@@ -57,7 +57,8 @@ class Client:
         self._path = "chat/completions" if asking.endpoint is Endpoint.CHAT else "completions"
 
     async def served(self, model: str | None) -> Served:
-        """What the server says of `model`, or of the first that it lists; ConfigError if there is none."""
+        """What the server says about `model`, or about the first model that it lists. ConfigError if there is
+        none."""
         try:
             listed = _listed(await self._get("/v1/models"))
         except ConfigError:
@@ -80,7 +81,7 @@ class Client:
         )
 
     async def activity(self, names: Iterable[str]) -> dict[str, int]:
-        """How often each technique of a Dovetail server acted so far. ConfigError where it does not say."""
+        """How often each technique of a Dovetail server acted so far. ConfigError if it does not say."""
         text = (await self._read("/metrics")).decode(errors="replace")
         counts = {match[1]: int(float(match[2])) for match in _ACTIVITY.finditer(text)}
         try:
@@ -89,7 +90,7 @@ class Client:
             raise ConfigError(f"{self.url}/metrics says nothing of the technique {missing}") from None
 
     async def _get(self, path: str) -> dict[str, Any]:
-        """The JSON object at `path`. ConfigError says what came instead."""
+        """The JSON object at `path`. ConfigError says what was there instead."""
         body = await self._read(path)
         with contextlib.suppress(ValueError):
             if isinstance(value := json.loads(body), dict):
@@ -97,7 +98,7 @@ class Client:
         raise ConfigError(f"{self.url}{path}: the answer is no JSON object; is it an OpenAI-compatible server?")
 
     async def _read(self, path: str) -> bytes:
-        """What is at `path`. ConfigError says what came instead."""
+        """The bytes at `path`. ConfigError says what came instead."""
         try:
             timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
             async with self._session.get(self.url + path, headers=self._headers, timeout=timeout) as response:
@@ -111,7 +112,7 @@ class Client:
         return body
 
     async def alive(self) -> bool:
-        """Whether connections are taken there; a server that is slow to answer counts."""
+        """Whether the server takes connections. A slow answer counts as well."""
         try:
             timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
             async with self._session.get(self.url + "/v1/models", headers=self._headers, timeout=timeout):
@@ -139,7 +140,7 @@ class Client:
         return json.dumps(body, separators=(",", ":")).encode()
 
     async def send(self, body: bytes, record: Record, clock: Clock) -> None:
-        """Send a request and put what is seen of its answer in `record`; what goes wrong is its `error`."""
+        """Send a request and write down its answer in `record`. If something goes wrong, that is its `error`."""
         record.sent = clock()
         timeout = aiohttp.ClientTimeout(total=self.asking.timeout)
         url = f"{self.url}/v1/{self._path}"
@@ -158,7 +159,7 @@ class Client:
 
 
 class _Answer:
-    """The answer to one request, put into its record as it comes."""
+    """The answer to one request. It goes into the request's record as it comes."""
 
     def __init__(self, record: Record, clock: Clock) -> None:
         self.record = record
@@ -220,7 +221,7 @@ class _Answer:
 
 @contextlib.asynccontextmanager
 async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without a limit on open connections, as far as the system has none."""
+    """A session with no limit on open connections but the system's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -252,7 +253,7 @@ def _listed(answer: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text(choice: dict[str, Any]) -> bool:
-    """Whether a chunk's choice carries text of the answer, or of the thinking before it."""
+    """Whether a chunk's choice has text of the answer, or of the thinking before it."""
     delta = choice.get("delta")
     parts = delta if isinstance(delta, dict) else {}
     return any((choice.get("text"), *(parts.get(name) for name in ("content", "reasoning_content", "reasoning"))))
@@ -264,7 +265,7 @@ def _count(values: dict[str, Any], name: str) -> int | None:
 
 
 def _message(body: bytes) -> str:
-    """The words of an error answer, in OpenAI's form or whatever else."""
+    """The message of an error answer, in OpenAI's form or any other."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(body)
         if isinstance(value, dict):

@@ -14,11 +14,11 @@ from dovetail.bench.serving.slo import SLO
 
 FIGURES = ("ttft", "tpot", "itl", "e2e")
 SATURATED = 0.9  # a server that completes less than this share of what is offered does not keep up
-LATE_MS = 50.0  # 99th percentile of lateness above which a load was not the one that was asked for
+LATE_MS = 50.0  # with a 99th percentile of lateness above this, the load was not the one that was asked for
 
 
 def latencies(seconds: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean and percentiles in milliseconds of those that are not None; None if there are none."""
+    """Mean and percentiles, in milliseconds, of the values that are not None. None if there are no such values."""
     values = [value * 1e3 for value in seconds if value is not None]
     if not values:
         return None
@@ -28,9 +28,9 @@ def latencies(seconds: Iterable[float | None]) -> dict[str, float] | None:
 def summarize(run: Run, slo: SLO | None, unloaded: float = math.inf) -> dict[str, Any]:
     """The figures of a run, as in the JSON result: rates per second, latencies in milliseconds.
 
-    Latencies and token rates are of whole answers. `duration_s` is from the start to the end of the last answer;
-    `offered_rate` is requests over the time until the last one was due, None where all were due at once.
-    `unloaded` is seconds that a request took before the load.
+    Latencies and token rates are those of whole answers. duration_s: from the start to the end of the last answer.
+    offered_rate: requests over the time until the last one was due; None if all were due at once. unloaded:
+    seconds that a request took before the load.
     """
     whole = [record for record in run.records if record.ok]
     duration = max((record.ended or 0.0 for record in whole), default=0.0)
@@ -59,10 +59,10 @@ def summarize(run: Run, slo: SLO | None, unloaded: float = math.inf) -> dict[str
 
 
 def saturated(records: Sequence[Record], unloaded: float = math.inf) -> bool:
-    """Whether fewer than 90 % as many answers came per second as requests did.
+    """Whether answers per second were fewer than 90 % of requests per second.
 
-    The time of one answer without load is left aside: the shorter of `unloaded` seconds and the fastest answer. A
-    missing answer counts as not kept up with.
+    The time of one answer without load does not count: the shorter of `unloaded` seconds and the fastest answer.
+    An answer that is missing counts against the server.
     """
     whole = [record for record in records if record.ok]
     alone = min((record.e2e or 0.0 for record in whole), default=0.0)
@@ -88,7 +88,7 @@ def _tokens(whole: Sequence[Record], duration: float) -> dict[str, Any]:
 
 
 def _errors(records: Sequence[Record]) -> dict[str, Any]:
-    """For each kind of error how many, and the first message."""
+    """For each kind of error its count and its first message."""
     counts = Counter(record.error for record in records if record.error)
     messages = {record.error: record.message for record in reversed(records) if record.error}
     return {kind: {"count": count, "message": messages[kind]} for kind, count in counts.items()}

@@ -12,13 +12,13 @@ from dovetail.bench.serving.client import CONNECTION, INTERRUPTED, Client, clock
 from dovetail.bench.serving.request import Record
 from dovetail.bench.serving.workload import LoadRequest
 
-GONE_AFTER = 3  # connections that fail one after the other, before the server is asked whether it is there
+GONE_AFTER = 3  # after so many failed connections in a row, the server is asked whether it is there
 
 NOT_SENT = "not sent"
 
 
 class Stop:
-    """Ends loads early: nothing more is sent; and after an interrupt what is open is given up."""
+    """Ends loads early. Nothing more is sent; after an interrupt, open requests are given up."""
 
     def __init__(self) -> None:
         self.gone = False
@@ -26,7 +26,7 @@ class Stop:
         self._interrupted = asyncio.Event()
 
     def interrupt(self) -> None:
-        """The user wants no more."""
+        """The user wants to stop."""
         self._interrupted.set()
         self._ended.set()
 
@@ -36,7 +36,7 @@ class Stop:
 
     @property
     def reason(self) -> str | None:
-        """Why the loads ended early, None if they did not."""
+        """Why the loads ended early; None if they did not."""
         return "interrupted" if self.interrupted else "server gone" if self.gone else None
 
     @property
@@ -48,9 +48,9 @@ class Stop:
         return self._interrupted.is_set()
 
     async def within(self, seconds: float) -> bool:
-        """Wait; True as soon as the load is to end."""
+        """Wait so long, and return True as soon as the load shall end."""
         if seconds <= 0:
-            await asyncio.sleep(0)  # what was begun gets its turn
+            await asyncio.sleep(0)  # let other tasks run
         else:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), seconds)
@@ -62,13 +62,15 @@ class Stop:
 
 @dataclass
 class Run:
-    """What a load left: a record for each request in the order of arrival, and the most that were open at once."""
+    """The outcome of a load: a record for each request in the order of arrival, and the most that were open at
+    once."""
 
     records: list[Record] = field(default_factory=list)
     peak_concurrency: int = 0
 
     def ended(self) -> Run:
-        """Without the requests that were not sent, or given up: of an interrupted run, what says something."""
+        """The run without requests that were not sent or were given up. Of an interrupted run, only these
+        count."""
         records = [r for r in self.records if r.sent is not None and r.error != INTERRUPTED]
         return Run(records, self.peak_concurrency)
 
@@ -76,7 +78,7 @@ class Run:
 class Load:
     """Sends requests to one server. `done` is called with 1 for each that is over.
 
-    `max_concurrency` holds requests back while that many are open; the loop is then not open any more.
+    `max_concurrency` holds requests back while so many are open. Then the loop is no longer open.
     """
 
     def __init__(self, client: Client, model: str, stop: Stop, max_concurrency: int | None = None) -> None:
@@ -89,10 +91,10 @@ class Load:
         self._asking: asyncio.Task[None] | None = None
 
     async def run(self, requests: Sequence[LoadRequest], done: Callable[[int], None] = lambda more: None) -> Run:
-        """Send `requests`, which are in the order of arrival; the end of the last answer ends it.
+        """Send `requests`, which are in the order of arrival, and wait for the end of the last answer.
 
-        After `stop` nothing more is sent. Open requests are given up when it is an interrupt; when the server is
-        gone they are left to end by themselves, as a server that drains still answers them.
+        After `stop` nothing more is sent. After an interrupt open requests are given up. If the server is gone,
+        they end by themselves, because a server that drains still answers them.
         """
         run = Run([Record(r.arrival, r.input_tokens, r.max_tokens) for r in requests])
         # Before the clock starts: encoding long prompts takes milliseconds each.
@@ -131,7 +133,7 @@ class Load:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         interrupt.cancel()
         for task in tasks:
-            task.cancel()  # no effect on those that are over
+            task.cancel()  # no effect on tasks that are over
         for result in await everything:
             if isinstance(result, Exception):
                 raise result

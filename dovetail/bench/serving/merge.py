@@ -1,4 +1,4 @@
-"""Several loads at one rate made one point, and two targets set against each other round by round."""
+"""Merges several loads at one rate into one point, and compares two targets round by round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dovetail.bench.rounds import Path, Ratio, Samples, at, by_round, medians, s
 
 Point = dict[str, Any]
 
-# A rate is compared as it is, a latency the other way round, so that above 1 is always better.
+# A rate is compared as it is, a latency is turned round, so that above 1 is always better.
 RATES: tuple[Path, ...] = (("achieved_rate",), ("output_tokens_per_s",), ("goodput",))
 LATENCIES: tuple[Path, ...] = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p50"), ("e2e_ms", "p50"))
 
@@ -26,7 +26,7 @@ def merged(loads: Sequence[Point]) -> list[Point]:
 
 
 def _merge(loads: Sequence[Point]) -> Point:
-    """Medians of the loads, and `spread` at the same places; saturated if most of them were. Errors add up."""
+    """Medians of the loads, with `spread` at the same places. Saturated if most loads were. Errors are added."""
     if len(loads) == 1:
         return loads[0]
     samples: Samples = {}
@@ -65,13 +65,13 @@ def _errors(loads: Sequence[Point]) -> dict[str, Any]:
 
 
 def ratios(loads: Sequence[Point], targets: Sequence[str]) -> list[dict[str, Any]]:
-    """For each rate how the first of two targets does beside the second: `rate`, and for each figure the median,
-    lowest and highest ratio of the rounds, at the figure's place. Above 1 the first does better.
+    """Compares the first of two targets with the second. For each rate: `rate`, and at each figure's place the
+    median, lowest and highest ratio of the rounds. Above 1 the first does better.
     """
     found = []
     for rate in dict.fromkeys(load["rate"] for load in loads):
         ours, theirs = ([p for p in loads if (p["rate"], p["target"]) == (rate, target)] for target in targets)
-        rounds = min(len(ours), len(theirs))  # the last one may have been interrupted
+        rounds = min(len(ours), len(theirs))  # the last round may have been interrupted
         row: dict[str, Any] = {"rate": rate}
         for path in (*RATES, *LATENCIES):
             a, b = ([at(load, path) for load in side[:rounds]] for side in (ours, theirs))

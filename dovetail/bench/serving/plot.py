@@ -1,4 +1,4 @@
-"""Latency and throughput against the rate that is offered."""
+"""Draws latency and throughput against the offered rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request of a load: how it is put, and what the client saw of its answer."""
+"""One request of a load: how it is sent, and what the client saw of its answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Endpoint(enum.StrEnum):
-    """Which of the API's two ways to generate text is asked."""
+    """Which of the API's two ways to generate text is used."""
 
     COMPLETIONS = "completions"
     CHAT = "chat"
@@ -17,7 +17,7 @@ class Endpoint(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Asking:
-    """How every request is put. `timeout` is seconds for a whole answer."""
+    """How every request is sent. `timeout` is seconds for a whole answer."""
 
     endpoint: Endpoint = Endpoint.COMPLETIONS
     ignore_eos: bool = True
@@ -29,9 +29,9 @@ class Asking:
 class Record:
     """Times are seconds since the load's start on a monotonic clock.
 
-    `arrival` is when the request was due, `sent` when it was sent, `chunks` when each chunk with text came,
-    `ended` when the answer's stream did. Token counts are the server's `usage`, None where it sent none. `error`
-    is the kind of failure, None for an answer that is whole, and `message` what was said of it.
+    arrival: when the request was due. sent: when it was sent. chunks: when each chunk with text came. ended: when
+    the answer's stream ended. Token counts are the server's `usage`, None if it sent none. error: the kind of
+    failure, None for a whole answer; message: its text.
     """
 
     arrival: float
@@ -84,7 +84,7 @@ class Record:
         return [b - a for a, b in pairwise(self.chunks)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Its line in a file of records: seconds and tokens."""
+        """The record as a line of a file: seconds and tokens."""
         return {
             "arrival_s": self.arrival,
             "lateness_s": self.lateness,

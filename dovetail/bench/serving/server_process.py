@@ -14,7 +14,7 @@ from pathlib import Path
 import dovetail
 from dovetail.core.errors import ConfigError
 
-END_SECONDS = 10.0  # to end after SIGTERM, before it is killed
+END_SECONDS = 10.0  # time to end after SIGTERM, before it is killed
 _READY = re.compile(r"Serving .* at (http://\S+)")
 _LINE = 1 << 20  # bytes of the longest line that it may log
 
@@ -29,7 +29,7 @@ class ServerProcess:
         self._reader: asyncio.Task[None] | None = None
 
     async def ready(self, model: str) -> None:
-        """Wait until it serves. ConfigError with its last words if it ends before."""
+        """Wait until it serves. If it ends before, ConfigError with the last line of its log."""
         async for line in self._lines():
             if found := _READY.search(line):
                 self.url = found[1]
@@ -70,7 +70,7 @@ class ServerProcess:
 @contextlib.asynccontextmanager
 async def serving(model: str, options: Sequence[str]) -> AsyncIterator[ServerProcess]:
     """A server for `model` on a free port, with these options of `dovetail serve`; it ends with the block."""
-    # -P keeps what lies in the current folder from being imported; the package may be an uninstalled checkout.
+    # -P: nothing in the current folder is imported. The package may be an uninstalled checkout.
     root = str(Path(dovetail.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     process = await asyncio.create_subprocess_exec(
@@ -80,7 +80,7 @@ async def serving(model: str, options: Sequence[str]) -> AsyncIterator[ServerPro
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
         limit=_LINE,
-        start_new_session=True,  # Ctrl-C on the terminal is this program's to act on
+        start_new_session=True,  # this program acts on Ctrl-C, not the child
     )
     server = ServerProcess(process)
     try:

@@ -1,4 +1,4 @@
-"""A service-level objective: the most that a request may take."""
+"""A service-level objective: how long a request may take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTAINED = 0.9  # share of the requests that must meet it for a rate to count as
 
 @dataclass(frozen=True)
 class SLO:
-    """Seconds to the first token, per token after it, and for the whole answer; None is no limit."""
+    """Seconds to the first token, per token after it, and for the whole answer. None means no limit."""
 
     ttft: float | None = None
     tpot: float | None = None
@@ -36,7 +36,7 @@ class SLO:
         return cls(**limits)
 
     def met(self, record: Record) -> bool:
-        """Whether the answer is whole and in time. An answer of one token has no time per token to miss."""
+        """Whether the answer is whole and in time. An answer of one token always meets the time per token."""
         if not record.ok or record.ttft is None or record.e2e is None:
             return False
         pairs = ((self.ttft, record.ttft), (self.tpot, record.tpot), (self.e2e, record.e2e))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class EventStream:
-    """`feed` takes bytes cut anywhere and gives the data of the events that they complete."""
+    """`feed` takes bytes, cut anywhere, and returns the data of the events that they complete."""
 
     def __init__(self) -> None:
         self._line = bytearray()
@@ -29,7 +29,7 @@ class EventStream:
         return found
 
     def close(self) -> list[str]:
-        """The event that the end of the stream cut short of its blank line: some servers leave out the last."""
+        """The last event, if the stream ended without its blank line: some servers leave out the last one."""
         found: list[str] = []
         self._end_line(found)
         self._dispatch(found)

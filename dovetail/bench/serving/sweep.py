@@ -1,4 +1,4 @@
-"""Which rates are tried: a list that is given, or one that is found on the way to saturation."""
+"""Which rates are tried: a given list, or a search up to saturation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BISECTIONS = 2
 
 _FORM = "write requests per second as 2, a list as 1,2,4, doubling as 1..32, max for all at once, or auto"
 
-# Runs a load at a rate; for each target whether it was saturated.
+# Runs a load at a rate. Returns for each target whether it was saturated.
 Try = Callable[[float], Awaitable[Sequence[bool]]]
 
 
@@ -49,12 +49,13 @@ def _rate(text: str, whole: str) -> float:
 
 
 def first_rate(seconds: float) -> float:
-    """A rate that a server which takes `seconds` for one request keeps up with: a power of two."""
+    """A power of two: a rate with which a server keeps up if it takes `seconds` for one request."""
     return 2.0 ** math.floor(math.log2(0.5 / max(seconds, 1e-6)))
 
 
 async def to_saturation(start: float, run: Try) -> None:
-    """Double the rate until every target is saturated, then halve what lies between, on a logarithmic scale."""
+    """Double the rate until every target is saturated, then halve the interval in between, on a logarithmic
+    scale."""
     known: dict[float, Sequence[bool]] = {}
     rate = start
     for _ in range(MAX_DOUBLINGS):
@@ -70,7 +71,7 @@ async def to_saturation(start: float, run: Try) -> None:
 
 
 def _middle(known: dict[float, bool]) -> float | None:
-    """Between the lowest rate that saturates and the highest below it; None where either is missing."""
+    """The middle of the lowest rate that saturates and the highest rate below it. None if either is missing."""
     high = min((rate for rate, full in known.items() if full), default=None)
     low = max((rate for rate in known if high is not None and rate < high), default=None)
     return None if high is None or low is None else float(f"{math.sqrt(low * high):.3g}")

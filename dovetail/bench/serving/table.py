@@ -1,4 +1,4 @@
-"""The figures of a serving benchmark for reading."""
+"""The figures of a serving benchmark as tables for people."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def report(points: Sequence[Point], ratios: Sequence[dict[str, Any]] = ()) -> st
 
 
 def highest(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """For each target the highest rate that did not saturate it and, where there is an SLO, that meets it; None
-    where no rate did.
+    """For each target the highest rate that did not saturate it and that met the SLO, if there is one. None if no
+    rate did.
     """
     found = []
     for target in dict.fromkeys(point["target"] for point in points):
@@ -74,7 +74,7 @@ def _ratios(ratios: Sequence[dict[str, Any]]) -> str:
 
 
 def _ratio(found: dict[str, float] | None) -> str | float | None:
-    """The median; of several rounds also the lowest and the highest."""
+    """The median; with several rounds also the lowest and the highest."""
     if found is None:
         return None
     ratio = Ratio(**found)
@@ -103,7 +103,7 @@ def _highest_lines(points: Sequence[Point], targets: Sequence[str]) -> str:
 
 
 def _order(point: Point) -> tuple[bool, Any]:
-    """Rising rates, those that are words last."""
+    """Sorts by rising rate; rates that are words come last."""
     return isinstance(point["rate"], str), point["rate"]
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a server that runs already, or one that is started for a model."""
+"""The servers that are measured. A server runs already, or is started for a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/.*)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Target:
-    """A server under load; `process` is None for one that ran already."""
+    """A server under load. `process` is None if it ran already."""
 
     label: str
     client: Client
@@ -37,7 +37,7 @@ class Target:
         return [spec.partition(":")[0] for spec in (config or {}).get("use", ())]
 
     async def activity(self) -> dict[str, int]:
-        """How often each technique of a server started here acted. ConfigError where it does not say any more."""
+        """How often each technique of a server started here acted. ConfigError if it no longer says."""
         names = self.techniques
         return await self.client.activity(names) if names else {}
 
@@ -72,8 +72,8 @@ def server_url(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Opening:
-    """How targets are reached: the name that requests ask for (None: the first that is served), how they are put,
-    and the options of servers that are started.
+    """How targets are reached: the model that requests ask for (None: the first that is served), how requests are
+    sent, and the options of servers that are started.
     """
 
     model: str | None
@@ -83,7 +83,7 @@ class Opening:
 
 @contextlib.asynccontextmanager
 async def opened(name: str, label: str, session: aiohttp.ClientSession, opening: Opening) -> AsyncIterator[Target]:
-    """The target `name`, an address or a model. What is started for it ends with the block.
+    """The target `name`, an address or a model. A server that is started for it ends with the block.
 
     Raises ConfigError.
     """

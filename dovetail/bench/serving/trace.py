@@ -19,8 +19,8 @@ from typing import Any
 
 from dovetail.core.errors import RequestError
 
-BLOCK = 512  # tokens behind one of Mooncake's hash ids
-MAX_TOKENS = 10_000_000  # more than this is no length but a broken line
+BLOCK = 512  # tokens that one of Mooncake's hash ids stands for
+MAX_TOKENS = 10_000_000  # a line with more tokens than this is broken
 _COLUMNS = ("timestamp", "contexttokens", "generatedtokens")
 
 
@@ -42,8 +42,8 @@ _SUFFIXES = {".csv": Kind.AZURE, ".jsonl": Kind.MOONCAKE, ".json": Kind.SHAREGPT
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """Lengths in tokens, `arrival` in seconds on the trace's clock; `blocks` are the prompt's hash ids, `prompt`
-    its text where the trace has it.
+    """Lengths are in tokens, `arrival` in seconds on the trace's clock. blocks: the prompt's hash ids. prompt: its
+    text, if the trace has it.
     """
 
     input_tokens: int
@@ -54,10 +54,10 @@ class TraceRequest:
 
 
 class Trace:
-    """A trace file. Iterating reads it; lines that are broken are left out and counted.
+    """A trace file. Iterating reads it. Broken lines are left out and counted.
 
-    `count` gives the tokens of a text. `broken` counts what was left out so far, `reason` says why for the first.
-    Raises RequestError for a file that is no trace.
+    count: gives the number of tokens of a text. broken: lines that were left out so far; reason: why the first one
+    was. RequestError for a file that is not a trace.
     """
 
     def __init__(self, path: Path, count: Callable[[str], int]) -> None:
@@ -101,7 +101,7 @@ class Trace:
                 self._skip(place, error)
 
     def _elements(self) -> Iterator[tuple[str, Any]]:
-        """The elements of the file's JSON list, up to the first that is no JSON."""
+        """The elements of the file's JSON list, up to the first that is not valid JSON."""
         text = _read(self.path).decode(errors="replace").removeprefix("\ufeff")
         decoder = json.JSONDecoder()
         at, number = _after(text, 0), 0
@@ -188,7 +188,7 @@ def _json(line: bytes) -> Any:
 
 
 def _after(text: str, at: int) -> int:
-    """The first place from `at` on that is no white space."""
+    """The first place from `at` on that is not white space."""
     while text[at : at + 1] in (" ", "\n", "\r", "\t"):
         at += 1
     return at

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Prompt = str | list[int]
 
-LEAST = 64  # different items, fewer would make random prompts alike
-CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer says
+LEAST = 64  # different items at least; with fewer, random prompts would be alike
+CHARACTERS_PER_TOKEN = 4  # in English text, if there is no tokenizer to count
 # Nearly every vocabulary has each of these as one token, with the space before it.
 _COMMON = """
 about above action after again air all also always and animal answer any are area around away back because been
@@ -43,8 +43,8 @@ _WORD = re.compile("[\u0120\u2581][A-Za-z]+")  # a space as vocabularies write i
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`items` are drawn and `join`ed to a prompt, each about one token; `given` makes a prompt of a text, `count`
-    gives its tokens. `exact`: whether counts are a tokenizer's; `ids`: whether prompts are token ids.
+    """`items` are drawn at random and `join`ed to a prompt; each is about one token. given: makes a prompt of a
+    text. count: gives the tokens of a text. exact: whether a tokenizer counts. ids: whether prompts are token ids.
     """
 
     items: Sequence[Any]
@@ -81,7 +81,7 @@ def _estimate(text: str) -> int:
 
 
 def _plain_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of a space and letters; where there are few, of anything that is text by itself."""
+    """Ids whose text is a space and letters. If there are few, ids of anything that is text by itself."""
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
     found = [i for i in ids if _WORD.fullmatch(tokenizer.piece(i) or "")]
     if len(found) < LEAST:

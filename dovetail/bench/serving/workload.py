@@ -1,4 +1,4 @@
-"""What a load asks: how many requests, when, how long, and with which prompts."""
+"""What a load consists of: how many requests, when they come, how long they are, and their prompts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dovetail.bench.serving.trace import BLOCK, Trace, TraceRequest
 from dovetail.bench.serving.vocabulary import Prompt, Vocabulary
 from dovetail.core.errors import ConfigError
 
-LEAST = 100  # requests of a load where nobody says how many
-SECONDS = 30.0  # of arrivals, likewise: long beside the answers that are open when the last request was sent
+LEAST = 100  # the fewest requests of a load if the user does not say how many
+SECONDS = 30.0  # of arrivals, likewise; long compared with answers that are open when the last request is sent
 _LENGTHS = re.compile(r"(\d{1,8})(?::(\d{1,8}))?", re.ASCII)
 
 
@@ -52,8 +52,8 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a load may hold: requests, seconds of arrivals, tokens of a prompt, tokens of prompt and answer; and
-    how many rows of a trace are read for all loads together.
+    """Limits of a load: requests, seconds of arrivals, tokens of a prompt, tokens of prompt and answer together;
+    and how many rows of a trace are read for all loads together.
     """
 
     requests: int | None = None
@@ -63,7 +63,8 @@ class Limits:
     rows: int | None = None
 
     def of(self, rate: float) -> int | None:
-        """Requests at a rate; where neither they nor a time were given, enough to tell saturation from the end."""
+        """Requests at a rate. If neither a number nor a time was given, enough to tell saturation from the load's
+        end."""
         return default_requests(rate) if self.requests is None and self.duration is None else self.requests
 
     def admits(self, row: TraceRequest) -> bool:
@@ -79,9 +80,9 @@ def default_requests(rate: float) -> int:
 
 
 class Rows:
-    """The requests of a trace that the limits admit, their lengths scaled by `scale`. Counts the `skipped` ones.
+    """The requests of a trace that the limits admit, with lengths scaled by `scale`. Counts the `skipped` ones.
 
-    Blocks are scaled to a whole number of tokens and lengths with them, so what was shared stays shared.
+    Blocks are scaled to a whole number of tokens, and lengths with them. So what was shared stays shared.
     """
 
     def __init__(self, trace: Trace, limits: Limits, scale: float) -> None:
@@ -127,10 +128,10 @@ class Synthetic:
 class Workload:
     """A load that can be asked for at any rate.
 
-    Every load of a workload has the same lengths and new prompts: `point` numbers them, and the tokens depend on
-    it, so that what one point left in a prefix cache does not help the next. They depend on `salt` too, which
-    does the same for a server that outlives this run. Texts of a trace cannot be made new: there each load takes
-    the rows after those that are `taken`, from the start again after the last.
+    Every load of a workload has the same lengths and new prompts. `point` numbers the loads, and tokens depend on
+    it, so that what one load left in a prefix cache does not help the next. They also depend on `salt`, for a
+    server that outlives this run. Texts of a trace cannot be made new. There each load takes the rows after those
+    that are `taken`, and begins again after the last row.
     """
 
     rows: Sequence[TraceRequest] | Synthetic
@@ -142,11 +143,11 @@ class Workload:
 
     @property
     def shares(self) -> bool:
-        """Whether its prompts begin alike by design."""
+        """Whether the prompts share prefixes on purpose."""
         return not isinstance(self.rows, Synthetic) and any(row.blocks for row in self.rows)
 
     def repeats(self, taken: int) -> bool:
-        """Whether loads that have taken so many rows had a text twice."""
+        """Whether loads that have taken so many rows used a text twice."""
         return not isinstance(self.rows, Synthetic) and self._texts and taken > len(self.rows)
 
     def at(self, arrivals: Arrivals, rate: float, point: int, taken: int = 0) -> list[LoadRequest]:
@@ -162,7 +163,7 @@ class Workload:
         return self._load(islice(times, self.limits.requests), point, 0)
 
     def warm_up(self, count: int) -> list[LoadRequest]:
-        """`count` requests like the first ones, with prompts that no other load has, unless they are texts."""
+        """`count` requests like the first ones. No other load has their prompts, unless prompts are texts."""
         prompts = _Prompts(self.vocabulary, self.block, f"{self.seed}{self.salt}:warm-up")
         rows = islice(self.rows, count)
         return [_request(prompts, i, 0.0, row) for i, row in enumerate(rows)]
@@ -215,7 +216,7 @@ class _Prompts:
 
 
 def check_synthetic(rows: Synthetic, limits: Limits) -> None:
-    """ConfigError if the longest request cannot fit the context: each such request would be refused."""
+    """ConfigError if the longest request cannot fit the context, because each such request would be refused."""
     need = rows.input_tokens.high + rows.output_tokens.high
     if limits.context is not None and need > limits.context:
         raise ConfigError(
