@@ -20,7 +20,7 @@ from dovetail.session import SERVING, Session
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-CALIBRATION = 1 << 16  # characters; techniques that measure the model need no more
+CALIBRATION = 1 << 16  # characters, which is all that techniques need to measure the model
 
 
 class LLM:
@@ -32,8 +32,8 @@ class LLM:
     "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
     enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
 
-    Several threads may use one LLM: they take turns by the step, and what they ask for runs in one batch. It
-    cannot be used in a forked child (ForkError).
+    Several threads may use one LLM. They take turns step by step, and their requests run in one batch. A forked
+    child cannot use it (ForkError).
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class LLM:
         probes: Probe | Sequence[Probe] = SERVING,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts: a string, a list of strings, or lists of token ids; outputs are in their order.
+        """Complete prompts: a string, a list of strings, or lists of token ids. Outputs are in their order.
 
-        A bad prompt raises RequestError before anything runs. `probes` are for measuring: see `Probe`. `progress`
-        shows a bar on a terminal's stderr.
+        A bad prompt raises RequestError before anything runs. probes: for measurements, see `Probe`. progress:
+        show a bar on a terminal's stderr.
         """
         many = _prompts(prompts)
         each = [_params(p) for p in params] if isinstance(params, Sequence) else [_params(params)] * len(many)
@@ -122,7 +122,8 @@ class LLM:
         return self.generate(ids, params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding the growing output after each step. Stopping early frees its pages."""
+        """Complete one prompt. Yields the growing output after each step. If the reader stops, its pages are
+        freed."""
         answer = self.session.prepare(prompt, _params(params))
         with closing(self.session.follow(answer, lambda gained: answer.output() if gained else None)) as outputs:
             yield from (output for output in outputs if output is not None)
@@ -137,14 +138,14 @@ class LLM:
         return {t.name: t.activity(self.engine.seams) for t in self.techniques}
 
     def slow_tier(self) -> Mapping[str, float]:
-        """Totals of what moved between the device and the slow tier of KV; empty without one."""
+        """Totals of what moved between the device and the slow tier of KV. Empty without a slow tier."""
         residency = self.engine.seams.residency
         return residency.stats() if hasattr(residency, "stats") else {}
 
     def default_params(self, fallback: Mapping[str, Any] | None = None, **overrides: Any) -> SamplingParams:
         """The checkpoint's own sampling defaults (generation_config.json), with overrides.
 
-        `fallback` counts only where the checkpoint says nothing at all.
+        `fallback` counts only if the checkpoint has no defaults at all.
         """
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         stored = self.checkpoint.generation_config
@@ -154,7 +155,7 @@ class LLM:
         return SamplingParams(**{**(found or fallback or {}), **overrides})
 
     def _calibration(self, file: str) -> list[int]:
-        """Tokens of the first part of a text: a corpus by name, a file, or for "" what every Python ships."""
+        """Tokens of the first part of a text: a named corpus, a file, or for "" a text that every Python ships."""
         from dovetail.text.corpus import DEFAULT, corpus
 
         ids: list[int] = self.tokenizer.encode(corpus(file or DEFAULT).text[:CALIBRATION])
@@ -175,9 +176,9 @@ class LLM:
                             done = left & {d.answer for d in self.session.step() if d.last}
                             left -= done
                             advance(len(done))
-                if left:  # finished by another thread's steps
+                if left:  # another thread's steps may have finished them
                     advance(len(left))
-        finally:  # an interrupt or a refusal leaves nothing behind
+        finally:  # also after an interrupt or a refusal
             with uninterrupted():
                 for answer in answers:
                     self.session.abort(answer)
@@ -186,7 +187,7 @@ class LLM:
 
 
 def _tokenizer(given: Any) -> Any:
-    """A tokenizer object as it is; a path means a directory with tokenizer.json."""
+    """A tokenizer object as it is, or the tokenizer of a directory with tokenizer.json."""
     from dovetail.text.tokenizer import Tokenizer
 
     return Tokenizer.from_directory(given) if isinstance(given, (str, Path)) else given
@@ -212,7 +213,8 @@ def _params(given: SamplingParams | None) -> SamplingParams:
 
 
 def _prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or many: token ids are whole numbers, everything else in a list is a prompt of its own."""
+    """One prompt or many. A list of whole numbers is one prompt; anything else in a list is a prompt of its
+    own."""
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):

@@ -14,7 +14,7 @@ from dovetail.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability (natural), rank (1 = most likely) and text."""
+    """A token's natural log-probability, its rank (1 is the likeliest) and its text."""
 
     logprob: float
     rank: int | None = None
@@ -77,11 +77,11 @@ class Stream:
         self.stop_reason: int | str | None = None
         self.last_token: float | None = None  # when it last gained tokens
         self._names: list[dict[int, Logprob]] = []
-        self._stoppable = 0  # where text that stop strings may be found in begins
+        self._stoppable = 0  # stop strings may be found from this character on
         self._margin = max((len(s) for s in p.stops), default=1) - 1
 
     def push(self, progress: Progress) -> None:
-        """Take a step's tokens; sets finish_reason when the answer is complete."""
+        """Take the tokens of a step. Sets finish_reason when the answer is complete."""
         reason, tokens = self.request.finish_reason, progress.tokens
         for i, token in enumerate(tokens):
             self.token_ids.append(token)
@@ -111,7 +111,7 @@ class Stream:
         )  # fmt: skip
 
     def _token_reason(self) -> int | None:
-        """The id that ended it, unless that is the model's own end of sequence."""
+        """The id that ended the answer, unless it is the model's own end of sequence."""
         reason = self.request.stop_reason
         return reason if isinstance(reason, int) and reason in (self.request.params.stop_token_ids or ()) else None
 
@@ -122,7 +122,7 @@ class Stream:
         if not params.stops:
             self.ready = len(self.text)
             return
-        if len(self.token_ids) <= params.min_tokens:  # shown already, so it cannot be taken back later
+        if len(self.token_ids) <= params.min_tokens:  # this text was shown and cannot be taken back
             self._stoppable = self.ready = len(self.text)
             return
         start = max(self._stoppable, before - self._margin)
@@ -143,7 +143,7 @@ class Stream:
 
 
 def named(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
-    """The chosen token first, then the most likely ones, as vLLM has them."""
+    """The chosen token first, then the likeliest ones, in vLLM's form."""
     out = {
         entry.token: Logprob(entry.logprob, entry.rank, tokenizer.decode([entry.token], skip_special_tokens=False))
     }
@@ -156,9 +156,8 @@ def named(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
 class Delta:
     """What a choice gained: in one step, in several, or in all of them.
 
-    `index` tells which of the answer's choices it is. `time` is when it came, by the session's clock; `waited` is
-    how many seconds the choice had brought no token, or since the request's arrival. The answer has ended with the
-    `last` one.
+    index: the choice's number in the answer. time: when it came, by the session's clock. waited: seconds since the
+    choice's last tokens, or since the request's arrival. last: the whole answer has ended with this delta.
     """
 
     answer: Answer
@@ -174,11 +173,11 @@ class Delta:
 
     @property
     def choice(self) -> int:
-        """The choice's number, where a body asks for several answers."""
+        """The choice's number in a body that asks for several answers."""
         return self.answer.first_choice + self.index
 
     def add(self, later: Delta) -> None:
-        """Take in what the same choice gained afterwards."""
+        """Add what the same choice gained later."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
@@ -193,7 +192,7 @@ def text_of(deltas: Iterable[Delta]) -> str:
 
 @dataclass(eq=False)
 class Answer:
-    """A request of a user with its n choices, a stream each. Times are the session's clock's."""
+    """A request of a user with its n choices, a stream each. Times are those of the session's clock."""
 
     request_id: str
     prompt: str | None
@@ -203,7 +202,7 @@ class Answer:
     tokenizer: Tokenizer
     arrival: float
     score_from: int = 1
-    first_choice: int = 0  # the number of its first choice, where a body asks for several answers
+    first_choice: int = 0  # the number of its first choice in a body that asks for several answers
     first_token: float | None = None
     last_token: float | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
@@ -216,7 +215,7 @@ class Answer:
         return all(s.finish_reason is not None for s in self.streams)
 
     def push(self, progress: Progress, now: float) -> Delta | None:
-        """Take what a step brought to one of the streams; None if nothing of it can be shown."""
+        """Take what a step brought to one of the streams. None if nothing of it can be shown yet."""
         if progress.error is not None:
             self.error = progress.error
         if progress.prompt_logprobs and progress.request.index == 0:
@@ -229,7 +228,7 @@ class Answer:
         return self._gained(stream, ready, count, now)
 
     def close(self, reason: str, now: float) -> list[Delta]:
-        """End the streams that have not ended; text that was held back is shown."""
+        """End the streams that still run, and show the text that they held back."""
         gained = []
         for stream in self.streams:
             if stream.finish_reason is None:
@@ -249,7 +248,7 @@ class Answer:
         ]  # fmt: skip
 
     def output(self) -> RequestOutput:
-        """A snapshot; safe to keep."""
+        """The answer so far, as a copy that does not change."""
         scores: list[dict[int, Logprob] | None] | None = None
         if self.params.prompt_logprobs is not None:
             new = self.prompt_scores[len(self.prompt_names) :]
@@ -269,7 +268,7 @@ class Answer:
         return Metrics(self.arrival, self.first_token - self.arrival, self.last_token - self.arrival, rate)
 
     def _gained(self, stream: Stream, ready: int, count: int, now: float) -> Delta:
-        """What a stream gained that had `ready` characters and `count` tokens before."""
+        """What a stream gained since it had `ready` characters and `count` tokens."""
         tokens, ended = stream.token_ids[count:], stream.finish_reason is not None
         since = self.arrival if stream.last_token is None else stream.last_token
         if tokens:

@@ -1,4 +1,4 @@
-"""Requests of users on one engine: from prompts and parameters to answers. Threads take turns."""
+"""Requests of users on one engine, from prompts and parameters to answers. Threads take turns."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SERVING = Probe()  # nothing is measured
 class Session:
     """Submits, steps and aborts. Every submitted answer ends with a finish reason exactly once.
 
-    Safe from several threads: each of these is a turn of its own, and a step advances everybody's answers. What
-    reads an answer that another thread may be stepping holds `turns`. ForkError in a forked child.
-    Times are those of `clock`, which whoever runs the engine's plans owns.
+    Several threads may use it: each of these calls is a turn of its own, and a step advances all answers. Code
+    that reads an answer while another thread may step must hold `turns`. ForkError in a forked child. Times are
+    read from `clock`, which belongs to the executor.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
@@ -39,8 +39,8 @@ class Session:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
-        self.answers: dict[str, Answer] = {}  # those that run, by their ids
-        self._owners: dict[Request, Answer] = {}  # whose choice a request that runs is
+        self.answers: dict[str, Answer] = {}  # running answers by id
+        self._owners: dict[Request, Answer] = {}  # the answer to which a running request belongs
         self.turns = Turns()
         self._late: list[tuple[Answer, str]] = []  # to be ended before the next step
         self._count = itertools.count()
@@ -56,7 +56,7 @@ class Session:
         request_id: str = "",
         probe: Probe = SERVING,
     ) -> Answer:
-        """Check a prompt and its parameters, and build the answer; nothing is queued yet.
+        """Check a prompt and its parameters, and build the answer. Nothing is queued yet.
 
         A string is tokenized with the model's special tokens. Raises RequestError, which names the field.
         Safe to call from any thread.
@@ -83,7 +83,7 @@ class Session:
         )
 
     def submit(self, answer: Answer, arrival: float | None = None) -> Answer:
-        """Queue it. Raises RequestError or CapacityError, with nothing queued, if it can never run.
+        """Queue the answer. If it can never run, raises RequestError or CapacityError and queues nothing.
 
         arrival: when it was asked for, by the session's clock; None is now.
         """
@@ -91,7 +91,7 @@ class Session:
             return self._submit(answer, arrival)
 
     def step(self) -> list[Delta]:
-        """One step of the engine: what each choice gained."""
+        """Run one step of the engine. Returns what each choice gained."""
         with self.turns:
             gained = []
             while self._late:
@@ -99,9 +99,9 @@ class Session:
             return gained + self._step()
 
     def abort(self, answer: Answer, reason: str = "abort") -> list[Delta]:
-        """End an answer now: the ends of its choices. Its pages are free when this returns.
+        """End an answer now, and return the ends of its choices. Its pages are free when this returns.
 
-        Where the garbage collector calls this in the midst of a step, it is done with the next one.
+        If the garbage collector calls this during a step, the answer ends with the next step.
         """
         if answer.finished:
             return []
@@ -112,10 +112,10 @@ class Session:
             return self._abort(answer, reason)
 
     def follow(self, answer: Answer, show: Callable[[list[Delta]], T]) -> Generator[T]:
-        """Submit an answer and step until it has ended, yielding after each step what `show` makes of its gain.
+        """Submit an answer and step until it has ended. After each step, yield `show` of what it gained.
 
-        Other threads' steps serve it too, so what a choice gained may come at once or be nothing. `show` is called
-        while nothing changes. Whoever stops reading aborts the answer.
+        Steps of other threads serve it too, so a choice may gain several tokens at once or none. `show` is called
+        while nothing changes. If the reader stops, the answer is aborted.
         """
         answer.unread = []
         self.submit(answer)
@@ -125,7 +125,7 @@ class Session:
         ended = False
         try:
             while not ended:
-                if not answer.finished:  # by another thread's steps, or by an abort
+                if not answer.finished:  # another thread's step or an abort may have ended it
                     with uninterrupted():
                         self.step()
                 with self.turns:
@@ -210,7 +210,7 @@ def _check_probe(probe: Probe, ids: Sequence[int], params: SamplingParams) -> No
 
 
 def token_ids(values: Iterable[Any]) -> list[int]:
-    """Token ids from any sequence of whole numbers (numpy's and torch's too). RequestError names what is none."""
+    """Token ids from any sequence of whole numbers (numpy's and torch's too). RequestError names anything else."""
     if isinstance(values, (bytes, Mapping)):
         raise RequestError(f"a prompt is a string or token ids, got {type(values).__name__}", param="prompt")
     try:
@@ -229,7 +229,7 @@ def token_ids(values: Iterable[Any]) -> list[int]:
 
 
 def mix(seed: int, number: int) -> int:
-    """A seed for the number-th request of a seed."""
+    """A seed for request `number` of several that share `seed`."""
     x = ((seed & _MASK) * 0x9E3779B97F4A7C15 + (number + 1) * 0xBF58476D1CE4E5B9) & _MASK
     x ^= x >> 31
     return (x * 0x94D049BB133111EB) & _MASK

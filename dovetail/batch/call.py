@@ -1,4 +1,4 @@
-"""One row in the engine: from a request's body to answers, and from answers to a response's body."""
+"""One row of a batch: from a request's body to answers, and from answers to a response's body."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from dovetail.server.protocol import ChatRequest, CompletionRequest, sort_extra
 class Call:
     """A row's answers, checked and tokenized but not queued.
 
-    `defaults` are sampling settings that hold where the body is silent, `unknown` fields that mean nothing here,
-    `open` the number of answers that have not ended.
-    Raises RequestError, CapacityError or pydantic's ValidationError.
+    defaults: sampling settings for what the body does not say. unknown: fields that have no meaning here. open:
+    how many answers have not ended. Raises RequestError, CapacityError or pydantic's ValidationError.
     """
 
     def __init__(self, intake: Intake, row: Row, defaults: Mapping[str, Any]) -> None:
@@ -33,13 +32,13 @@ class Call:
             raise RequestError("an answer in a batch cannot be streamed", param="stream")
         check_common(self.request)
         self.unknown = tuple(sort_extra(self.request))
-        # A row's own seed: what it gets does not depend on which rows ran before it.
+        # A row has its own seed, so its answer does not depend on which rows ran before it.
         self.answers = intake.answers(intake.read(self.request), row.key, seed=int(row.key[:15], 16))
         self.open = len(self.answers)
 
     @property
     def error(self) -> str | None:
-        """Why the engine gave the row up, if it did."""
+        """Why the engine ended the row with an error, if it did."""
         return next((a.error for a in self.answers if a.error is not None), None)
 
     @property
@@ -61,7 +60,7 @@ class Call:
 
 
 def _with_defaults(body: dict[str, Any], defaults: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    """The body, with `defaults` for what it leaves out, spelled as this kind of request spells it."""
+    """The body, with `defaults` for what it leaves out, under the names that this kind of request uses."""
     more = dict(defaults)
     if chat and "logprobs" in more:
         more |= {"logprobs": True, "top_logprobs": more["logprobs"]}

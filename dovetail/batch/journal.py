@@ -1,4 +1,4 @@
-"""What is finished of a batch: result lines, appended one by one, that outlive any crash."""
+"""The finished part of a batch: result lines that are appended one by one and survive a crash."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ PREFIX = "batch_req_"
 class Journal:
     """Results by row key, in OUTPUT.partial while the batch runs and in OUTPUT when it is complete.
 
-    Opening it finds what an earlier run finished, in either file; a line torn by a crash is cut off. Results with
-    an error do not count as finished. A row is safe from a killed process when `add` returns, and from a power cut
-    at most a second later. ConfigError if another process holds it or it cannot be written.
+    Opening it finds what an earlier run finished, in either file. A line that a crash left incomplete is cut off.
+    Results with an error do not count as finished. When `add` returns, a row survives the end of the process; at
+    most a second later it survives a power cut. ConfigError if another process holds the journal, or if it cannot
+    be written.
     """
 
     def __init__(self, output: Path) -> None:
@@ -73,7 +74,7 @@ class Journal:
             self.partial.unlink()
 
     def close(self) -> None:
-        """Let go of the files. A journal in which nothing is finished is removed."""
+        """Close the files. A journal without any finished row is removed."""
         if os.fstat(self._file.fileno()).st_nlink and not self._file.seek(0, os.SEEK_END):
             self.partial.unlink(missing_ok=True)
         for file in (self._file, self._earlier):
@@ -88,7 +89,7 @@ class Journal:
             raise ConfigError(f"{self.partial}: another process is writing this batch") from None
 
     def _index(self, file: IO[bytes]) -> int:
-        """Note where finished rows are; returns the length of the part that is whole."""
+        """Note where finished rows are. Returns the length of the part of the file that is whole."""
         offset = 0
         for line in _lines(file):
             try:

@@ -1,4 +1,4 @@
-"""How far a batch is, on stderr: a line that is rewritten on a terminal, a line now and then elsewhere."""
+"""Shows on stderr how far a batch is: one line that is rewritten on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WIDTH = 20
 
 
 class Meter:
-    """`meter(runner)` shows where the runner is, if it is time to."""
+    """`meter(runner)` shows how far the runner is, if it is time to."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -46,6 +46,6 @@ def describe(runner: Runner, total: int) -> str:
     if totals.errors:
         parts.append(f"{totals.errors} errors")
     parts.append(f"{runner.tokens / max(totals.seconds, 1e-9):.0f} tokens/s")
-    if totals.answered:  # the others cost nothing
+    if totals.answered:  # rows that were not answered cost no time
         parts.append(f"{format_duration(totals.seconds / totals.answered * (total - done))} left")
     return ", ".join(parts)

@@ -16,7 +16,7 @@ MAX_LINE = 32 << 20  # bytes
 
 @dataclass(frozen=True)
 class Row:
-    """A request, or the `error` that it is none.
+    """A request, or the `error` that says why it is not one.
 
     `key` is made from the line and the settings it runs under: the same row of the same run has the same key,
     wherever it stands in the file.
@@ -36,7 +36,7 @@ def count(path: Path) -> int:
 
 
 def read(path: Path, settings: str) -> Iterator[Row]:
-    """The rows in order. A line that is no valid request comes as a row with an error. Blank lines are skipped."""
+    """The rows in order. A line that is not a valid request becomes a row with an error. Blank lines are skipped."""
     seen: set[str] = set()
     with open(path, "rb") as file:
         for number, line in lines(file):
@@ -54,7 +54,7 @@ def read(path: Path, settings: str) -> Iterator[Row]:
 
 
 def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, numbered from 1; of one that is too long only as much as shows that."""
+    """Lines that are not blank, numbered from 1. A line that is too long is cut just above the limit."""
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1

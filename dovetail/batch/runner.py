@@ -1,4 +1,4 @@
-"""Many rows in one engine at a time: feeds it, and journals what is finished."""
+"""Runs many rows at a time in one engine, and journals what is finished."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dovetail.server import errors
 from dovetail.server.intake import Intake
 
 _LOG = logging.getLogger(__name__)
-ANSWERS_PER_SEQUENCE = 4  # tokenized and waiting for each request that can run, so that the engine never waits
+ANSWERS_PER_SEQUENCE = 4  # answers kept tokenized for each request that can run, so that the engine never waits
 
 
 @dataclass
 class Totals:
-    """What a run did. `reused` rows were finished by an earlier one; `seconds` are the session's clock's."""
+    """What a run did. An earlier run finished the `reused` rows. `seconds` are those of the session's clock."""
 
     clock: Clock
     rows: int = 0
@@ -50,9 +50,9 @@ class Runner:
         self.journal = journal
         self.defaults = defaults
         self.totals = Totals(llm.session.clock)
-        self.keys: list[str] = []  # of every row, in the input's order
+        self.keys: list[str] = []  # the key of every row, in the input's order
         self._intake = Intake(llm)
-        self._calls: dict[Answer, Call] = {}  # of each answer that runs
+        self._calls: dict[Answer, Call] = {}  # the call of each running answer
         self._window = llm.config.max_num_seqs * ANSWERS_PER_SEQUENCE
 
     def run(self, rows: Iterable[Row], tick: Callable[[Runner], None]) -> None:

@@ -23,7 +23,7 @@ class Progress:
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time. Not thread-safe: whoever calls it (`Session`) takes turns."""
+    """Requests in, tokens out, one step at a time. Not thread-safe: its caller, `Session`, takes turns."""
 
     def __init__(self, executor: Executor, pool: PagePool, seams: Seams, limits: Limits) -> None:
         self.executor = executor

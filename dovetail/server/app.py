@@ -71,7 +71,7 @@ def _information(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """200 when requests are taken and the engine makes progress, 503 otherwise."""
+        """200 while requests are taken and the engine makes progress, 503 otherwise."""
         return Response(status_code=200 if service.engine.healthy and not service.gate.draining else 503)
 
     @app.get("/metrics")
@@ -81,7 +81,7 @@ def _information(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, Any]:
-        """The program's version, and the configuration that was resolved for the model."""
+        """The program's version, and the resolved configuration of the engine."""
         config = service.llm.config
         return {"version": dovetail.__version__, "config": config.to_dict() | {"use": list(config.use)}}
 
@@ -99,7 +99,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 def _body(model: type[BaseModel]) -> dict[str, Any]:
-    """The request's fields for the OpenAPI document; the body itself is read by Exchange."""
+    """The request's fields for the OpenAPI document. Exchange reads the body itself."""
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}
     }

@@ -64,12 +64,12 @@ def completion_body(request: CompletionRequest, answers: Sequence[Answer], token
 
 
 def shown_tokens(request: CompletionRequest, delta: Delta) -> int:
-    """How many of the tokens the client sees; one that only the prompt's scores needed is thrown away."""
+    """How many of the tokens the client sees. A token that only the prompt's scores needed is not shown."""
     return 0 if scores_only(request) else len(delta.token_ids)
 
 
 def text_choice(request: CompletionRequest, delta: Delta, builder: CompletionLogprobs) -> dict[str, Any]:
-    """A choice, whole or its next part. A builder that has not been used yet brings the echoed prompt."""
+    """A whole choice, or its next part. If the builder is new, the part begins with the echoed prompt."""
     answer = delta.answer
     only, echo = scores_only(request), bool(request.echo) and not builder.begun
     builder.begun = True

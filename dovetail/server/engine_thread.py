@@ -34,7 +34,7 @@ Event = Callable[[], None]
 
 @dataclass(frozen=True)
 class _Command:
-    """`run` is called between two steps, or `refuse` with the reason why it never will be."""
+    """Either `run` is called between two steps, or `refuse` is called with the reason why it will not run."""
 
     run: Callable[[], None]
     refuse: Callable[[Exception], None] = lambda error: None
@@ -43,9 +43,9 @@ class _Command:
 class EngineThread:
     """Runs a Session until `stop`, sleeping while there is nothing to do.
 
-    Each submitted job ends exactly once: with its answers, with the error that refused or broke it, or with
-    the reason it was aborted for. If the loop itself fails, every open job ends with an error, `failure` is
-    set, and `on_failure` is called in the event loop.
+    Each submitted job ends exactly once: with its answers, with an error, or with the reason for which it was
+    aborted. If the loop itself fails, every open job ends with an error, `failure` is set, and `on_failure` is
+    called in the event loop.
     """
 
     def __init__(self, session: Session, metrics: Metrics) -> None:
@@ -53,7 +53,7 @@ class EngineThread:
         self.metrics = metrics
         self.failure: BaseException | None = None
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
-        self._jobs: dict[Answer, Job] = {}  # of each answer that runs
+        self._jobs: dict[Answer, Job] = {}  # the job of each running answer
         self._beat = time.monotonic()
         self._empty_steps = 0
         self._lock = threading.Lock()
@@ -68,11 +68,11 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job of the event loop's; it is accepted, or ends with the reason why not."""
+        """Queue a job of the event loop. It is accepted, or it ends with the reason why not."""
         self._send(_Command(partial(self._submit, job), lambda error: self._post([partial(job.fail, error)])))
 
     def abort(self, job: Job, reason: Exception | None = None) -> None:
-        """End a job in whatever state it is; its pages are free at the latest when the current step is done."""
+        """End a job in whatever state it is. Its pages are free when the current step is done, or before."""
         job.cancelled = True
         if not job.ended:
             self._send(_Command(partial(self._abort, [job], reason or Unavailable("the request was aborted"))))
@@ -81,7 +81,7 @@ class EngineThread:
         self._send(_Command(lambda: self._abort(self._open_jobs(), reason)))
 
     def call(self, function: Callable[[Session], T]) -> Future[T]:
-        """Run `function` between two steps, where the session may be touched."""
+        """Run `function` between two steps, when the session may be used."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -102,7 +102,7 @@ class EngineThread:
 
     @property
     def healthy(self) -> bool:
-        """False when the loop has failed, or makes no progress."""
+        """False if the loop has failed, or makes no progress."""
         stalled = self.session.busy and time.monotonic() - self._beat > STALL_SECONDS
         return self.failure is None and self._thread.is_alive() and not stalled
 
@@ -117,9 +117,9 @@ class EngineThread:
         return Failure("the engine has failed") if self.failure else Unavailable("the server is shutting down")
 
     def _post(self, events: Sequence[Event]) -> None:
-        """One wake-up of the event loop for all of `events`."""
+        """Wake the event loop once for all of `events`."""
         if events:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
+            with contextlib.suppress(RuntimeError):  # the event loop is closed and nobody listens
                 self._loop.call_soon_threadsafe(_each, events)
 
     # -- the engine's thread -------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class EngineThread:
         self._close()
 
     def _obey(self) -> bool:
-        """Do what is asked for, waiting for it if there is nothing else to do; False to stop."""
+        """Carry out commands, and wait for one if there is nothing else to do. False means: stop."""
         while True:
             try:
                 command = self._commands.get(block=not self.session.busy)
@@ -156,7 +156,7 @@ class EngineThread:
         self._post([event for delta in gained for event in self._gained(delta)])
 
     def _gained(self, delta: Delta) -> list[Event]:
-        """Hand a delta over to its job's reader, or the error that its answer ended with."""
+        """Give the reader of a job a delta, or the error with which its answer ended."""
         self._measure(delta)
         answer = delta.answer
         job = self._jobs.get(answer)
@@ -166,7 +166,7 @@ class EngineThread:
             return [self._end(job, Failure(answer.error))]
         if delta.last:
             del self._jobs[answer]
-        # Who waits for the whole is woken by ends only.
+        # A reader that waits for the whole answer is woken only by its end.
         return [partial(job.put, delta)] if job.streaming or delta.finish_reason is not None else []
 
     def _measure(self, delta: Delta) -> None:
@@ -197,7 +197,7 @@ class EngineThread:
         self._post([self._end(job, reason) for job in jobs])
 
     def _end(self, job: Job, error: Exception) -> Event:
-        """Stop what still runs of a job; the event that ends it."""
+        """Stop what still runs of a job. Returns the event that ends it."""
         for answer in job.answers:
             if self._jobs.pop(answer, None) is not None:
                 for delta in self.session.abort(answer):
@@ -208,7 +208,7 @@ class EngineThread:
         return list(dict.fromkeys(self._jobs.values()))
 
     def _close(self) -> None:
-        """Refuse the commands that came meanwhile and those to come; end every open job."""
+        """Refuse all commands from now on, and those that are waiting. End every open job."""
         with self._lock:
             self._closed = True
         with contextlib.suppress(queue.Empty):

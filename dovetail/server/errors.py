@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from dovetail.core.errors import CapacityError, RequestError
 
-MAX_MESSAGE = 1000  # characters; values that came with a request may be quoted in it
+MAX_MESSAGE = 1000  # characters, because a message may quote values from the request
 
 
 class NotFound(RequestError):
@@ -20,7 +20,7 @@ class NotFound(RequestError):
 
 
 class Unavailable(RequestError):
-    """The server cannot take or finish this now; `retry_after` seconds later it may."""
+    """The server cannot take or finish this now. It may `retry_after` seconds later."""
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message, status=503, type="unavailable_error")
@@ -28,14 +28,14 @@ class Unavailable(RequestError):
 
 
 class Failure(RequestError):
-    """Something broke here, not in the request."""
+    """The server failed; the request is not to blame."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=500, type="server_error")
 
 
 def request_error(error: BaseException) -> RequestError:
-    """Any exception as one that knows its status. What was not foreseen says nothing about the inside."""
+    """Any exception as one with an HTTP status. Unexpected exceptions reveal nothing about the inside."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, CapacityError):

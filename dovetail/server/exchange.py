@@ -1,4 +1,4 @@
-"""One HTTP exchange: a bounded body in, an answer out, given up when the client leaves."""
+"""One HTTP exchange: a body of limited size in, an answer out. It is given up when the client leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dovetail.host.json_file import json_object
 from dovetail.server import errors
 
 MAX_BODY = 16 << 20
-BODY_SECONDS = 60.0  # to send a whole body
+BODY_SECONDS = 60.0  # for a client to send a whole body
 WRITE_SECONDS = 300.0  # for a client to make room for the next piece of a stream
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class ClientGone(Exception):
 
 
 class Reply:
-    """The answer's way out: either one JSON object, or a stream of events."""
+    """Sends the answer: either one JSON object, or a stream of events."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
@@ -46,7 +46,7 @@ class Reply:
         await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
 
     async def write(self, data: bytes) -> None:
-        """Waits while the client is slow to read; TimeoutError when it does not read at all."""
+        """Wait while the client is slow to read. TimeoutError if it does not read at all."""
         async with asyncio.timeout(WRITE_SECONDS):
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -63,10 +63,10 @@ class Reply:
 
 
 class Exchange(Response):
-    """A response that is worked out while the client waits for it.
+    """A response that is computed while the client waits for it.
 
-    `work` gets the request's JSON object and the Reply. It is cancelled when the client leaves; what it raises
-    becomes an error answer, or an error event when the stream was open already.
+    `work` gets the request's JSON object and the Reply. It is cancelled when the client leaves. An exception
+    becomes an error answer, or an error event if the stream is already open.
     """
 
     def __init__(self, work: Work) -> None:
@@ -96,7 +96,7 @@ async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
             raise ClientGone
     finally:
         gone.cancel()
-        task.cancel()  # no effect on one that is done
+        task.cancel()  # no effect on a task that is done
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
@@ -133,9 +133,9 @@ def _too_large() -> RequestError:
 
 
 def parse(scope: Scope, data: bytes) -> dict[str, Any]:
-    """The body of a request that says it is JSON."""
+    """The JSON object of a request, whose content type must be JSON."""
     kind = dict(scope["headers"]).get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json":  # also keeps web pages from posting here without the browser asking first
+    if kind != b"application/json":  # so web pages cannot post here unless the browser asks first
         raise RequestError("the content type must be application/json", status=415)
     return json_object(data, "body")
 

@@ -1,4 +1,4 @@
-"""How much work is let in: a bounded number of sequences, and none while the server drains."""
+"""Limits the work that is let in: so many sequences at most, and none while the server drains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Gate:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
-        """A request that may do work; refused while draining."""
+        """Count a request as open while the body runs. Refused while draining."""
         if self.draining:
             raise Unavailable("the server is shutting down", RETRY_WHEN_DRAINING)
         self.requests += 1
@@ -40,7 +40,7 @@ class Gate:
 
     @contextlib.contextmanager
     def room_for(self, count: int) -> Iterator[None]:
-        """Room for `count` sequences, running or queued."""
+        """Reserve room for `count` sequences, running or queued."""
         if count > self.limit:
             raise RequestError(
                 f"the request asks for {count} answers; this server holds {self.limit} at a time", param="n"

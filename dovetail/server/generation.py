@@ -21,7 +21,7 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 class Generation(ABC, Generic[R]):
     """One request for text: `answer` runs it from its body to its reply.
 
-    `prefix` begins the reply's id; `chunk` is the object that a stream's events are.
+    prefix: the beginning of the reply's id. chunk: the type of object in a stream's events.
     """
 
     fields: type[R]
@@ -51,15 +51,15 @@ class Generation(ABC, Generic[R]):
 
     @abstractmethod
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The body of finished answers, without the head."""
+        """The body of finished answers, without id, created and model."""
 
     @abstractmethod
     def parts(self, delta: Delta) -> list[dict[str, Any]]:
-        """A delta as choices, an event each."""
+        """A delta as choices, one for each event."""
 
     @abstractmethod
     def count(self, delta: Delta) -> int:
-        """How many tokens of a delta are the client's."""
+        """How many tokens of a delta the client sees."""
 
     async def _stream(self, job: Job, reply: Reply) -> None:
         options = self.request.stream_options

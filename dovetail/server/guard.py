@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the header count, and the gate for what does work."""
+"""The checks that every request passes first: the key, the number of headers, and the gate if it does work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dovetail.server.service import Service
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 << 10
-OPEN_PATHS = frozenset({"/health"})  # without a key; everything else needs it
+OPEN_PATHS = frozenset({"/health"})  # need no key; everything else does
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""uvicorn with a shutdown that finishes what was begun."""
+"""uvicorn with a shutdown that finishes open requests."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dovetail.server.guard import MAX_HEADER_BYTES
 from dovetail.server.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_SECONDS = 2.0  # for streams to say why they end
+LAST_SECONDS = 2.0  # time for streams to say why they end
 
 _LOG = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; ConfigError if there is none to be had. Port 0 is any free one."""
+    """A bound socket. Port 0 takes any free port. ConfigError if the address cannot be used."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # "localhost" may name an IPv6 address first, which clients that say 127.0.0.1 do not reach.
+        # "localhost" may resolve to an IPv6 address first, which clients of 127.0.0.1 do not reach.
         family, kind, protocol, _, address = min(found, key=lambda f: f[0] != socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,9 +46,9 @@ def url(listener: socket.socket) -> str:
 class HTTPServer(uvicorn.Server):
     """Serves a Service until told to stop.
 
-    The first SIGINT or SIGTERM refuses new work and lets the open requests finish within the service's
-    shutdown timeout; what is left then ends with an error. A second one ends at once. When the engine fails,
-    open requests end with an error and `failed` is set.
+    After the first SIGINT or SIGTERM, new work is refused and open requests may finish within the service's
+    shutdown timeout. What is left then ends with an error. A second signal ends at once. If the engine fails, open
+    requests end with an error and `failed` is set.
     """
 
     def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -66,7 +66,7 @@ class HTTPServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Unlike uvicorn's: a signal that was obeyed is not raised again, so the process can exit with 0."""
+        """Unlike in uvicorn, a handled signal is not raised again, so the process can exit with 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -84,7 +84,7 @@ class HTTPServer(uvicorn.Server):
         self.on_ready()
 
     def drain(self) -> None:
-        """Stop: gently the first time, at once the second."""
+        """Stop: the first call lets open requests finish, the second ends at once."""
         if self._ending is not None:
             self.interrupted = self.should_exit = self.force_exit = True
             return
@@ -111,7 +111,7 @@ class HTTPServer(uvicorn.Server):
 
 
 async def serve(server: HTTPServer, listener: socket.socket) -> int:
-    """Run to the end; the process's exit code."""
+    """Run to the end. Returns the process's exit code."""
     await server.serve([listener])
     if server.failed:
         return 1

@@ -1,4 +1,4 @@
-"""From a request's fields to answers, tokenized and checked: the server's way in and the batch's."""
+"""From the fields of a request to answers, tokenized and checked. Server and batch both use it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dovetail.session import mix
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for. A conversation has no `prompts`: its one prompt is made by the chat template."""
+    """What a request asks for. A conversation has no `prompts`: the chat template makes its one prompt."""
 
     request: ChatRequest | CompletionRequest
     params: SamplingParams
@@ -50,10 +50,10 @@ class Intake:
         return Asked(request, params, prompts(request.prompt))
 
     def answers(self, asked: Asked, name: str, seed: int | None = None) -> list[Answer]:
-        """An answer per prompt, with ids made from `name`; nothing is queued. Takes a while for long prompts.
+        """An answer for each prompt, with ids made from `name`. Nothing is queued. Long prompts take a while.
 
-        Choices are numbered prompt by prompt: choice i belongs to prompt i // n. `seed` counts where the request
-        has none; each prompt gets another one made from it.
+        Choices are numbered prompt by prompt: choice i belongs to prompt i // n. `seed` is used if the request has
+        none; each prompt gets its own seed, made from it.
         """
         request, found = asked.request, []
         given = [self._conversation(request)] if isinstance(request, ChatRequest) else asked.prompts
@@ -79,7 +79,7 @@ class Intake:
         return self.llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)
 
     def _check_length(self, prompt: Prompt) -> None:
-        """Refuse what cannot fit before the work of tokenizing or copying it."""
+        """Refuse a prompt that cannot fit, before it is tokenized or copied."""
         limit = self.llm.config.max_model_len
         unit, least = ("characters", self._longest_piece) if isinstance(prompt, str) else ("tokens", 1)
         if len(prompt) > limit * least:

@@ -11,9 +11,10 @@ from dovetail.outputs import Answer, Delta
 class Job:
     """Answers on their way, and one reader.
 
-    Deltas that the reader has not taken are merged, one per choice: a slow reader holds no more than its
-    answers' text. It ends exactly once: when the last of its choices has, or with an error. All methods belong to
-    the event loop; `cancelled` is for the engine's thread. arrival: when it was asked for, by the session's clock.
+    Deltas that the reader has not taken are merged, one for each choice, so a slow reader costs no more memory
+    than its answers' text. A job ends exactly once: with the last of its choices, or with an error. All methods
+    belong to the event loop; `cancelled` is for the engine's thread. arrival: when the request came, by the
+    session's clock.
     """
 
     def __init__(self, answers: Sequence[Answer], streaming: bool, arrival: float) -> None:
@@ -53,7 +54,7 @@ class Job:
             self._changed.set()
 
     async def accepted(self) -> None:
-        """Returns when the engine has queued it; raises what the engine refused it with."""
+        """Wait until the engine has queued the job. Raises the error with which the engine refused it."""
         while not (self._accepted or self.ended):
             await self._changed.wait()
             self._changed.clear()
@@ -62,7 +63,7 @@ class Job:
             raise self.error
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """What has come since the last time, until the end; raises the error that it ended with."""
+        """Yield what has come since the last time, until the end. Raises the error with which the job ended."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -75,7 +76,7 @@ class Job:
             raise self.error
 
     async def result(self) -> list[Answer]:
-        """The finished answers; raises the error that it ended with."""
+        """The finished answers. Raises the error with which the job ended."""
         async for _ in self.deltas():
             pass
         return self.answers

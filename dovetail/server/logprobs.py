@@ -28,26 +28,26 @@ def _chat_token(logprob: Logprob) -> dict[str, Any]:
 
 
 class CompletionLogprobs:
-    """Builds the parallel lists of the completions API; `text_offset` runs on over the chunks of a stream."""
+    """Builds the parallel lists of the completions API. `text_offset` counts on over the chunks of a stream."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.offset = 0
-        self.begun = False  # whether the choice has been shown something
+        self.begun = False  # whether a part of the choice was already shown
 
     def take(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for entry in entries:
             known = named(entry, self.tokenizer)
             top: dict[str, float] = {}
-            for logprob in known.values():  # tokens can share a spelling: the likelier one counts
+            for logprob in known.values():  # of tokens with the same text, the likelier one counts
                 text = logprob.decoded_token or ""
                 top[text] = max(top.get(text, LOWEST), logprob.logprob)
             self._add(out, known[entry.token].decoded_token or "", max(entry.logprob, LOWEST), top)
         return out
 
     def take_prompt(self, ids: Sequence[int], entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """The prompt echoed: nothing is known about its first token."""
+        """Add the echoed prompt. Its first token has no log-probability."""
         first: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         self._add(first, self.tokenizer.decode(ids[:1], skip_special_tokens=False), None, None)
         return joined(first, self.take(entries))

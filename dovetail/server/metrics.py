@@ -1,4 +1,4 @@
-"""What /metrics shows: vLLM's names, labels and buckets where the meaning is the same, ours beside them."""
+"""What /metrics shows: vLLM's names, labels and buckets where the meaning is the same, and our own names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SLOW_TIER = {
     "bytes_out": "Bytes of KV written to the slow tier",
     "stall_seconds": "Time that steps waited for the slow tier",
 }
-MAX_UNKNOWN = 64  # names of fields counted one by one; clients choose them
+MAX_UNKNOWN = 64  # unknown fields that are counted by name; clients choose these names
 
 
 def token_buckets(limit: int) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class Metrics:
         self._request_generation.observe(tokens)
 
     def unknown_field(self, name: str) -> bool:
-        """Count it; True the first time."""
+        """Count an unknown field. True if it is the first of its name."""
         new = name not in self._unknown_names
         if new and len(self._unknown_names) >= MAX_UNKNOWN:
             name, new = "(other)", False
@@ -111,7 +111,7 @@ class Metrics:
         return new
 
     def watch(self, llm: LLM) -> None:
-        """Add what the engine itself counts, read when /metrics is asked for."""
+        """Add what the engine itself counts. It is read when /metrics is requested."""
         self.registry.register(_EngineNumbers(llm, self.labels))
 
     def text(self) -> bytes:

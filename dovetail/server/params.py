@@ -26,7 +26,7 @@ Defaults = Callable[..., SamplingParams]  # the checkpoint's own settings, with 
 
 
 def check_common(request: GenerationRequest) -> None:
-    """What neither the types nor SamplingParams can see."""
+    """Check what neither the types nor SamplingParams can check."""
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     if request.stream and request.prompt_logprobs is not None:
@@ -36,7 +36,7 @@ def check_common(request: GenerationRequest) -> None:
 
 
 def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
-    """Without a limit an answer may fill the context."""
+    """The parameters of a chat request. Without a limit an answer may fill the context."""
     logprobs = None
     if request.logprobs:
         logprobs = request.top_logprobs or 0
@@ -50,7 +50,8 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
 
 
 def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
-    """With `echo`, `max_tokens: 0` is allowed: a token is generated and thrown away."""
+    """The parameters of a completion. With `echo`, `max_tokens: 0` is allowed: one token is generated and
+    dropped."""
     given = _given(request)
     limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     if scores_only(request):
@@ -62,7 +63,7 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
 
 
 def scores_only(request: CompletionRequest) -> bool:
-    """Whether only the prompt is wanted back."""
+    """Whether the client wants only the prompt back, with its scores."""
     return bool(request.echo) and request.max_tokens == 0
 
 

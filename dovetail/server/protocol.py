@@ -1,7 +1,7 @@
 """The fields of requests. Names are OpenAI's and vLLM's.
 
-Values are typed strictly; their ranges are checked by SamplingParams. Fields that are not declared here are
-in `model_extra`: `sort_extra` refuses the ones that would change the answer and are not implemented.
+Values are typed strictly; SamplingParams checks their ranges. Fields that are not declared here are in
+`model_extra`. `sort_extra` refuses those that would change the answer and are not implemented.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRINGS = {"type": "array", "items": {"type": "string"}}
 
 
 def _all(kind: type) -> AfterValidator:
-    """Every item is exactly a `kind`; unlike pydantic's own check it stops at the first that is not."""
+    """A check that every item is exactly a `kind`. Unlike pydantic's own, it stops at the first that is not."""
 
     def check(values: list[Any]) -> list[Any]:
         for i, value in enumerate(values):
@@ -99,7 +99,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
 
 
-# Fields that other servers act on and this one does not yet: the values that ask for nothing.
+# Fields that other servers act on and this one does not yet, with the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "audio": (None,),
@@ -139,7 +139,8 @@ _WITHOUT_EFFECT = frozenset({
 
 
 def sort_extra(request: GenerationRequest) -> Iterator[str]:
-    """The names of fields that mean nothing here. RequestError for those that mean something not implemented."""
+    """The names of fields that have no meaning here. RequestError for fields that ask for something not
+    implemented."""
     unsupported = {**_UNSUPPORTED, **(_CHAT_ONLY if isinstance(request, ChatRequest) else {})}
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise RequestError("best_of other than n is not supported", param="best_of")

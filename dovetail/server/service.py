@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """How a model is offered. `names` are what clients may call it; the first is what it calls itself."""
+    """How a model is offered. Clients may use any of `names`; replies use the first."""
 
     names: tuple[str, ...]
     api_key: str | None = None
@@ -57,11 +57,11 @@ class Service:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run `function` where it does not hold up the event loop."""
+        """Run `function` in another thread, so that it does not block the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
     def name(self, request: GenerationRequest) -> str:
-        """Check the fields that every route has; the name the model was asked for by."""
+        """Check the fields that every route has. Returns the model name that the request used."""
         if request.model is not None and request.model not in self.options.names:
             raise NotFound(f"the model '{request.model}' is not served here", param="model")
         check_common(request)
@@ -72,7 +72,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self, answers: Sequence[Answer], streaming: bool, arrival: float) -> AsyncIterator[Job]:
-        """The answers as a job that the engine has accepted; on leaving, whatever still runs of it is aborted."""
+        """The answers as a job that the engine has accepted. On leaving the block, what still runs is aborted."""
         job = Job(answers, streaming, arrival)
         self.engine.submit(job)
         try:
