@@ -36,7 +36,8 @@ def count(path: Path) -> int:
 
 
 def read(path: Path, settings: str) -> Iterator[Row]:
-    """The rows in order. A line that is not a valid request becomes a row with an error. Blank lines are skipped."""
+    """The rows in order. A line that is not a valid request becomes a row with an error. Blank lines are
+    skipped."""
     seen: set[str] = set()
     with open(path, "rb") as file:
         for number, line in lines(file):
