@@ -114,7 +114,7 @@ class Program:
         budget: int,  # pages in all
         leading: int,  # pages beside those of the window, instead of a budget; or -1
         positions: bool,
-        /,
+        adaptive: bool = False,
     ) -> None: ...
     def pick(
         self, q: int, layer: int, kind: str, summaries: int, vectors: int = 2
