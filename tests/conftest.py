@@ -5,6 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
+
+# `make check` takes --hypothesis-profile=fast: a fifth of the examples, the same ones every time.
+# scripts/mutate.py takes the same, and does not look for a simpler one.
+settings.register_profile("full", deadline=None)
+settings.register_profile("fast", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("mutants", settings.get_profile("fast"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile("full")
 
 
 @pytest.fixture(scope="session")

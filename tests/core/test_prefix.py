@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.pages import PagePool, PageTable
 from dovetail.core.prefix import RadixPrefix
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request
+from tests.helpers.examples import examples
 
 SIZE = 2
 
@@ -65,7 +66,7 @@ def tree_of(stored: list[list[int]]) -> tuple[PagePool, RadixPrefix]:
 
 
 @given(st.lists(tokens, min_size=1, max_size=12), st.integers(0, 40), st.integers(0, 11))
-@settings(max_examples=200)
+@examples(200)
 def test_evict_frees_what_is_asked_and_never_what_is_read(stored: list[list[int]], n: int, reader: int) -> None:
     pool, tree = tree_of(stored)
     text = stored[reader % len(stored)]

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.engine import Engine
@@ -17,6 +17,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
 from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Drafter, Policy, Seams, Selector
 from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
+from tests.helpers.examples import examples
 
 
 def next_token(tokens: list[int]) -> int:
@@ -52,9 +53,9 @@ class FakeExecutor:
         for source, target in plan.copies:
             for i in range(self.page_size):
                 self.memory[target * self.page_size + i] = self.memory.get(source * self.page_size + i, ())
-        return StepResult([self._span(s) for s in plan.spans])
+        return StepResult([self.result(s) for s in plan.spans])
 
-    def _span(self, span: object) -> SpanResult:
+    def result(self, span: object) -> SpanResult:
         r = span.request
         text = r.tokens + r.drafts
         slot = lambda i: int(r.table.pages[i // self.page_size]) * self.page_size + i % self.page_size  # noqa: E731
@@ -131,7 +132,7 @@ jobs = st.lists(
     st.booleans(),
     st.sets(st.integers(1, 60), max_size=6),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_every_request_gets_its_text_whatever_the_schedule(
     jobs, pages, budget, seqs, seed, caching, raises
 ) -> None:
@@ -165,7 +166,7 @@ def test_every_request_gets_its_text_whatever_the_schedule(
 
 
 @given(jobs, st.integers(10, 30), st.integers(2, 24), st.lists(st.integers(0, 40), max_size=5), st.integers(0, 9))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_cancelling_frees_pages_at_once_and_spares_the_others(jobs, pages, budget, cuts, seed) -> None:
     engine = build(pages, budget, 4, Seams(drafter=Guesser(seed)))
     requests = [make(engine, str(i), p, n) for i, (p, n, _) in enumerate(jobs)]
@@ -323,8 +324,8 @@ def test_a_context_larger_than_the_pool_is_refused_with_the_numbers() -> None:
 def test_an_erroneous_span_ends_its_request_only() -> None:
     engine = build(pages=16, budget=16, seqs=4)
     good, bad = make(engine, "good", [1, 2], 6), make(engine, "bad", [2, 1], 6)
-    run = engine.executor._span
-    engine.executor._span = lambda s: SpanResult(error="NaN") if s.request is bad else run(s)
+    run = engine.executor.result
+    engine.executor.result = lambda s: SpanResult(error="NaN") if s.request is bad else run(s)
     for r in (good, bad):
         engine.add(r)
     errors = []

@@ -7,12 +7,13 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
 from dovetail.ops.cpu import emulated, isas
 from dovetail.runtime.native import NativeExecutor
+from tests.helpers.examples import examples
 from tests.tiny import TinyCheckpoint, finish, make_request, run_all, run_staggered, tiny_config, tiny_engine
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
@@ -54,7 +55,7 @@ prompts = st.lists(
     st.booleans(),
     st.lists(st.integers(0, 9), min_size=5, max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_same_text_under_any_schedule(batch, store, dtype, drafts, budget, caching, arrivals) -> None:
     kv, page_size = store
     use = ["ngram:tokens=3,min_n=1,max_n=2"] if drafts else []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
@@ -19,6 +19,7 @@ from dovetail.ops.cpu import isas, native
 from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.odds import odds
 from dovetail.runtime.sampler import Row, sample
+from tests.helpers.examples import examples
 from tests.helpers.rows import row
 from tests.tiny import make_request, run_all, run_staggered, tiny_engine
 
@@ -82,7 +83,7 @@ options = st.fixed_dictionaries(
     st.integers(0, 2**32 - 1),
     st.sampled_from(isas() or ("",)),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_tokens_are_those_of_the_reference(mixed, width: int, shape, seed: int, isa: str) -> None:
     logits = random_logits(len(mixed), width, *shape, seed=seed)
     rows = [

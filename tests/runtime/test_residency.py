@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.errors import CapacityError
@@ -19,6 +19,7 @@ from dovetail.models.llama import geometry
 from dovetail.ops.cpu import isas, native
 from dovetail.runtime.native import NativeExecutor
 from dovetail.runtime.residency import Offload, TieredStore, Tiers, TierShape
+from tests.helpers.examples import examples
 from tests.runtime.test_native import GREEDY, PROMPTS, prompts
 from tests.tiny import TinyCheckpoint, make_request, run_all, run_staggered, tiny_config, tiny_engine
 
@@ -61,7 +62,7 @@ actions = st.lists(
 def test_a_page_is_what_was_last_written_wherever_it_lies(size: int, disk: bool, tmp_path) -> None:
     heads, cells = 2, 7
 
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(actions)
     def check(steps) -> None:
         memory = torch.zeros(cells * heads * size + 4096, dtype=torch.uint8)
@@ -137,7 +138,7 @@ LOSSY = [
     st.booleans(),
     st.lists(st.integers(0, 9), min_size=5, max_size=5),
 )
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_text_does_not_depend_on_where_pages_lie(batch, spec, budget, caching, arrivals) -> None:
     use = [spec] if spec else []
     shape = dict(max_num_batched_tokens=budget, enable_prefix_caching=caching)
@@ -159,7 +160,7 @@ def test_text_does_not_depend_on_where_pages_lie(batch, spec, budget, caching, a
     st.integers(1, 4),
     st.lists(st.integers(0, 9), min_size=5, max_size=5),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_lossy_text_is_the_same_under_any_schedule(batch, spec, drafts, budget, caching, seqs, arrivals) -> None:
     use = [spec, *(["ngram:tokens=3,min_n=1,max_n=2"] if drafts else [])]
     engine = engine_of(

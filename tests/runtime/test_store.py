@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.runtime.store import TiledStore, quantize_int8, store_type
+from tests.helpers.examples import examples
 from tests.tiny import break_token, finish, make_request, run_all, tiny_engine
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1e-30, 1e-3, 1.0, 1e4]))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_int8_is_within_half_a_step_per_token_and_head(seed: int, size: float) -> None:
     x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(seed)) * size
     codes, scales = quantize_int8(x)

@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.techniques.infinigen.eviction import FULL, POLICIES, Evictions
+from tests.helpers.examples import examples
 
 SIZE = 2
 
@@ -30,7 +31,7 @@ def choose(wanted: np.ndarray, given_up: np.ndarray, budget: int) -> np.ndarray:
     return found
 
 
-@settings(deadline=None, max_examples=80)
+@examples(80)
 @given(
     st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 3), st.integers(1, 6), st.sampled_from(POLICIES),
     st.integers(0, 12), st.sets(st.integers(0, 30), max_size=3),
@@ -64,7 +65,7 @@ def test_any_schedule_gives_up_what_rows_one_by_one_do(
         assert np.array_equal(scheduled.given_up(n), alone.given_up(n))
 
 
-@settings(deadline=None, max_examples=80)
+@examples(80)
 @given(
     st.integers(0, 2**31), st.integers(1, 24), st.integers(1, 3), st.integers(1, 6), st.sampled_from(POLICIES),
     st.integers(0, 12),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.errors import ConfigError
@@ -13,6 +13,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.models import facts
 from dovetail.techniques import MODULES, technique
+from tests.helpers.examples import examples
 from tests.tiny import CHECKPOINT, OFFERED, finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
@@ -61,7 +62,7 @@ prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tupl
     st.booleans(),
     st.lists(st.integers(0, 12), min_size=5, max_size=5),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_same_text_under_any_schedule(batch, spec, drafts, budget, seqs, pages, caching, arrivals) -> None:
     use = [s for s in (spec, "ngram:tokens=3,min_n=1,max_n=2" if drafts else "") if s]
     engine = tiny_engine(

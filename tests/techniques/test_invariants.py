@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.engine import Engine
@@ -16,6 +16,7 @@ from dovetail.core.types import Request
 from dovetail.ops.cpu import isas
 from dovetail.ops.pages import codes, landmarks, summary, unpacked
 from dovetail.runtime.kv import NEVER
+from tests.helpers.examples import examples
 from tests.tiny import finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 16
@@ -71,7 +72,7 @@ def test_a_budget_of_exactly_the_context_is_dense(name: str, kernels: str) -> No
     plain = tiny_engine(enable_prefix_caching=False, **shape)
     least = 5 * shape["page_size"]  # below that there is nothing to choose
 
-    @settings(max_examples=12, deadline=None)
+    @examples(12)
     @given(st.integers(1, 80), st.integers(0, 80))
     def check(n: int, dense: int) -> None:
         more: dict[str, Any] = {"dense_until": dense} if dense < n else {}
@@ -91,7 +92,7 @@ def test_a_budget_of_exactly_the_context_is_dense(name: str, kernels: str) -> No
     check()
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(20, 90), st.integers(6, 16), st.integers(0, 6), st.sampled_from([1, 2, 4]), st.integers(0, 90))
 def test_outliers_chosen_and_recent_pages_are_disjoint_and_tile_what_the_budget_covers(
     n: int, pages: int, outliers: int, chunk: int, dense: int
@@ -179,7 +180,7 @@ def test_summaries_are_those_of_the_keys_whatever_the_chunks_and_whoever_had_the
     kernels = KERNELS[-1] if spec in NATIVE else "torch"
     reached = []
 
-    @settings(max_examples=15, deadline=None)
+    @examples(15)
     @given(
         st.lists(st.tuples(st.integers(1, 3), st.integers(5, 90)), min_size=2, max_size=4),
         st.sampled_from([3, 7, 64]), st.booleans(), st.booleans(), st.booleans(),
@@ -211,7 +212,7 @@ def test_summaries_are_those_of_the_keys_whatever_the_chunks_and_whoever_had_the
 LOSSY = [*SUMMARISED, "sink-window:sink=4,window=8"]
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.sampled_from(LOSSY), st.permutations(range(48)), st.permutations(range(4)))
 def test_text_depends_neither_on_which_pages_hold_it_nor_on_the_order_of_requests(
     spec: str, order: list[int], place: list[int]

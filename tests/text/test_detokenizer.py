@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ggufs import write
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders
 from vocabularies import TEXTS, byte_level_keys, sentencepiece_keys
@@ -17,6 +17,7 @@ from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from dovetail.text.detokenizer import Detokenizer
 from dovetail.text.tokenizer import Tokenizer
+from tests.helpers.examples import examples
 
 KINDS = ("byte-level", "bytes", "sentencepiece", "no-prefix")
 BUILT: dict[str, Tokenizer] = {"bytes": ByteTokenizer()}
@@ -42,14 +43,14 @@ def stream(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> list[str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(ids=st.lists(st.integers(0, 270), max_size=40), skip=st.booleans())
 def test_any_ids(kind: str, ids: list[int], skip: bool) -> None:
     assert "".join(stream(BUILT[kind], ids, skip)) == BUILT[kind].decode(ids, skip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(text=st.text(max_size=40))
 def test_any_text(kind: str, text: str) -> None:
     tokenizer = BUILT[kind]
@@ -91,7 +92,7 @@ def test_ids_outside_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(ids=st.lists(st.sampled_from([*range(60), 195, 169, 226, 156, 147, 100000]), max_size=20))
 def test_ids_outside_the_vocabulary_do_not_come_between_bytes(kind: str, ids: list[int]) -> None:
     assert "".join(stream(BUILT[kind], ids)) == BUILT[kind].decode(ids)
