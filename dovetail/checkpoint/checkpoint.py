@@ -1,4 +1,4 @@
-"""What every checkpoint offers, whatever its files look like."""
+"""The interface of every checkpoint, whatever its files look like."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Checkpoint(Protocol):
 def validate(checkpoint: Checkpoint) -> None:
     """Compare the checkpoint's names and shapes with its config.
 
-    ModelError for a tensor that is missing, has another shape than the config says, or has no place in the
-    model.
+    ModelError for a tensor that is missing, that has another shape than the config says, or that the model does
+    not use.
     """
     present = set(checkpoint.names())
     for name, shape in checkpoint.architecture.tensors(checkpoint.config):

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face directory that transformers and others load."""
+"""Writes a checkpoint as a Hugging Face directory, which transformers and other programs load."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def export(
 
 @contextlib.contextmanager
 def _making(directory: Path) -> Iterator[None]:
-    """Make `directory`, empty or missing before; if the body fails, remove its files and the folders made."""
+    """Make `directory`, which is empty or missing. If the body fails, remove its files and the folders made
+    here."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=not missing)
@@ -109,7 +110,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file; the system's refusals come as the OSError that they are."""
+    """Write a safetensors file. Errors of the system are raised as OSError."""
     try:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:

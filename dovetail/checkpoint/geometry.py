@@ -1,4 +1,4 @@
-"""Checks that a ModelConfig makes sense by itself, whatever file it came from."""
+"""Checks that the numbers of a ModelConfig agree with each other, whatever file they came from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ACTIVATIONS, ModelConfig, RopeConfig
 
-LIMIT = 1 << 31  # no size of a model reaches this; kernels index rows with 32 bits
+LIMIT = 1 << 31  # kernels index rows with 32 bits; no model's size comes near
 ROPE_KINDS = {
     "default": (),
     "none": (),

@@ -1,8 +1,8 @@
 """GGUF v2/v3 files, memory mapped: header checks, lazily decoded metadata, raw tensor blocks.
 
-Nothing a file claims is believed before it is checked against the bytes that are there. The header is walked
-once; what the walk keeps per metadata entry is its type and position, so memory stays proportional to the
-number of entries, and string arrays (vocabularies, merges) are decoded only when somebody asks for them.
+Everything that a file says is checked against its bytes before it is used. The header is read once. Of each
+metadata entry only type and position are kept, so memory is proportional to the number of entries. String arrays
+(vocabularies, merges) are decoded when they are asked for.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _map(path: Path) -> mmap.mmap:
             if size < 24:
                 raise ModelError(f"{path}: {size} bytes, but a GGUF header alone has 24; {CUT_SHORT}")
             if hasattr(mmap, "MAP_PRIVATE"):
-                # No swap is reserved, or the kernel would refuse files larger than memory.
+                # Reserve no swap; otherwise the system refuses files larger than memory.
                 reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
                 flags, prot = mmap.MAP_PRIVATE | reserve, mmap.PROT_READ | mmap.PROT_WRITE
                 return mmap.mmap(file.fileno(), size, flags=flags, prot=prot)
@@ -100,7 +100,7 @@ class _Cursor:
         return ModelError(f"{self.path}: {what} at offset {self.at if at is None else at}: {why}")
 
     def need(self, count: int, what: str) -> int:
-        """Claim the next `count` bytes; return where they begin."""
+        """Check that `count` more bytes are there, and return where they begin."""
         start = self.at
         if count > self.size - start:
             raise self.fail(what, f"needs {count} bytes, {self.size - start} are left; {CUT_SHORT}")
@@ -386,7 +386,7 @@ class GGUFFile:
         except OSError:
             size = self.bytes  # unlinked while mapped: the mapping keeps the bytes
         if size < info.offset + info.nbytes:
-            # Touching pages past the end would kill the process (SIGBUS); this catches all but a race.
+            # Reading pages past the end would end the process (SIGBUS). This check prevents it, except in a race.
             raise ModelError(f"{self.path}: shrank to {size} bytes after it was opened; {name!r} is gone")
         data = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         rows = info.nbytes // (info.shape[-1] // BLOCKS[info.format].values * BLOCKS[info.format].bytes)

@@ -184,7 +184,7 @@ def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> Backend:
 
 
 def _add_tokens(backend: Backend, vocabulary: _Vocabulary) -> None:
-    """Tell the backend which tokens are matched as a whole in the text before anything else."""
+    """Tell the backend which tokens are matched as a whole in the text, before everything else."""
     special = np.flatnonzero(np.isin(vocabulary.kinds, (CONTROL, UNKNOWN)))
     plain = np.flatnonzero(vocabulary.kinds == USER_DEFINED)
     backend.add_special_tokens([AddedToken(vocabulary.tokens[i], special=True, normalized=False) for i in special])

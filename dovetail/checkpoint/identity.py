@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds, in one text."""
+"""A text that identifies the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SAMPLE = 4096  # bytes of each tensor
 def identity(checkpoint: Checkpoint) -> str:
     """A digest of the configuration and, of every tensor, its name, format, shape and first bytes.
 
-    It survives a move of the files. Not every byte is read, so it tells models apart, not one model from a
-    forgery.
+    It does not change when the files move. Not every byte is read, so it tells models apart, but it does not
+    detect a forgery.
     """
     found = hashlib.sha256(repr(checkpoint.config).encode())
     for name in sorted(checkpoint.names()):
