@@ -188,9 +188,7 @@ class Linears:
     def __init__(self, copies: Sequence[Any], activation: str, most: int, bench: Bench) -> None:
         self.copies = copies
         n, k = copies[0].n, copies[0].k
-        self.program = program = cpu.native().Program(
-            bench.kernels.isa, bench.kernels.threads, (1, 1, 2), True, True
-        )
+        self.program = program = cpu.native().Program(bench.kernels.isa, bench.kernels.threads, True, True)
         self.source, self.target = program.slot(k), program.slot(n)
         for copy in copies:
             program.linear(
@@ -375,7 +373,7 @@ def samples(bench: Bench, vocabulary: int = 49152, count: int = 100) -> None:
 def sampling(bench: Bench, logits: np.ndarray, options: tuple[float, int, float, float], count: int) -> Any:
     """A function that chooses from the rows, `count` times."""
     rows, vocabulary = logits.shape
-    program = cpu.native().Program(bench.kernels.isa, bench.kernels.threads, (1, 1, 2), True, True)
+    program = cpu.native().Program(bench.kernels.isa, bench.kernels.threads, True, True)
     slot = program.slot(vocabulary, sampled=True)
     program.set_rows(rows)
     program.sample(list(range(rows)))

@@ -22,7 +22,9 @@ import time
 from typing import Any, NamedTuple
 
 from dovetail import LLM
+from dovetail.bench.engine.roofline import operations
 from dovetail.bench.interleave import read_bandwidth
+from dovetail.core.cost import Load, total
 from dovetail.runtime.native import NativeExecutor
 
 ARITHMETIC = ("dtype", "activations", "kernels", "kv_cache_dtype")
@@ -69,11 +71,9 @@ def plan(llm: LLM, program: Any, at: Point) -> None:
 
 
 def step_bytes(llm: LLM, at: Point) -> int:
-    """Weights, and KV of all that the rows' contexts hold."""
-    executor: Any = llm.engine.executor
-    per_token = llm.config.kv_memory // (llm.config.num_kv_pages * llm.config.block_size)
-    weights: int = executor.recorder.weight_bytes
-    return weights + at.streams * (at.context + at.rows) * per_token
+    """Of the program: nearly all are weights, and KV of all that the rows' contexts hold."""
+    load = Load(((at.rows, at.context + at.rows),) * at.streams, at.streams)
+    return int(total(operations(llm), load).all_bytes)
 
 
 def measure(program: Any, repeats: int, size: int, threads: int) -> dict[str, float]:

@@ -94,7 +94,7 @@ void AttentionPlan::build(const std::vector<Sequence>& sequences, const Heads& h
     }
     row_position_.assign(rows, 0);
     for (const Sequence& s : sequences_)
-        for (int r = 0; r < s.rows; r++) row_position_[s.row + r] = s.start + r;
+        for (int r = 0; r < s.rows; r++) row_position_[s.row + r] = s.position(r);
     std::vector<int> members;
     for (int i = 0; i < (int)sequences_.size(); i++) {
         if (cascade) members.push_back(i);

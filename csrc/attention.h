@@ -15,15 +15,18 @@ namespace dovetail {
 
 constexpr int CHUNK = KEYS;  // tokens
 
-// Rows [row, row + rows) of the batch. Row i is at position `start + i` and reads the keys before `length`, whose
-// pages are listed in `pages`; or, where `lists` is not 1, each KV head reads its own list of `num_pages` pages.
+// Rows [row, row + rows) of the batch. The first is at position `start`, and row i at `positions[i]`, which ascend; without
+// them at `start + i`. They read the keys before `length`, whose pages are listed in `pages`; or, where `lists` is not 1,
+// each KV head reads its own list of `num_pages` pages.
 struct Sequence {
     int row, rows, start, length;
     const int32_t* pages;
     int num_pages, lists;
     const int32_t* page_positions;  // where a list leaves pages out: position of each listed page's first token
     const int32_t* cut = nullptr;   // or by how many tokens its lists turned out to be shorter
+    const int32_t* positions = nullptr;
     int real_length() const { return cut ? length - *cut : length; }
+    int position(int i) const { return positions ? positions[i] : start + i; }
 };
 
 struct Heads {

@@ -52,9 +52,10 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
     return kv;
 }
 
-// Append rows [start, stop) of one sequence: tokens and then drafts, its pages, and how many last rows to sample.
+// Append rows of one sequence: those at positions [start, stop), or at these `rows` of them; tokens and then drafts, its
+// pages, and how many last rows to sample.
 void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts, nb::list pages, int64_t first_page,
-              int sample, int dense_until, std::pair<uintptr_t, int> aliases) {
+              int sample, int dense_until, std::pair<uintptr_t, int> aliases, const std::vector<int>& rows) {
     Step& s = p.step;
     const int row = s.rows(), size = p.page_size();
     const int accepted = (int)nb::len(tokens), count = (stop + size - 1) / size;
@@ -66,7 +67,11 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
         s.aliases.push_back((int32_t)(((const int64_t*)aliases.first)[i] + first_page));
     for (int i = 0; i < count; i++)
         s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GET_ITEM(pages.ptr(), i)) + first_page));
-    for (int at = start; at < stop; at++) {
+    const int n = rows.empty() ? stop - start : (int)rows.size();
+    for (int i = 0; i < n; i++) {
+        const int at = rows.empty() ? start + i : rows[i];
+        if (at < start || at >= stop || (i && at <= s.positions.back()))
+            throw std::invalid_argument("a span's rows must ascend and lie between its start and its stop");
         PyObject* token = at < accepted ? PyList_GET_ITEM(tokens.ptr(), at)
                                         : PyList_GetItem(drafts.ptr(), at - accepted);
         if (!token) throw nb::python_error();
@@ -75,9 +80,9 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
         s.pages.push_back(s.tables[table + at / size]);
         s.offsets.push_back(at % size);
     }
-    for (int i = stop - sample; i < stop; i++) s.sampled.push_back(row + i - start);
-    s.sequences.push_back({row, stop - start, start, stop, nullptr, count, 1, nullptr});
-    s.spans.push_back({row, stop - start, start, dense_until, nullptr, nullptr, aliases.second});
+    for (int i = n - sample; i < n; i++) s.sampled.push_back(row + i);
+    s.sequences.push_back({row, n, s.positions[row], stop, nullptr, count, 1, nullptr});
+    s.spans.push_back({row, n, nullptr, dense_until, nullptr, nullptr, aliases.second});
 }
 
 // Penalties of a sampled row: rates for repetition, presence and frequency; tokens, of which `prompt` were not written.
@@ -287,15 +292,16 @@ NB_MODULE(_native, m) {
         });
 
     nb::class_<Program>(m, "Program")
-        .def("__init__", [](Program* self, const std::string& isa, int threads, nb::tuple heads, bool cascade, bool split) {
-            new (self) Program(isa, threads, {nb::cast<int>(heads[0]), nb::cast<int>(heads[1]), nb::cast<int>(heads[2])},
-                               cascade, split);
-        })
+        .def(nb::init<const std::string&, int, bool, bool>(), nb::arg("isa"), nb::arg("threads"), nb::arg("cascade"),
+             nb::arg("split"))
         .def_prop_ro("isa", [](const Program& p) { return p.kernels().name; })
         .def("slot", &Program::slot, nb::arg("width"), nb::arg("sampled") = false)
         .def("mark", &Program::mark)
-        .def("set_kv", [](Program& p, const std::string& layout, const std::string& stored, nb::tuple addresses,
-                          nb::tuple sizes) { p.set_kv(kv_memory(layout, stored, addresses, sizes)); })
+        .def("shape", [](Program& p, int heads, const std::string& layout, const std::string& stored, nb::tuple addresses,
+                         nb::tuple sizes) {
+            const KVMemory kv = kv_memory(layout, stored, addresses, sizes);
+            return p.shape({heads, kv.heads, kv.dim}, kv);
+        }, nb::arg("heads"), nb::arg("layout"), nb::arg("stored"), nb::arg("addresses"), nb::arg("sizes"))
         .def("embed", [](Program& p, int out, const std::string& format, uintptr_t rows, size_t row_bytes, int width,
                          float scale) { p.embed(out, format_of(format), (const uint8_t*)rows, row_bytes, width, scale); })
         .def("angles", &Program::angles)
@@ -307,36 +313,43 @@ NB_MODULE(_native, m) {
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});
         }, nb::arg("source"), nb::arg("target"), nb::arg("weights"), nb::arg("activation"), nb::arg("norm"),
            nb::arg("eps"), nb::arg("bias"), nb::arg("add"), nb::arg("gate"), nb::arg("sampled"))
-        .def("rope", [](Program& p, int in, int angles, int q, int layer, std::vector<float> q_norm,
-                        std::vector<float> k_norm, float eps) {
-            p.rope({in, angles, q, layer, std::move(q_norm), std::move(k_norm), eps});
-        })
-        .def("attend", [](Program& p, std::tuple<int, int, int, bool> on, int window, uintptr_t variant,
+        .def("norm_add", &Program::norm_add, nb::arg("source"), nb::arg("target"), nb::arg("norm"), nb::arg("eps"))
+        .def("rope", [](Program& p, std::tuple<int, int, int> slots, int layer, int shape, float scale,
+                        std::vector<float> q_norm, std::vector<float> k_norm, float eps) {
+            const auto [in, angles, q] = slots;
+            p.rope({in, angles, q, layer, shape, scale, std::move(q_norm), std::move(k_norm), eps});
+        }, nb::arg("slots"), nb::arg("layer"), nb::arg("shape"), nb::arg("scale"), nb::arg("q_norm"), nb::arg("k_norm"),
+           nb::arg("eps"))
+        .def("attend", [](Program& p, std::tuple<int, int, int, int, int> on, int window, uintptr_t variant,
                           std::vector<float> params) {
-            const auto [q, out, layer, chosen] = on;
-            p.attend({q, out, layer, chosen}, window, (Variant)variant, std::move(params));
-        })
-        .def("sparsify", [](Program& p, int window, int budget, int leading, bool positions, bool adaptive) {
-            p.sparsify({window, budget, leading, positions, adaptive});
-        }, nb::arg("window"), nb::arg("budget"), nb::arg("leading"), nb::arg("positions"), nb::arg("adaptive") = false)
-        .def("pick", [](Program& p, int q, int layer, const std::string& kind, uintptr_t summaries, int vectors) {
-            p.pick(q, layer, summary_of(kind), vectors, (const uint8_t*)summaries);
-        }, nb::arg("q"), nb::arg("layer"), nb::arg("kind"), nb::arg("summaries"), nb::arg("vectors") = 2)
+            const auto [q, out, layer, shape, chosen] = on;
+            p.attend({q, out, layer, shape, chosen}, window, (Variant)variant, std::move(params));
+        }, nb::arg("on"), nb::arg("window"), nb::arg("variant"), nb::arg("params"))
+        .def("choosing", [](Program& p, int shape, int window, int budget, int leading, bool adaptive) {
+            return p.choosing(shape, {window, budget, leading, false, adaptive});
+        }, nb::arg("shape"), nb::arg("window"), nb::arg("budget"), nb::arg("leading"), nb::arg("adaptive"))
+        .def("pick", [](Program& p, int chosen, int q, int layer, const std::string& kind, uintptr_t summaries, int vectors) {
+            p.pick(chosen, q, layer, summary_of(kind), vectors, (const uint8_t*)summaries);
+        }, nb::arg("chosen"), nb::arg("q"), nb::arg("layer"), nb::arg("kind"), nb::arg("summaries"), nb::arg("vectors") = 2)
         .def("summarise", [](Program& p, const std::string& kind, int layers, const std::vector<int64_t>& pages,
                              uintptr_t out, int vectors) {
             p.summarise(summary_of(kind), layers, pages, (uint8_t*)out, vectors);
         }, nb::arg("kind"), nb::arg("layers"), nb::arg("pages"), nb::arg("out"), nb::arg("vectors") = 2)
         .def("set_tiers", [](Program& p, std::shared_ptr<Tiers> tiers) { p.set_tiers(std::move(tiers)); })
-        .def("fetch", &Program::fetch, nb::arg("layer"), nb::arg("window"), nb::arg("chosen"), nb::arg("guessed"))
-        .def("fetch_ahead", &Program::fetch_ahead)
-        .def("turn", [](Program& p, std::tuple<int, int, int> slots, std::vector<float> q_norm, float eps, uintptr_t basis,
-                        int width) {
+        .def("fetch", [](Program& p, std::tuple<int, int, int> on, int window, bool guessed) {
+            const auto [layer, shape, chosen] = on;
+            p.fetch({layer, shape, window, chosen, guessed});
+        }, nb::arg("on"), nb::arg("window"), nb::arg("guessed"))
+        .def("fetch_ahead", &Program::fetch_ahead, nb::arg("layer"), nb::arg("chosen"))
+        .def("turn", [](Program& p, std::tuple<int, int, int> slots, int shape, float scale, std::vector<float> q_norm,
+                        float eps, uintptr_t basis, int width) {
             const auto [in, angles, out] = slots;
-            p.turn({in, angles, out, std::move(q_norm), eps, (const float*)basis, width});
-        }, nb::arg("slots"), nb::arg("q_norm"), nb::arg("eps"), nb::arg("basis"), nb::arg("width"))
-        .def("pick_partial", [](Program& p, int q, int layer, uintptr_t keys, int width, float alpha) {
-            p.pick_partial(q, layer, (const uint8_t*)keys, width, alpha);
-        }, nb::arg("q"), nb::arg("layer"), nb::arg("keys"), nb::arg("width"), nb::arg("alpha"))
+            p.turn({in, angles, out, shape, scale, std::move(q_norm), eps, (const float*)basis, width});
+        }, nb::arg("slots"), nb::arg("shape"), nb::arg("scale"), nb::arg("q_norm"), nb::arg("eps"), nb::arg("basis"),
+           nb::arg("width"))
+        .def("pick_partial", [](Program& p, int chosen, int q, int layer, uintptr_t keys, int width, float alpha) {
+            p.pick_partial(chosen, q, layer, (const uint8_t*)keys, width, alpha);
+        }, nb::arg("chosen"), nb::arg("q"), nb::arg("layer"), nb::arg("keys"), nb::arg("width"), nb::arg("alpha"))
         .def("seal_partial", [](Program& p, std::pair<int, int> layers, uintptr_t basis, int width, uintptr_t out,
                                 const std::vector<int64_t>& pages) {
             p.seal_partial({layers.first, layers.second, (const float*)basis, width, (uint8_t*)out}, pages);
@@ -349,7 +362,9 @@ NB_MODULE(_native, m) {
         })
         .def("add", add_span, nb::arg("start"), nb::arg("stop"), nb::arg("tokens"), nb::arg("drafts"), nb::arg("pages"),
              nb::arg("first_page"), nb::arg("sample"), nb::arg("dense_until") = INT32_MAX,
-             nb::arg("aliases") = std::pair<uintptr_t, int>{0, 0})
+             nb::arg("aliases") = std::pair<uintptr_t, int>{0, 0}, nb::arg("rows") = std::vector<int>())
+        .def("keep", &Program::keep, nb::arg("rows"), nb::arg("slots"))
+        .def("restore", &Program::restore)
         .def("sample", [](Program& p, std::vector<int> rows) { p.step.sampled = std::move(rows); })
         .def("plan", &Program::plan)
         .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,7 +26,7 @@ struct Slot {
 
 // The rows of a step.
 struct Step {
-    std::vector<int32_t> tokens, positions, span_of_row, offsets, sampled;  // offset: of the token in its page
+    std::vector<int32_t> tokens, positions, offsets, sampled;              // offset: of the token in its page
     std::vector<int64_t> pages;                                            // of each row's token
     std::vector<int32_t> tables;                                           // page lists, one after the other
     std::vector<Sequence> sequences;
@@ -39,11 +40,27 @@ struct Step {
     void clear();
 };
 
+// Heads, and the KV that they read and write. Operations of layers that have both in common name one shape, which plans
+// a step's attention once for all of them.
+struct Shape {
+    Heads heads;
+    KVMemory kv;
+    AttentionPlan plan;
+};
+
+// Layers of a shape whose rows may leave pages unread by one rule. `active`: a row of the step has to choose; then `plan` reads
+// what `selection` chose.
+struct Choosing {
+    Shape* shape;
+    Sparsity sparsity;
+    Selection selection;
+    AttentionPlan plan;
+    bool active = false;
+};
+
 struct Work {
     Step* step;
-    AttentionPlan* plan;
-    AttentionPlan* chosen;  // where rows read the pages that `selection` chose; or null: none has to choose
-    Selection* selection;
+    bool choosing;  // whether any row has to choose
     const Kernels* kernels;
     std::vector<Slot>* slots;
     Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
@@ -75,15 +92,17 @@ struct LinearArgs {
 };
 
 struct RopeArgs {
-    int in, angles, q;  // q: slot of rotated queries in the KV's compute type
-    int layer;
+    int in, angles, q;  // q: slot of rotated queries in the KV's compute type; angles: -1 for no rotation
+    int layer, shape;
+    float scale;                        // of queries
     std::vector<float> q_norm, k_norm;  // empty for none
     float eps;
 };
 
 // basis: [KV heads][head_dim][width], floats that belong to the caller, as in TurnedKeys; width is even.
 struct TurnArgs {
-    int in, angles, out;
+    int in, angles, out, shape;
+    float scale;
     std::vector<float> q_norm;  // empty for none
     float eps;
     const float* basis;
@@ -98,39 +117,48 @@ struct TurnedKeys {
     uint8_t* out;
 };
 
+// chosen: which `Choosing` says what rows read, or -1: they read everything.
 struct AttendOn {
-    int q, out, layer;
-    bool chosen;
+    int q, out, layer, shape, chosen;
+};
+
+struct FetchOn {
+    int layer, shape, window, chosen;
+    bool guessed;
 };
 
 class Program {
    public:
-    Program(const std::string& isa, int threads, Heads heads, bool cascade, bool split);
+    Program(const std::string& isa, int threads, bool cascade, bool split);
 
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
     int slot(int width, bool sampled);
-    void set_kv(const KVMemory& kv) { kv_ = kv; }
-    int page_size() const { return kv_.page_size; }
+    // The number of a shape; the first one has number 0. All have the same page size.
+    int shape(const Heads& heads, const KVMemory& kv);
+    // The number of layers of a shape that choose by this rule.
+    int choosing(int shape, const Sparsity& sparsity);
+    int page_size() const { return shapes_.empty() ? 1 : shapes_[0]->kv.page_size; }
     int mark() const { return (int)ops_.size(); }
 
     void embed(int out, Format format, const uint8_t* rows, size_t row_bytes, int width, float scale);
     void angles(int out, std::vector<float> frequencies, float temper);
     void linear(LinearArgs args);
+    // out += norm(in), row by row.
+    void norm_add(int in, int out, std::vector<float> norm, float eps);
     void rope(RopeArgs args);
     // Rows read everything, or what the last `pick` of the layer chose.
     void attend(AttendOn on, int window, Variant variant, std::vector<float> params);
-    void sparsify(const Sparsity& sparsity) { sparsity_ = sparsity; }
-    // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next.
-    void set_tiers(std::shared_ptr<Tiers> tiers) { tiers_ = std::move(tiers), kv_.places = tiers_->places(); }
-    void fetch(int layer, int window, bool chosen, bool guessed);
-    void fetch_ahead(int layer);
+    // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next. For one shape only.
+    void set_tiers(std::shared_ptr<Tiers> tiers);
+    void fetch(FetchOn on);
+    void fetch_ahead(int layer, int chosen);
     // What layers read that is guessed: queries [query heads][width] of `out` from the projected ones of `in`, turned.
     void turn(TurnArgs args);
-    void pick_partial(int q, int layer, const uint8_t* keys, int width, float alpha);
+    void pick_partial(int chosen, int q, int layer, const uint8_t* keys, int width, float alpha);
     void seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pages);
-    void pick(int q, int layer, Summary kind, int vectors, const uint8_t* summaries);
+    void pick(int chosen, int q, int layer, Summary kind, int vectors, const uint8_t* summaries);
     void summarise(Summary kind, int layers, const std::vector<int64_t>& pages, uint8_t* out, int vectors);
     int64_t unread() const { return unread_ + left_out_; }  // pages of a head that rows left out, in all steps
 
@@ -139,6 +167,10 @@ class Program {
     // Learns from the recorded weights how this processor reads them fastest. No result depends on it.
     void tune();
     void plan();
+    // Go on with these rows of the step only, whose number ascend; `slots` hold rows that later operations read. `restore` ends
+    // that: what `slots[0]` holds of the rows is put back among the others, which keep what they had.
+    void keep(std::vector<int> rows, std::vector<int> slots);
+    void restore();
     // Operations [first, last) on the step's rows.
     void run(int first, int last);
     std::vector<int> argmax(int slot);  // of each sampled row; -1 where the best is not finite
@@ -146,20 +178,32 @@ class Program {
     float* rows(int slot) { return slots_[slot].data.data(); }
     int stride(int slot) const { return slots_[slot].stride; }
     const Kernels& kernels() const { return *kernels_; }
-    const AttentionPlan& attention() const { return plan_; }
+    const AttentionPlan& attention() const { return shapes_.at(0)->plan; }
     std::vector<std::pair<std::string, double>> profile(int first, int last);
 
    private:
     void fit(int rows);
     void hold();
-    Work work(bool ahead) { return {&step, &plan_, choosing_ ? &chosen_ : nullptr, &selection_, kernels_, &slots_, &rows_, &own_, tiers_.get(), ahead}; }
+    void lay();  // out what the step's rows read
+    Work work(bool ahead) { return {&step, active_, kernels_, &slots_, &rows_, &own_, tiers_.get(), ahead}; }
+    Shape& at(int shape) { return *shapes_.at(shape); }
+    Choosing* chosen(int number) { return number < 0 ? nullptr : choosings_.at(number).get(); }
+
+    // Rows that were left behind, and where the others go back to.
+    struct Left {
+        Step step;
+        std::vector<int> rows;
+        int slot;
+        std::vector<float> data;
+    };
     void add(Op* op) { ops_.emplace_back(op); }
 
     const Kernels* kernels_;
     Team team_;
-    Heads heads_;
     bool cascade_, split_;
-    KVMemory kv_{};
+    std::vector<std::unique_ptr<Shape>> shapes_;
+    std::vector<std::unique_ptr<Choosing>> choosings_;
+    std::vector<Left> left_;
     std::shared_ptr<Tiers> tiers_;
     int layers_ = 0;  // that fetch
     std::vector<Slot> slots_;
@@ -168,10 +212,7 @@ class Program {
     std::atomic<bool> running_{false};
     bool ahead_ = true;
     std::vector<std::unique_ptr<Op>> ops_;
-    AttentionPlan plan_, chosen_;
-    Selection selection_;
-    Sparsity sparsity_{INT32_MAX, INT32_MAX, -1, false, false};
-    bool choosing_ = false;
+    bool active_ = false;  // some row of the step has to choose
     int64_t unread_ = 0, left_out_ = 0;
     Sampler sampler_;
 };

@@ -64,7 +64,7 @@ bool Selection::build(const std::vector<Span>& spans, const Heads& heads, int pa
 void Selection::add(const Span& span, const Sparsity& sparsity) {
     int dense = 0;
     for (int i = 0; i < span.rows; i++) {
-        const int position = span.start + i, pages = position / page_size_ + 1;
+        const int position = span.positions[i], pages = position / page_size_ + 1;
         const int may = position < span.dense_until ? 0 : std::max(0, position + 1 - sparsity.window) / page_size_;
         int count = sparsity.leading >= 0 ? sparsity.leading : std::max(0, sparsity.budget - (pages - may));
         if (sparsity.adaptive) count = std::min(count, may);
@@ -78,9 +78,9 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
         sequences_.push_back({span.row + i, 1, position, length, nullptr, listed, heads_.kv, nullptr});
     }
     if (dense) {
-        const int length = span.start + dense;
-        sequences_.push_back({span.row, dense, span.start, length, span.pages, (length + page_size_ - 1) / page_size_, 1,
-                              nullptr});
+        const int length = span.positions[dense - 1] + 1;
+        sequences_.push_back({span.row, dense, span.positions[0], length, span.pages,
+                              (length + page_size_ - 1) / page_size_, 1, nullptr, nullptr, span.positions});
     }
 }
 

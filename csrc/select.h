@@ -13,9 +13,11 @@
 
 namespace dovetail {
 
-// Rows [row, row + rows) of a sequence, at positions from `start` on; those before `dense_until` read everything.
+// Rows [row, row + rows) of a sequence at ascending `positions`; those before `dense_until` read everything.
 struct Span {
-    int row, rows, start, dense_until;
+    int row, rows;
+    const int32_t* positions;
+    int dense_until;
     const int32_t* pages;
     const int32_t* aliases;  // under which rows that choose see the first pages; as many as `num_aliases`
     int num_aliases;

@@ -1,5 +1,7 @@
 # What csrc/bind.cpp gives to Python, in its order. An address is a number: the memory behind it must outlive the
 # call, or the Program that keeps it.
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,21 +61,19 @@ class Tiers:
     def stats(self) -> dict[str, float]: ...
 
 class Program:
-    def __init__(
-        self, isa: str, threads: int, heads: tuple[int, int, int], cascade: bool, split: bool, /
-    ) -> None: ...  # heads: query heads, KV heads, head_dim
+    def __init__(self, isa: str, threads: int, cascade: bool, split: bool) -> None: ...
     @property
     def isa(self) -> str: ...
     def slot(self, width: int, sampled: bool = False) -> int: ...
     def mark(self) -> int: ...
-    def set_kv(
+    def shape(
         self,
+        heads: int,  # of queries
         layout: str,
         stored: str,
         addresses: tuple[int, int, int, int],  # k, v, k_scale, v_scale
         sizes: tuple[int, int, int, int, int],  # pages per layer, page size, heads, head_dim, pages of a head
-        /,
-    ) -> None: ...
+    ) -> int: ...
     def embed(self, out: int, format: str, rows: int, row_bytes: int, width: int, scale: float, /) -> None: ...
     def angles(self, out: int, frequencies: list[float], temper: float, /) -> None: ...
     def linear(
@@ -89,49 +89,55 @@ class Program:
         gate: str,
         sampled: bool,
     ) -> None: ...
+    def norm_add(self, source: int, target: int, norm: list[float], eps: float) -> None: ...
     def rope(
         self,
-        source: int,
-        angles: int,
-        q: int,
+        slots: tuple[int, int, int],  # q, k and v; angles, or -1 for no rotation; rotated queries
         layer: int,
+        shape: int,
+        scale: float,  # of queries
         q_norm: list[float],
         k_norm: list[float],
         eps: float,
-        /,
     ) -> None: ...
     def attend(
         self,
-        on: tuple[int, int, int, bool],  # slots of q and out, layer, whether rows read what `pick` chose
+        on: tuple[int, int, int, int, int],  # slots of q and out, layer, shape, what `choosing` gave or -1
         window: int,
         variant: int,
         params: list[float],
-        /,
     ) -> None: ...
-    def sparsify(
+    def choosing(
         self,
+        shape: int,
         window: int,  # tokens
         budget: int,  # pages in all
         leading: int,  # pages beside those of the window, instead of a budget; or -1
-        positions: bool,
-        adaptive: bool = False,
-    ) -> None: ...
+        adaptive: bool,
+    ) -> int: ...
     def pick(
-        self, q: int, layer: int, kind: str, summaries: int, vectors: int = 2
+        self, chosen: int, q: int, layer: int, kind: str, summaries: int, vectors: int = 2
     ) -> None: ...  # summaries 0: the first pages
     def summarise(self, kind: str, layers: int, pages: list[int], out: int, vectors: int = 2) -> None: ...
     def set_tiers(self, tiers: Tiers, /) -> None: ...
-    def fetch(self, layer: int, window: int, chosen: bool, guessed: bool) -> None: ...
-    def fetch_ahead(self, layer: int, /) -> None: ...
+    def fetch(
+        self,
+        on: tuple[int, int, int],  # layer, shape, what `choosing` gave or -1
+        window: int,
+        guessed: bool,
+    ) -> None: ...
+    def fetch_ahead(self, layer: int, chosen: int) -> None: ...
     def turn(
         self,
-        slots: tuple[int, int, int],  # projected queries, angles, partial queries
+        slots: tuple[int, int, int],  # projected queries, angles or -1, partial queries
+        shape: int,
+        scale: float,
         q_norm: list[float],
         eps: float,
         basis: int,
         width: int,
     ) -> None: ...
-    def pick_partial(self, q: int, layer: int, keys: int, width: int, alpha: float) -> None: ...
+    def pick_partial(self, chosen: int, q: int, layer: int, keys: int, width: int, alpha: float) -> None: ...
     def seal_partial(
         self, layers: tuple[int, int], basis: int, width: int, out: int, pages: list[int]
     ) -> None: ...
@@ -149,7 +155,10 @@ class Program:
         sample: int,
         dense_until: int = ...,
         aliases: tuple[int, int] = ...,  # address of int64 numbers, and how many
+        rows: Sequence[int] = ...,  # positions, ascending; none: all of [start, stop)
     ) -> None: ...
+    def keep(self, rows: list[int], slots: list[int]) -> None: ...
+    def restore(self) -> None: ...
     def sample(self, rows: list[int], /) -> None: ...
     def plan(self) -> None: ...
     def run(self, first: int, last: int, /) -> None: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,11 +15,10 @@ from dovetail.config import TORCH, Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Calibration, Executor, Site
+from dovetail.core.seams import Calibration, Executor, Seams, Site
 from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
-from dovetail.layers.linear import Dense
-from dovetail.layers.packed import Packed
+from dovetail.layers.linear import Dense, Packed
 from dovetail.models import MODELS, Loader, geometry
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
@@ -29,8 +30,12 @@ Text = Callable[[str], Sequence[int]]
 
 
 def stored_format(checkpoint: Checkpoint) -> str:
-    """The format of the bulk of the weights."""
-    return checkpoint.tensor("model.layers.0.mlp.down_proj.weight").format
+    """The format of most of the weights: some layers of a checkpoint may be quantized and others not."""
+    values: Counter[str] = Counter()
+    for name in checkpoint.names():
+        if len(shape := checkpoint.shape(name)) > 1:
+            values[checkpoint.format(name)] += math.prod(shape)
+    return values.most_common(1)[0][0]
 
 
 def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) -> str:
@@ -43,19 +48,32 @@ def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) ->
 def build_engine(
     checkpoint: Checkpoint, config: Config, composition: Composition, text: Text | None = None
 ) -> Engine:
-    """Load weights, allocate KV and fill the seams. `text` is for techniques that measure the model first: see
-    `Calibration`."""
-    torch.set_num_threads(config.threads)
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    """Fill the seams and choose who runs plans; load weights and allocate KV only where the model itself does.
+
+    `text` is for techniques that measure the model first: see `Calibration`.
+    """
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)
-    site = Site(shape, config.block_size, pool, device=device)
+    site = Site(shape, config.block_size, pool, device=torch.device(config.device))
     if text is not None:
         site.calibration = Calibration(text, partial(numbers, checkpoint, config, composition))
     seams = composition.build(site)
-    native = config.kernels != TORCH
-    default = Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, device)
-    load = Loader(checkpoint, seams.format or default, dtype, device)
+    executor = seams.executor or _load(checkpoint, config, site, seams)
+    limits = Limits(
+        config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
+        shape.vocab_size,
+    )  # fmt: skip
+    return Engine(executor, pool, seams, limits)
+
+
+def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams) -> Executor:
+    """The model as the executor: its weights, KV, and the techniques that wait for both."""
+    torch.set_num_threads(config.threads)
+    dtype, native = getattr(torch, config.dtype), config.kernels != TORCH
+    default = (
+        Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, site.device)
+    )
+    load = Loader(checkpoint, seams.format or default, dtype, site.device)
     site.model = model = MODELS[checkpoint.config.architecture].program(load, seams.rows, seams.variant)
     offload = None
     if config.num_kv_cells:
@@ -64,22 +82,14 @@ def build_engine(
         config.num_kv_pages, config.block_size, config.kv_cache_dtype, len(model.program), native, offload,
         aliases=seams.codec.capacity < UNLIMITED,
     )  # fmt: skip
-    site.kv = kv = KV(shape, sizes, device)
+    site.kv = kv = KV(site.geometry, sizes, site.device)
     if (tiers := tiers_of(kv.k)) is not None:
         seams.residency = tiers
     kv.seams = seams
     for act in site.ready:
         act()
-    executor: Executor
-    if seams.executor is not None:
-        executor = seams.executor
-    elif native and seams.format is None and recordable(model, seams):
-        executor = NativeExecutor(model, kv, config.kernels, config.threads)
-    else:
-        builder = BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, device)
-        executor = ModelExecutor(model, kv, builder)
-    limits = Limits(
-        config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
-        shape.vocab_size,
-    )  # fmt: skip
-    return Engine(executor, pool, seams, limits)
+    if native and recordable(model, kv):
+        return NativeExecutor(model, kv, config.kernels, config.threads)
+    return ModelExecutor(
+        model, kv, BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, site.device)
+    )

@@ -71,6 +71,9 @@ class TinyCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def format(self, name: str) -> str:
+        return self._tensors[name].format
+
     def tensor(self, name: str) -> StoredTensor:
         return self._tensors[name]
 

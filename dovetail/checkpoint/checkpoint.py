@@ -35,6 +35,10 @@ class Checkpoint(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without touching its bytes; ModelError if there is none of that name."""
 
+    def format(self, name: str) -> str:
+        """How a tensor is stored (`StoredTensor.format`), without touching its bytes; ModelError if there is
+        none."""
+
     def tensor(self, name: str) -> StoredTensor:
         """A tensor's raw bytes; ModelError if there is none of that name."""
 

@@ -60,6 +60,9 @@ class GGUFCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.tensors[self._find(name)].shape
 
+    def format(self, name: str) -> str:
+        return self._file.tensors[self._find(name)].format
+
     def tensor(self, name: str) -> StoredTensor:
         stored = self._file.tensor(self._find(name))
         stored = StoredTensor(name, stored.format, stored.shape, stored.data)

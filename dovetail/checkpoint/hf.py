@@ -149,6 +149,9 @@ class HFCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
+    def format(self, name: str) -> str:
+        return self._find(name).dtype
+
     def tensor(self, name: str) -> StoredTensor:
         found = self._find(name)
         if found.dtype not in _FORMATS:

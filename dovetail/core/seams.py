@@ -77,11 +77,16 @@ class Reuse(Protocol):
 
 
 class RowFilter:
-    """Which rows continue past a cut? Default: all.
+    """Which rows continue past a cut? Default: all, and there is no cut.
+
+    cuts: the layers after which `keep` is asked, known before the model is loaded; programs are made so that they
+    can stop there, and nowhere else. A filter behind the last layer would save nothing and is not asked.
 
     A dropped row keeps its hidden state of that layer, and writes no K and V in later layers: later rows read
     what its slots hold, so whoever drops a row sees to it that they hold something (stored KV, say).
     """
+
+    cuts: Sequence[int] = ()
 
     def keep(self, layer: int, hidden: Array, batch: Any) -> Any:
         """EVERY_ROW, or the int64 indices of the rows of `hidden` [rows, width] that go on after `layer`."""
@@ -165,14 +170,6 @@ class Format(Protocol):
     def linear(self, weights: Sequence[Any], bias: Sequence[Any]) -> Callable[[Array], Array]:
         """x [rows, in] -> [rows, out] for stored weights [out_i, in] stacked by rows, with biases or none."""
         ...
-
-
-class Experts:
-    """Where each expert runs. Default: on the device."""
-
-    def place(self, layer: int, counts: Sequence[int]) -> Sequence[str]:
-        """For the number of rows routed to each expert, the tier that computes it."""
-        return ["device"] * len(counts)
 
 
 class Variant:
@@ -312,7 +309,6 @@ class Seams:
     codec: Codec = field(default_factory=Codec)
     selector: Selector = field(default_factory=Selector)
     residency: Residency = field(default_factory=Residency)
-    experts: Experts = field(default_factory=Experts)
     variant: Variant = field(default_factory=Variant)
     reuse: Reuse | None = None
     format: Format | None = None

@@ -34,10 +34,10 @@ class Technique:
     """A published system, or any other part, that fills seams.
 
     `build(site)` makes the objects that fill the seams, one set for each engine. So a record can be used many
-    times. `needs`, `provides` and `excludes` are facts, never names: what it requires, what it offers, what it
-    cannot work with. `lossless`: greedy text is the plain engine's at every setting. `exact_at`: options at which
-    a lossy technique must equal the plain engine token for token. `activity(seams)` counts how often it acted.
-    `beside(geometry, tokens of a page, bytes of a value of a key)` is what it keeps on the device.
+    times. `needs` are facts that the model or the engine offers, never names. `lossless`: greedy text is the plain
+    engine's at every setting. `exact_at`: options at which a lossy technique must equal the plain engine token for
+    token. `activity(seams)` counts how often it acted. `beside(geometry, tokens of a page, bytes of a value of a
+    key)` is what it keeps on the device.
     """
 
     name: str
@@ -45,8 +45,6 @@ class Technique:
     build: Callable[[Site], Mapping[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
-    provides: frozenset[str] = frozenset()
-    excludes: frozenset[str] = frozenset()
     lossless: bool = False
     exact_at: Mapping[str, Any] = field(default_factory=dict)
     activity: Callable[[Seams], int] = lambda seams: 0
@@ -110,14 +108,8 @@ def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Comp
                     f"or a wrapper that takes the other as an option"
                 )
             owner[seam] = t
-    offered = facts.union(*(t.provides for t in techniques))
     for t in techniques:
-        if missing := t.needs - offered:
+        if missing := t.needs - facts:
             advice = "".join(f"; {PROVIDERS[m]}" for m in sorted(missing) if m in PROVIDERS)
             raise ConfigError(f"{t.name} needs {', '.join(sorted(missing))}, which nothing here provides{advice}")
-        if clash := t.excludes & facts:
-            raise ConfigError(f"{t.name} cannot be used here: {', '.join(sorted(clash))}")
-        for other in techniques:
-            if other is not t and (clash := t.excludes & other.provides):
-                raise ConfigError(f"{t.name} cannot be used with {other.name}: {', '.join(sorted(clash))}")
     return Composition(techniques)

@@ -1,4 +1,4 @@
-"""The nouns that cross between host and device: Request, Span, StepPlan, PageSet, StepResult, Cost."""
+"""The nouns that cross between host and device: Request, Span, StepPlan, PageSet, StepResult."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ class Request:
 class Span:
     """Advance tokens [start, stop) of a request by one stage of the program.
 
-    The last `sample` rows yield a token each: the one after the accepted text and one after each draft.
+    The last `sample` rows yield a token each: the one after the accepted text and one after each draft. rows: the
+    positions that are computed, ascending and within [start, stop), where the KV of the others is there already;
+    None is all of them.
     """
 
     request: Request
@@ -85,6 +87,16 @@ class Span:
     stop: int
     stage: int = 0
     sample: int = 0
+    rows: Sequence[int] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start if self.rows is None else len(self.rows)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Of its rows."""
+        return range(self.start, self.stop) if self.rows is None else self.rows
 
 
 class Stored(NamedTuple):
@@ -120,12 +132,19 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(s.stop - s.start for s in self.spans)
+        return sum(s.num_rows for s in self.spans)
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain data, for logs."""
         spans = [
-            {"request": s.request.id, "start": s.start, "stop": s.stop, "stage": s.stage, "sample": s.sample}
+            {
+                "request": s.request.id,
+                "start": s.start,
+                "stop": s.stop,
+                "stage": s.stage,
+                "sample": s.sample,
+                **({} if s.rows is None else {"rows": list(s.rows)}),
+            }
             for s in self.spans
         ]
         moves = {"sealed": self.sealed, "reopened": self.reopened, "copies": self.copies}
@@ -175,15 +194,3 @@ class StepResult:
     """One SpanResult per span of the plan, in its order."""
 
     spans: Sequence[SpanResult]
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What an operation needs: floating-point operations, and the bytes that it moves, by memory tier."""
-
-    flops: float = 0.0
-    bytes: dict[str, float] = field(default_factory=dict)
-
-    def __add__(self, other: Cost) -> Cost:
-        tiers = {t: self.bytes.get(t, 0.0) + other.bytes.get(t, 0.0) for t in {*self.bytes, *other.bytes}}
-        return Cost(self.flops + other.flops, tiers)

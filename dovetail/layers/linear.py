@@ -1,23 +1,55 @@
-"""The default Format: a dense matrix in the model's compute type."""
+"""Formats of weights and their linear layers: dense in the compute type, and packed for the native kernels.
+
+A Format makes linear layers from stored weights. A layer multiplies when it is called, and says by `record` what
+it does as an operation of a program (`runtime.target`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dovetail.ops import cpu
 from dovetail.ops.stored import StoredTensor
+from dovetail.runtime.target import PLAIN, Fused, Target, Weights
+
+
+class Linear(Protocol):
+    """x [rows, in] -> [rows, out], alone when it is called, or as an operation of a program."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None: ...
+
+
+class Unrecorded:
+    """A layer of a Format that knows of no programs: its model runs operation by operation."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self.call = call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+        to.linear(source, destination, Weights(0, 0, 0, "exact"), fused)
+
+
+FLOATS = {"F32", "F16", "BF16"}  # formats without blocks
 
 
 class Dense:
-    """Weights expanded once, at load. Rows of several weights that share an input become one matrix."""
+    """The default Format: weights expanded once, at load. Rows of several weights that share an input become one
+    matrix."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
 
-    def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> Callable[[Tensor], Tensor]:
+    def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> DenseLinear:
         b = torch.cat([t.dequantize(self.dtype) for t in bias]) if bias else None
         w = _stack(weights, self.dtype)
         return DenseLinear(w.to(self.device), b.to(self.device) if b is not None else None)
@@ -28,7 +60,7 @@ def _stack(weights: Sequence[StoredTensor], dtype: torch.dtype) -> Tensor:
     first = weights[0]
     if len(weights) == 1:
         return first.dequantize(dtype)
-    if any(w.format != first.format for w in weights):
+    if any(w.format != first.format or w.parts for w in weights):
         return torch.cat([w.dequantize(dtype) for w in weights])
     rows = sum(w.shape[0] for w in weights)
     data = torch.cat([w.data for w in weights])
@@ -44,3 +76,71 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+        """For a ledger only: the native kernels do not multiply this."""
+        n, k = self.weight.shape
+        activation = "bf16" if self.weight.dtype is torch.bfloat16 else "exact"
+        to.linear(source, destination, Weights(k, n, self.weight.nbytes, activation), fused)
+
+
+class Packed:
+    """The Format of the native kernels: weights stay as the checkpoint stores them, in the kernels' layout.
+
+    activations: "int8" quantizes rows to int8 per 32 values where the weight has blocks (relative error of a
+    product about 0.5 %); "exact" multiplies float32 rows; bfloat16 weights take bfloat16 rows.
+    """
+
+    def __init__(self, dtype: torch.dtype, activations: str, isa: str, threads: int) -> None:
+        self.dtype = dtype
+        self.activations = activations
+        self.isa = isa
+        self.threads = threads
+
+    def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> PackedLinear:
+        parts = [cpu.pack(w, self.dtype, self.threads) for w in weights]
+        values = torch.cat([t.dequantize(torch.float32) for t in bias]).tolist() if bias else []
+        return PackedLinear(parts, values, self)
+
+    def activation(self, parts: Sequence[Any]) -> str:
+        formats = {p.format for p in parts}
+        if formats <= FLOATS:
+            return "bf16" if formats == {"BF16"} and self.dtype is torch.bfloat16 else "exact"
+        return "exact" if formats & FLOATS else self.activations
+
+
+class PackedLinear:
+    """y = x W^T + b. Called with a tensor it runs alone; a recorded program runs it among its other operations."""
+
+    def __init__(self, parts: Sequence[Any], bias: Sequence[float], fmt: Packed) -> None:
+        self.format = fmt
+        width_out, size = sum(p.n for p in parts), sum(p.bytes for p in parts)
+        self.weights = Weights(parts[0].k, width_out, size, fmt.activation(parts), tuple(parts), tuple(bias))
+        self._alone: tuple[Any, int, int] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        program, source, target = self._program()
+        rows = x.flatten(0, -2)
+        program.set_rows(len(rows))
+        program.run(0, 0)
+        w = self.weights
+        if len(rows):
+            program.view(source, len(rows))[:, : w.width_in] = rows.float().numpy()
+            program.run(0, 1)
+        out = torch.from_numpy(program.view(target, len(rows))[:, : w.width_out].copy())
+        return out.to(x.dtype).view(*x.shape[:-1], w.width_out)
+
+    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+        to.linear(source, destination, self.weights, fused)
+
+    def _program(self) -> tuple[Any, int, int]:
+        if self._alone is None:
+            w = self.weights
+            program = cpu.native().Program(self.format.isa, self.format.threads, False, False)
+            source, target = program.slot(w.width_in), program.slot(w.width_out)
+            program.linear(
+                source, target, list(w.parts), w.activation, norm=[], eps=0.0, bias=list(w.bias),
+                add=False, gate="", sampled=False,
+            )  # fmt: skip
+            self._alone = program, source, target
+        return self._alone

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,15 +23,13 @@ from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig
 from dovetail.core.seams import EVERY_ROW, Format, Geometry, RowFilter, SlidingWindow, Variant
 from dovetail.layers.embedding import Embedding, StoredEmbedding
+from dovetail.layers.linear import Linear, Unrecorded
 from dovetail.layers.norm import Norm
 from dovetail.ops.rope import Rope, rotate
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.kv import KV
+from dovetail.runtime.target import Fused, Target, Turning
 
-if TYPE_CHECKING:
-    from dovetail.runtime.recorder import Recorder
-
-Linear = Callable[[Tensor], Tensor]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
@@ -69,9 +67,10 @@ class Loader:
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         read = self.checkpoint.tensor
-        return self.format.linear(
+        layer: Any = self.format.linear(
             [read(f"{n}.weight") for n in names], [read(f"{n}.bias") for n in names] if bias else []
         )
+        return layer if hasattr(layer, "record") else Unrecorded(layer)
 
 
 class Attention:
@@ -95,13 +94,18 @@ class Attention:
         kv.write(layer, k, v, batch)
         return self.o(kv.attend(layer, q, batch, self.variant).flatten(1))
 
-    def record(self, to: Recorder, norm: Norm, layer: int) -> None:
+    @property
+    def turning(self) -> Turning:
+        """How queries and keys are prepared."""
+        return Turning(self.rope, self.q_norm, self.k_norm, self.head_dim**-0.5)
+
+    def record(self, to: Target, norm: Norm, layer: int) -> None:
         """The same, and the residual, on the program's buffers."""
         qkv = to.slot("qkv", sum(self.sizes))
-        to.linear(to.x, qkv, self.qkv, norm=norm)
-        to.rope(qkv, layer, self.rope, (self.q_norm, self.k_norm))
+        self.qkv.record(to, to.x, qkv, Fused(norm=norm))
+        to.rope(qkv, layer, self.turning)
         to.attend(layer, self.variant)
-        to.linear(to.attended, to.x, self.o, add=True)
+        self.o.record(to, to.attended, to.x, Fused(add=True))
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:
@@ -127,11 +131,11 @@ class Block:
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(self.activation(gate) * up)
 
-    def record(self, to: Recorder, layer: int) -> None:
+    def record(self, to: Target, layer: int) -> None:
         self.attention.record(to, self.attention_norm, layer)
         gated = to.slot("gated", self.width)
-        to.linear(to.x, gated, self.gate_up, norm=self.mlp_norm, gate=self.gate)
-        to.linear(gated, to.x, self.down, add=True)
+        self.gate_up.record(to, to.x, gated, Fused(norm=self.mlp_norm, gate=self.gate))
+        self.down.record(to, gated, to.x, Fused(add=True))
 
 
 class Blocks:
@@ -140,6 +144,7 @@ class Blocks:
     def __init__(self, blocks: list[Block], rows: RowFilter) -> None:
         self.blocks = blocks
         self.rows = rows
+        self.cuts = frozenset(rows.cuts).intersection(range(len(blocks) - 1))  # behind the last nothing is saved
 
     def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor:
         last = len(self.blocks) - 1
@@ -149,8 +154,8 @@ class Blocks:
             if i < last:
                 kv.ahead(i + 1, hidden, batch)
             hidden = block(hidden, i, batch, kv)
-            keep = self.rows.keep(i, hidden, batch)
-            if keep is not EVERY_ROW and i < last:
+            keep: Any = self.rows.keep(i, hidden, batch) if i in self.cuts else EVERY_ROW
+            if keep is not EVERY_ROW:
                 done.append((index, hidden))
                 index, hidden, batch = index[keep], hidden[keep], batch.take(keep)
         for rows, earlier in reversed(done):
@@ -159,12 +164,14 @@ class Blocks:
             index = rows
         return hidden
 
-    def record(self, to: Recorder) -> None:
-        """All layers and all rows: for a program in which no filter drops any."""
-        for block in self.blocks:
-            to.angles(block.attention.rope)
+    def record(self, to: Target, cut: Callable[[int], None]) -> None:
+        """All layers; `cut` is told of each layer after which rows may be dropped."""
         for i, block in enumerate(self.blocks):
+            to.layer = i
             block.record(to, i)
+            if i in self.cuts:
+                cut(i)
+        to.layer = -1
 
 
 class Llama:
@@ -196,15 +203,16 @@ class Llama:
         out = self.head(self.norm(hidden))
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def record_embed(self, to: Recorder) -> None:
-        if not isinstance(self.embedding, StoredEmbedding):
-            raise TypeError("only stored rows can be recorded")
-        to.embed(self.embedding.stored)
+    def record_start(self, to: Target) -> None:
+        """What comes before every stage: hidden rows from tokens, and angles."""
+        self.embedding.record(to)
+        for block in self.blocks():
+            to.angles(block.attention.rope)
 
-    def record_head(self, to: Recorder) -> int:
+    def record_head(self, to: Target) -> int:
         """The buffer of logits of the rows to sample from."""
         logits = to.slot("logits", self.config.vocab_size, sampled=True)
-        to.linear(to.x, logits, self.head, norm=self.norm, sampled=True)
+        self.head.record(to, to.x, logits, Fused(norm=self.norm, sampled=True))
         return logits
 
 

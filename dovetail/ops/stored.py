@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,20 +18,25 @@ _CHUNK = 1 << 18  # values decoded at a time, so that the float32 intermediate s
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`shape` values in `format` (a key of `ops.dequant.BLOCKS`); `data` is uint8 [rows, row_bytes].
+    """`shape` values in `format` (a key of `ops.dequant.BLOCKS` or of `PARTED`).
 
-    Rows run over all but the last dimension. `data` is usually a view of a mapped file: do not write to it.
+    `data` is uint8 [rows, row_bytes]. Rows run over all but the last dimension. `data` is usually a view of a
+    mapped file: do not write to it. `parts`: what a format keeps beside its codes (scales, zero points, a
+    permutation), by name; their first dimension runs over the rows.
     """
 
     name: str
     format: str
     shape: tuple[int, ...]
     data: torch.Tensor
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is
         needed.
         """
+        if self.format in PARTED:
+            return PARTED[self.format](self).to(dtype)
         if self.format in _NATIVE and self.data.is_contiguous():
             native = _NATIVE[self.format]
             if self.data.data_ptr() % native.itemsize == 0:
@@ -53,9 +59,20 @@ class StoredTensor:
         """
         rows = self.data
         if len(self.shape) == 1:
-            if BLOCKS[self.format].values != 1:
+            if self.format in PARTED or BLOCKS[self.format].values != 1:
                 raise ModelError(f"{self.name}: a {self.format} vector cannot be reordered value by value")
             rows = self.data.reshape(self.shape[0], -1)
         if index.shape != (rows.shape[0],):
             raise ModelError(f"{self.name}: {tuple(index.shape)} row numbers for {rows.shape[0]} rows")
-        return replace(self, data=rows.index_select(0, index).view(self.data.shape))
+        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
+        return replace(self, data=rows.index_select(0, index).view(self.data.shape), parts=parts)
+
+
+def _by_channel(stored: StoredTensor) -> torch.Tensor:
+    """int8 codes, and a float scale for each row."""
+    codes = stored.data.view(torch.int8).view(stored.shape).float()
+    return codes * stored.parts["scale"].float().view(-1, *[1] * (len(stored.shape) - 1))
+
+
+# Formats of several parts: how their values come about, in float32.
+PARTED: dict[str, Callable[[StoredTensor], torch.Tensor]] = {"INT8_CHANNEL": _by_channel}

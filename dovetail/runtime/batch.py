@@ -111,12 +111,10 @@ class BatchBuilder:
 
     def build(self, spans: Sequence[Span]) -> Batch:
         n, size = len(spans), self.page_size
-        starts = np.fromiter((s.start for s in spans), np.int64, n)
         stops = np.fromiter((s.stop for s in spans), np.int64, n)
-        counts = stops - starts
+        counts = np.fromiter((s.num_rows for s in spans), np.int64, n)
         row_spans = np.repeat(np.arange(n), counts)
-        offsets = np.cumsum(counts) - counts
-        positions = np.arange(int(counts.sum())) - offsets[row_spans] + starts[row_spans]
+        positions = np.concatenate([np.asarray(s.positions, np.int64) for s in spans])
         tokens = np.fromiter((t for s in spans for t in _tokens(s)), np.int64, len(positions))
         tables = self._tables(spans)
         slots = tables[row_spans, positions // size] * size + positions % size
@@ -151,6 +149,8 @@ class BatchBuilder:
 def _tokens(span: Span) -> Sequence[int]:
     r = span.request
     n = len(r.tokens)
+    if span.rows is not None:
+        return [r.tokens[p] if p < n else r.drafts[p - n] for p in span.rows]
     if span.stop <= n:
         return r.tokens[span.start : span.stop]
     return r.tokens[span.start : n] + r.drafts[max(0, span.start - n) : span.stop - n]

@@ -55,14 +55,14 @@ class ModelExecutor:
         if all(s.stage == 0 for s in spans):
             hidden = self.model.embed(batch.tokens)
         else:
-            embedded = self.model.embed(batch.tokens).split([s.stop - s.start for s in spans])
+            embedded = self.model.embed(batch.tokens).split([s.num_rows for s in spans])
             hidden = torch.cat(
                 [self._carry.pop(s.request.id) if s.stage else e for s, e in zip(spans, embedded, strict=True)]
             )
         hidden = self.model.program[spans[0].stage](hidden, batch, self.kv)
         self.calls += 1
         done = {}
-        pieces = hidden.split([s.stop - s.start for s in spans])
+        pieces = hidden.split([s.num_rows for s in spans])
         for i, span, piece in zip(members, spans, pieces, strict=True):
             if span.stage + 1 < self.num_stages:
                 self._carry[span.request.id] = piece

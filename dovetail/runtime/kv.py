@@ -67,6 +67,8 @@ class KV:
         self.num_pages = self.stage_pages * config.num_stages  # of all stages: no page has a higher number
         self._aliases: dict[str, IntArray] = {}  # of the requests whose rows may leave pages unread
         self.device = device
+        tiled = config.page_size if config.tiled else 0
+        self.token_bytes = bytes_per_token(geometry, config.kv_cache_dtype, tiled)
         self.own_window = frozenset(geometry.sliding_layers)
         self.seams = Seams()
 

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dovetail.core.cost import Operation
 from dovetail.core.pages import IntArray
-from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Residency, RowFilter, Seams, Selector
+from dovetail.core.seams import EVERY_ROW, WALL_CLOCK, Clock, Codec, Residency, Selector
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
+from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
+from dovetail.runtime.ledger import recorded
 from dovetail.runtime.native_sampler import choose
-from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
-from dovetail.runtime.recorder import Recorder, connect
+from dovetail.runtime.recorder import Recorder
 from dovetail.runtime.residency import Tiers
 from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
+from dovetail.runtime.target import RecordedCodec, RecordedSelector
 
 
-def recordable(model: Any, seams: Seams) -> bool:
-    """Whether nothing in Python must act between two operations of a layer."""
+def recordable(model: Any, kv: KV) -> bool:
+    """Whether nothing in Python must act between two operations of a layer, and every layer has native
+    operations."""
+    seams = kv.seams
     moves = isinstance(seams.residency, Tiers)
-    if type(seams.rows) is not RowFilter or not (moves or type(seams.residency) is Residency):
+    if not (moves or type(seams.residency) is Residency):
         return False
     if not (type(seams.codec) is Codec or (moves and isinstance(seams.codec, RecordedCodec))):
         return False
     if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
+        return False
+    if not all(operation.native for operation in recorded(model, kv)):
         return False
     try:
         variants = {id(v): v for v in (block.attention.variant for block in model.blocks())}
@@ -44,12 +52,26 @@ def recordable(model: Any, seams: Seams) -> bool:
     return True
 
 
+@dataclass
+class _Stage:
+    """Operations of one callable: from each mark to the next one, with the layers after which rows may be
+    dropped."""
+
+    marks: list[int]
+    cuts: list[int] = field(default_factory=list)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self.marks[0], self.marks[-1]
+
+
 class NativeExecutor:
     """Runs plans on a model's recorded program.
 
     The stages of the program are recorded once, one range of operations for each distinct callable; a step
-    lists its spans, and each range runs by one call on all threads. cascade: KV that several requests share is
-    read once, which changes the time and not one bit of the result.
+    lists its spans, and each range runs by one call on all threads. A row filter's cuts divide a range, and rows
+    are dropped between its parts. cascade: KV that several requests share is read once, which changes the time and
+    not one bit of the result.
     """
 
     def __init__(self, model: Any, kv: KV, isa: str, threads: int, *, cascade: bool = True) -> None:
@@ -58,29 +80,40 @@ class NativeExecutor:
         self.num_stages = len(model.program)
         self.clock: Clock = WALL_CLOCK
         self.calls = 0
-        shape = model.geometry
-        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        self.program = program = cpu.native().Program(isa, threads, heads, cascade, True)
-        connect(program, kv)
-        to = Recorder(program, kv, model.config.hidden_size)
-        self.recorder = to
+        self.program = program = cpu.native().Program(isa, threads, cascade, True)
+        self._width = model.config.hidden_size
+        self._to = to = Recorder(program, kv, self._width)
         if isinstance(kv.seams.codec, RecordedCodec):
             kv.seams.codec.record(to)
-        self._x, self._width = to.x, model.config.hidden_size
-        model.record_embed(to)
-        self._embed = (0, program.mark())
-        recorded: dict[int, tuple[int, int]] = {}  # tied stages are the same callable, recorded once
+        model.record_start(to)
+        self._start = (0, program.mark())
+        recorded: dict[int, _Stage] = {}  # tied stages are the same callable, recorded once
         for stage in model.program:
             if id(stage) not in recorded:
-                first = program.mark()
-                stage.record(to)
-                recorded[id(stage)] = (first, program.mark())
-        self._ranges = [recorded[id(stage)] for stage in model.program]
+                recorded[id(stage)] = self._record(stage)
+        self._stages = [recorded[id(stage)] for stage in model.program]
         first = program.mark()
         self._logits = model.record_head(to)
         self._head = (first, program.mark())
         program.tune()
         self._carry: dict[str, Tensor] = {}
+        self._builder = BatchBuilder(kv.page_size, kv.seams.selector.window, kv.stage_pages, kv.device)
+
+    @property
+    def operations(self) -> Sequence[Operation]:
+        """What the program does, once for each distinct stage, with what it costs."""
+        return self._to.operations
+
+    def _record(self, stage: Any) -> _Stage:
+        found = _Stage([self.program.mark()])
+
+        def cut(layer: int) -> None:
+            found.marks.append(self.program.mark())
+            found.cuts.append(layer)
+
+        stage.record(self._to, cut)
+        found.marks.append(self.program.mark())
+        return found
 
     def run(self, plan: StepPlan) -> StepResult:
         self.kv.begin(plan)
@@ -93,7 +126,7 @@ class NativeExecutor:
         results = [SpanResult()] * len(spans)
         groups: dict[tuple[int, int], list[int]] = {}
         for i, span in enumerate(spans):
-            groups.setdefault(self._ranges[span.stage], []).append(i)
+            groups.setdefault(self._stages[span.stage].range, []).append(i)
         for members in groups.values():
             self.calls += 1
             for i, result in zip(members, self._stage([spans[i] for i in members]), strict=True):
@@ -109,44 +142,53 @@ class NativeExecutor:
             r = s.request
             program.add(
                 s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until,
-                _address(aliases(r.id)),
+                _address(aliases(r.id)), rows=s.rows or (),
             )  # fmt: skip
         program.plan()
-        first, end = self._ranges[spans[0].stage]
-        if all(s.stage == 0 for s in spans):
-            if last == 0 and first == self._embed[1] and end == self._head[0]:
-                program.run(0, self._head[1])  # the whole model in one call
-            else:
-                program.run(*self._embed)
-                program.run(first, end)
-                self._finish_stage(spans, last)
-        else:
+        stage = self._stages[spans[0].stage]
+        if last == 0 and not stage.cuts:
+            program.run(0, self._head[1])  # the whole model in one call
+            return self._results(spans, last)
+        program.run(*self._start)
+        if any(s.stage for s in spans):
             self._enter(spans)
-            program.run(first, end)
-            self._finish_stage(spans, last)
+        self._run(stage, spans)
+        self._leave(spans, last)
+        program.run(*self._head)
         return self._results(spans, last)
 
-    def _enter(self, spans: Sequence[Span]) -> None:
-        """The rows' hidden state: the embedding, or what the stage before left."""
-        self.program.run(*self._embed)
-        x, at = self._hidden(), 0
-        for s in spans:
-            n = s.stop - s.start
-            if s.stage:
-                x[at : at + n] = self._carry.pop(s.request.id)
-            at += n
+    def _run(self, stage: _Stage, spans: Sequence[Span]) -> None:
+        """The stage's operations; at each cut the rows that the filter drops are left behind until the end."""
+        program, filter_ = self.program, self.kv.seams.rows
+        batch = self._builder.build(spans) if stage.cuts else None
+        for part, layer in zip(pairwise(stage.marks), [*stage.cuts, None], strict=True):
+            program.run(*part)
+            if layer is None or batch is None:
+                break
+            kept = filter_.keep(layer, self._hidden(), batch)
+            if kept is not EVERY_ROW:
+                program.keep(kept.tolist(), self._to.moving)
+                batch = batch.take(kept)
+        program.restore()
 
-    def _finish_stage(self, spans: Sequence[Span], last: int) -> None:
+    def _enter(self, spans: Sequence[Span]) -> None:
+        """The rows' hidden state, where a stage before has left one."""
         x, at = self._hidden(), 0
         for s in spans:
-            n = s.stop - s.start
+            if s.stage:
+                x[at : at + s.num_rows] = self._carry.pop(s.request.id)
+            at += s.num_rows
+
+    def _leave(self, spans: Sequence[Span], last: int) -> None:
+        """Keep the rows' hidden state for the stage that comes next."""
+        x, at = self._hidden(), 0
+        for s in spans:
             if s.stage < last:
-                self._carry[s.request.id] = x[at : at + n].clone()
-            at += n
-        self.program.run(*self._head)
+                self._carry[s.request.id] = x[at : at + s.num_rows].clone()
+            at += s.num_rows
 
     def _hidden(self) -> Tensor:
-        return torch.from_numpy(self.program.view(self._x, self.program.num_rows()))[:, : self._width]
+        return torch.from_numpy(self.program.view(self._to.x, self.program.num_rows()))[:, : self._width]
 
     # -- sampling ------------------------------------------------------------------------------------
 
@@ -167,7 +209,7 @@ class NativeExecutor:
             if s.request.params.prompt_logprobs is not None and s.stage == last:
                 scores = prompt_logprobs(s, partial(self._logits_of, at))
                 results[i] = replace(results[i], prompt_logprobs=tuple(scores))
-            at += s.stop - s.start
+            at += s.num_rows
         return results
 
     def _view(self, rows: int) -> Tensor:

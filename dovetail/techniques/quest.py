@@ -22,7 +22,7 @@ from dovetail.core.seams import Seams, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet
 from dovetail.ops.pages import KINDS, Summaries, num_vectors, pick, summary_bytes
-from dovetail.runtime.recorded import RecordedSelector
+from dovetail.runtime.target import PageChoice, PageProgram, RecordedSelector, Target
 
 
 class QuestSelector(RecordedSelector):
@@ -36,7 +36,7 @@ class QuestSelector(RecordedSelector):
         self.window = site.page_size
         self._counting = site.geometry.choosing("quest", skip_layers)  # the layer whose choices are counted
         self._dropped = 0
-        self._program: Any = None
+        self._program: PageProgram | None = None
         self._summaries: Summaries | None = None
 
     @property
@@ -50,12 +50,11 @@ class QuestSelector(RecordedSelector):
         """Pages that rows left unread, counted in one layer and for one KV head."""
         return self._dropped if self._program is None else int(self._program.unread())
 
-    def record(self, layer: int, to: Any) -> bool:
+    def choice(self, layer: int, to: Target) -> PageChoice | None:
         if layer < self.skip_layers:
-            return False
+            return None
         self._program = to.program
-        to.pick(layer, self.summaries, self.window, self.budget)
-        return True
+        return PageChoice(self.window, self.budget, by=self.summaries)
 
     def seal(self, pages: Tensor, kv: Any) -> None:
         self.summaries.seal(pages)

@@ -17,7 +17,7 @@ from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import PageSet
-from dovetail.runtime.recorded import RecordedSelector
+from dovetail.runtime.target import PageChoice, PageProgram, RecordedSelector, Target
 
 
 class SinkWindowSelector(RecordedSelector):
@@ -29,17 +29,16 @@ class SinkWindowSelector(RecordedSelector):
         self.num_kv_heads = shape.num_kv_heads
         self._counting = shape.choosing("sink-window")
         self._dropped = 0
-        self._program: Any = None
+        self._program: PageProgram | None = None
 
     @property
     def dropped(self) -> int:
         """Pages that rows left unread, counted in one layer."""
         return self._dropped if self._program is None else int(self._program.unread())
 
-    def record(self, layer: int, to: Any) -> bool:
+    def choice(self, layer: int, to: Target) -> PageChoice:
         self._program = to.program
-        to.pick_first(layer, self.sink_pages, self.window)
-        return True
+        return PageChoice(self.window, leading=self.sink_pages)
 
     def select(self, layer: int, q: Any, batch: Any) -> PageSet:
         rows = batch.sparse_rows

@@ -55,7 +55,7 @@ class Layer:
     """One linear operation in a program of its own."""
 
     def __init__(self, parts, k, isa, activation, threads=2, gate="", bias=(), norm=(), add=False):
-        self.program = native.Program(isa, threads, (1, 1, 2), True, True)
+        self.program = native.Program(isa, threads, True, True)
         self.keep = [native.Packed(f, d.data_ptr(), d.shape[1], d.shape[0], k, threads) for f, d in parts]
         n = parts[0][1].shape[0] if gate else sum(d.shape[0] for _, d in parts)
         self.x, self.y = self.program.slot(k, False), self.program.slot(n, False)
@@ -65,7 +65,7 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         rows = len(x)
-        self.program.set_kv("NHD", "float32", (0, 0, 0, 0), (1, 4096, 1, 2, 0))
+        self.program.shape(1, "NHD", "float32", (0, 0, 0, 0), (1, 4096, 1, 2, 0))
         self.program.clear()
         self.program.add(0, rows, [0] * rows, [], [0], 0, 0)
         self.program.run(0, 0)

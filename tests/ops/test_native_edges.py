@@ -116,7 +116,7 @@ def test_how_weights_are_read_changes_no_bit() -> None:
     )
     outs = []
     for tuned in (False, True):
-        program = cpu.native().Program(cpu.isas()[0], 2, (1, 1, 2), False, False)
+        program = cpu.native().Program(cpu.isas()[0], 2, False, False)
         source, target = program.slot(1024), program.slot(4096)
         program.linear(
             source, target, [weight], "exact", norm=[], eps=0.0, bias=[], add=True, gate="", sampled=False

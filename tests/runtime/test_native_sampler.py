@@ -29,7 +29,7 @@ BELOW_ONE = 1 - 2.0**-53
 
 @cache
 def program_of(isa: str, threads: int, width: int) -> tuple[Any, int]:
-    program = native().Program(isa, threads, (1, 1, 2), True, True)
+    program = native().Program(isa, threads, True, True)
     return program, program.slot(width, True)
 
 

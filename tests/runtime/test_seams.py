@@ -12,7 +12,7 @@ import torch
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Experts, Policy, Residency, RowFilter, Selector, Variant
+from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Policy, Residency, RowFilter, Selector, Variant
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import PageSet
 from dovetail.layers.linear import Dense
@@ -216,10 +216,14 @@ def test_selection_is_predicted_a_layer_ahead_and_both_reach_residency() -> None
 
 def test_a_row_filter_stops_rows_at_a_layer_and_keeps_their_state() -> None:
     class Skip(RowFilter):
+        cuts = (0, 1, 2)
+
         def keep(self, layer, hidden, batch):
             return EVERY_ROW if layer else (batch.positions % 3 != 0).nonzero().flatten()
 
     class All(RowFilter):
+        cuts = (0, 1, 2)
+
         def keep(self, layer, hidden, batch):
             return torch.arange(len(hidden))
 
@@ -272,10 +276,6 @@ def test_a_format_loads_the_weights() -> None:
     fmt = Counting(torch.float64, torch.device("cpu"))
     assert run_all(tiny_engine(fill(format=fmt)), PROMPTS, PARAMS) == PLAIN
     assert len(fmt.seen) == 2 * 7 + 1
-
-
-def test_experts_default_to_the_device() -> None:
-    assert Experts().place(0, [3, 0, 9]) == ["device"] * 3
 
 
 @pytest.mark.parametrize("kernels", ["torch", *isas()[:1]])
@@ -345,16 +345,11 @@ def test_two_that_fill_one_seam_are_refused_by_name() -> None:
         compose(one, two)
 
 
-def test_a_missing_fact_an_exclusion_and_an_unknown_seam_are_refused_by_name() -> None:
+def test_a_missing_fact_and_an_unknown_seam_are_refused_by_name() -> None:
     needy = Technique("needy", (), lambda s: {}, needs=frozenset({"slow tier"}))
-    giver = Technique("giver", (), lambda s: {}, provides=frozenset({"slow tier"}))
-    shy = Technique("shy", (), lambda s: {}, excludes=frozenset({"slow tier"}))
     with pytest.raises(ConfigError, match=r"needy needs slow tier"):
         compose(needy)
-    assert compose(needy, giver).specs == ["needy", "giver"]
     assert compose(needy, facts=frozenset({"slow tier"})).specs == ["needy"]
-    with pytest.raises(ConfigError, match=r"shy cannot be used with giver"):
-        compose(shy, giver)
     with pytest.raises(ConfigError, match=r"'wings', which is no seam"):
         compose(Technique("bird", ("wings",), lambda s: {}))
 

@@ -98,7 +98,7 @@ class Timed(Side):
         bandwidth = read_bandwidth(self.llm.config.threads)
         self.read(("read_bandwidth",), bandwidth)
         if self.counted:
-            size = roofline.step_bytes(self.llm, at.prompt + at.tokens / 2)  # the context grows by the answer
+            size = roofline.step_bytes(self.llm, at.prompt + at.tokens // 2)  # the context grows by the answer
             self.read(("bytes_per_token", str(at.size)), size / timing.tokens_per_step)
             self.read(("roofline_fraction", str(at.size)), size / (bandwidth * 1e9) / timing.step)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dovetail.layers.linear import DenseLinear
-from dovetail.layers.packed import PackedLinear
-from dovetail.runtime.native import NativeExecutor
+from dovetail.core.cost import Load, Operation, total
+from dovetail.runtime.ledger import recorded
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
 
 # Whoever fills one of these decides which weights, or how much of the KV, a step reads.
-READERS = frozenset(("selector", "codec", "residency", "rows", "format", "experts", "executor"))
+READERS = frozenset(("selector", "codec", "residency", "rows", "format", "executor"))
 
 
 def uncounted(llm: LLM) -> str | None:
@@ -27,43 +26,29 @@ def uncounted(llm: LLM) -> str | None:
     return None
 
 
-def step_bytes(llm: LLM, context: float) -> float:
-    """Bytes that a decode step of one request with `context` tokens reads.
+def step_bytes(llm: LLM, context: int) -> float:
+    """Bytes that a decode step of one request moves behind `context` tokens: the sum over its program.
 
-    All weights of products, as they are kept (`weights_kept`), and K and V of the context.
+    Nearly all are the weights of products, as they are kept (`weights_kept`), and K and V of the context.
     """
-    config = llm.config
-    return weight_bytes(llm) + context * config.kv_memory / (config.num_kv_pages * config.block_size)
+    return total(operations(llm), Load(((1, context),), 1)).all_bytes
 
 
 def weights_kept(llm: LLM) -> str:
     """How the counted weights lie in memory."""
-    packed = all(isinstance(layer, PackedLinear) for layer in _products(_model(llm)))
-    return "packed" if packed else "expanded for the torch reference"
+    return "packed" if all(o.native for o in _products(llm)) else "expanded for the torch reference"
 
 
 def weight_bytes(llm: LLM) -> int:
     """Bytes of the weights of all products of a step."""
+    return int(total(_products(llm), Load(((1, 0),), 1)).all_bytes)
+
+
+def operations(llm: LLM) -> Sequence[Operation]:
+    """What a step of the model does, whichever executor runs it, without what techniques add."""
     executor: Any = llm.engine.executor
-    if isinstance(executor, NativeExecutor):
-        return executor.recorder.weight_bytes
-    return sum(map(_bytes, _products(_model(llm))))
+    return recorded(executor.model, executor.kv)
 
 
-def _model(llm: LLM) -> Any:
-    executor: Any = llm.engine.executor
-    return executor.model
-
-
-def _products(model: Any) -> Iterator[PackedLinear | DenseLinear]:
-    for block in model.blocks():
-        for layer in (*vars(block).values(), *vars(block.attention).values()):
-            if isinstance(layer, (PackedLinear, DenseLinear)):
-                yield layer
-    yield model.head
-
-
-def _bytes(layer: PackedLinear | DenseLinear) -> int:
-    if isinstance(layer, PackedLinear):
-        return sum(part.bytes for part in layer.parts)
-    return layer.weight.nbytes
+def _products(llm: LLM) -> list[Operation]:
+    return [o for o in operations(llm) if o.name == "linear"]

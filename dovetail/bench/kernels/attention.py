@@ -107,11 +107,10 @@ class Attention:
         self.layers = min(layers, pool.tokens // tokens)
         keys = sum((r.start + 1 + r.stop) * (r.stop - r.start) / 2 for r in requests)
         self.operations = 4.0 * heads.query * heads.dim * keys
-        self.program = program = cpu.native().Program(
-            kernels.isa, kernels.threads, (heads.query, heads.kv, heads.dim), cascade, split
-        )
+        self.program = program = cpu.native().Program(kernels.isa, kernels.threads, cascade, split)
         sizes = (tokens // size, size, heads.kv, heads.dim, len(pool.k.data))
-        program.set_kv(pool.k.layout, pool.kind, (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0), sizes)
+        addresses = (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0)
+        program.shape(heads.query, pool.k.layout, pool.kind, addresses, sizes)
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
         self._record(tokens // size)
         self._plan(requests)
@@ -121,7 +120,7 @@ class Attention:
         v = self.variant
         asked = (v.window, v.address, v.params) if v else (0, 0, [])
         for layer in range(self.layers):
-            self.program.attend((self._q, self._out, layer, False), *asked)
+            self.program.attend((self._q, self._out, layer, 0, -1), *asked)
 
     def _plan(self, requests: Sequence[Request]) -> None:
         program = self.program

@@ -67,11 +67,11 @@ class SparseAttention(Attention):
             (self.layers * pages, heads.kv, vectors, padded(heads.dim)), dtype, torch.device("cpu")
         )
         at = self.summaries.data_ptr()
-        program.sparsify(size, pages_for(choosing.budget, size), -1, False)
+        chosen = program.choosing(0, size, pages_for(choosing.budget, size), -1, False)
         program.summarise(choosing.kind, self.layers, list(range(pages)), at, vectors)
         for layer in range(self.layers):
-            program.pick(self._q, layer, choosing.kind, at, vectors)
-            program.attend((self._q, self._out, layer, True), 0, 0, [])
+            program.pick(chosen, self._q, layer, choosing.kind, at, vectors)
+            program.attend((self._q, self._out, layer, 0, chosen), 0, 0, [])
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,7 @@ little data leaves W_i as it is. "mean" fits b_i alone. "none" adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from dovetail.core.seams import Geometry, Site
-from dovetail.layers.linear import Dense
+from dovetail.layers.linear import Dense, Linear, PackedLinear
 from dovetail.layers.norm import Norm
-from dovetail.layers.packed import PackedLinear
 from dovetail.ops.quant import q8_0
 from dovetail.ops.rope import rotate
 from dovetail.ops.skew import skew
@@ -77,7 +76,7 @@ class Guesser:
     def width(self) -> int:
         return int(self.blocks[0].attention.sizes[0])
 
-    def linear(self, layer: int) -> Callable[[Tensor], Tensor]:
+    def linear(self, layer: int) -> Linear:
         """The projection of a guess, as native programs record it."""
         return self._linear[layer]
 
@@ -87,29 +86,28 @@ class Guesser:
         index = batch.spans[0].stage * self.layers + layer
         return self.rotated(index, self.projected(index, hidden[rows]), batch.positions[rows])
 
-    def _plain(self, layer: int) -> Callable[[Tensor], Tensor]:
+    def _plain(self, layer: int) -> Linear:
         qkv = self.blocks[layer].attention.qkv
         if isinstance(qkv, PackedLinear):
-            return PackedLinear(qkv.parts[:1], qkv.bias[: self.width], qkv.format)
-        found: Callable[[Tensor], Tensor] = qkv
+            return PackedLinear(qkv.weights.parts[:1], qkv.weights.bias[: self.width], qkv.format)
+        found: Linear = qkv
         return found
 
-    def _corrected(self, layer: int, fitted: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def _corrected(self, layer: int, fitted: dict[str, Tensor]) -> Linear:
         qkv = self.blocks[layer].attention.qkv
         bias = fitted["bias"][layer]
         if "weight" not in fitted and isinstance(qkv, PackedLinear):
-            own = qkv.bias[: self.width] or [0.0] * self.width
-            return PackedLinear(
-                qkv.parts[:1], [a + b for a, b in zip(own, bias.tolist(), strict=True)], qkv.format
-            )
+            own = qkv.weights.bias[: self.width] or [0.0] * self.width
+            both = [a + b for a, b in zip(own, bias.tolist(), strict=True)]
+            return PackedLinear(qkv.weights.parts[:1], both, qkv.format)
         weight, own_bias = _matrix(qkv, self.width, self._inputs)
         weight = weight + fitted["weight"][layer] if "weight" in fitted else weight
         form = qkv.format if isinstance(qkv, PackedLinear) else Dense(qkv.weight.dtype, qkv.weight.device)
         name = f"guesses of layer {layer}"
         stored = _stored(name, weight)
-        if isinstance(qkv, PackedLinear) and qkv.activation == "int8" and weight.shape[1] % 32 == 0:
+        if isinstance(qkv, PackedLinear) and qkv.weights.activation == "int8" and weight.shape[1] % 32 == 0:
             stored = StoredTensor(name, "Q8_0", tuple(weight.shape), q8_0(weight))
-        found: Callable[[Tensor], Tensor] = form.linear([stored], [_stored(name, own_bias + bias)])
+        found: Linear = form.linear([stored], [_stored(name, own_bias + bias)])
         return found
 
     @property

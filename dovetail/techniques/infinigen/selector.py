@@ -32,7 +32,7 @@ from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet, Request
 from dovetail.ops.pages import pick
 from dovetail.ops.skew import PartialKeys, TurnedKeys, counted, kept_columns, partial_bytes
-from dovetail.runtime.recorded import RecordedSelector
+from dovetail.runtime.target import Fused, PageChoice, RecordedSelector, Target, TurnedQueries
 from dovetail.show.progress import note
 from dovetail.techniques.infinigen.calibration import kept
 from dovetail.techniques.infinigen.eviction import POLICIES, Evictions
@@ -154,19 +154,19 @@ class RecordedSpeculation(Speculation, RecordedSelector):
     def dropped(self) -> int:
         return self.skipped if self._native is None else self._native.program.unread()
 
-    def record(self, layer: int, to: Any) -> bool:
-        return layer >= self.rule.skip_layers
+    def choice(self, layer: int, to: Target) -> PageChoice | None:
+        return None  # what was not guessed is read in full
 
-    def record_ahead(self, layer: int, to: Any) -> bool:
+    def choice_ahead(self, layer: int, to: Target) -> PageChoice | None:
         if layer < self.rule.skip_layers:
-            return False
+            return None
         if self._native is None:
             self._native = TurnedKeys(to.program, self.keys)
-        attention, source = self.guess.blocks[layer].attention, to.slot("guess", self.guess.width)
-        to.linear(to.x, source, self.guess.linear(layer), norm=self.guess.norm_of(layer))
-        turned = to.turn(source, attention.rope, attention.q_norm, self._native, layer)
-        to.pick_partial(layer, turned, self._native, (self.rule.alpha, self.window, self.rule.budget))
-        return True
+        source = to.slot("guess", self.guess.width)
+        self.guess.linear(layer).record(to, to.x, source, Fused(norm=self.guess.norm_of(layer)))
+        turned = to.turn(source, layer, self.guess.blocks[layer].attention.turning, self._native)
+        by = TurnedQueries(turned, self._native, self.rule.alpha)
+        return PageChoice(self.window, self.rule.budget, by=by)
 
     def seal(self, pages: Tensor, kv: Any) -> None:
         (self._native or self.keys).seal(pages)

@@ -32,7 +32,7 @@ from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import PageSet, Request
 from dovetail.ops.cpu import padded
 from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_scores, pick, summary_bytes
-from dovetail.runtime.recorded import RecordedCodec, RecordedSelector
+from dovetail.runtime.target import PageChoice, RecordedCodec, RecordedSelector, Target
 from dovetail.techniques.shadowkv.prompt_keys import KeyFormat, PromptKeys
 
 SCORES = ("landmarks", "codes")
@@ -46,7 +46,7 @@ class ShadowKVCodec(RecordedCodec):
         self.prompts = prompts
         self.capacity = prompts.capacity
 
-    def record(self, to: Any) -> None:
+    def record(self, to: Target) -> None:
         self.prompts.record(to)
 
     def seal(self, requests: Sequence[Request], kv: Any) -> Mapping[str, IntArray]:
@@ -86,10 +86,9 @@ class ShadowKVSelector(RecordedSelector):
         program = self.summaries.program
         return self._dropped if program is None else program.unread()
 
-    def record(self, layer: int, to: Any) -> bool:
+    def choice(self, layer: int, to: Target) -> PageChoice:
         self.summaries.program = to.program
-        to.pick(layer, self.summaries, self.window, self.budget)
-        return True
+        return PageChoice(self.window, self.budget, by=self.summaries)
 
     def seal(self, pages: Tensor, kv: Any) -> None:
         self.summaries.seal(pages)

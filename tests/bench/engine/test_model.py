@@ -35,6 +35,11 @@ def kv_bytes(found):
     return found["config"]["kv_memory"] / found["config"]["num_kv_pages"] / found["config"]["block_size"]
 
 
+def written(found):
+    """K and V of the step's own token, and a row of the embedding, which is no wider."""
+    return 2 * kv_bytes(found)
+
+
 @pytest.fixture(scope="module")
 def plain(tiny_model):
     """One plain run, that several tests look at."""
@@ -65,7 +70,8 @@ def test_figures_lie_within_their_spread_and_fit_each_other(plain):
     assert "startup_s" not in found["spread"]  # one start
     latency = found["latency_ms"]
     assert latency["p50"] <= latency["p90"] <= latency["p99"]
-    assert found["bytes_per_token"]["16"] == found["weight_bytes"] + (16 + 16 / 2) * kv_bytes(found)
+    more = found["bytes_per_token"]["16"] - found["weight_bytes"] - (16 + 16 / 2) * kv_bytes(found)
+    assert 0 < more <= written(found)
 
 
 def test_latencies_are_of_the_tokens_of_all_rounds():
@@ -119,7 +125,8 @@ def test_two_settings_in_turns(tiny_model):
     assert "ratio" in result.stdout and "kv-cache-dtype=int8" in result.stdout
     # Several tokens share what a step reads where drafts are right.
     assert found["bytes_per_token"]["16"] < found["weight_bytes"] + (16 + 16 / 2) * kv_bytes(found)
-    assert other["bytes_per_token"]["16"] == other["weight_bytes"] + (16 + 16 / 2) * kv_bytes(other)
+    more = other["bytes_per_token"]["16"] - other["weight_bytes"] - (16 + 16 / 2) * kv_bytes(other)
+    assert 0 < more <= written(other)
 
 
 def test_a_technique_that_never_acts_is_an_error(tiny_model):

@@ -1,0 +1,114 @@
+"""A target that makes no program: it adds up what the recorded operations cost, and says which are native."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dovetail.core.cost import Cost, Load, Operation
+from dovetail.core.seams import Geometry, SlidingWindow, Variant
+from dovetail.ops.rope import Rope
+from dovetail.ops.skew import TurnedKeys
+from dovetail.ops.stored import StoredTensor
+from dovetail.runtime.target import PLAIN, Fused, Normed, PageProgram, Turning, Weights
+
+FLOAT = 4  # bytes of a value in a slot
+DEVICE = "device"  # the tier that a model's weights and KV lie in
+
+
+class Ledger:
+    """Operations of a program by layer, each with its cost (`core.cost`).
+
+    kv_token_bytes: of K and V of one token in one layer. What techniques add (summaries, guesses) states its bytes
+    where its size follows from the load; which pages a row then reads is known only when it has run, so attention
+    states what reading everything costs.
+    """
+
+    def __init__(self, geometry: Geometry, width: int, kv_token_bytes: float) -> None:
+        self.geometry = geometry
+        self.kv_token_bytes = kv_token_bytes
+        self.operations: list[Operation] = []
+        self.layer = -1  # of the operations that come next
+        self._names: dict[tuple[str, int], int] = {}
+        self._ropes: list[Rope] = []
+        self._x = self.slot("x", width)
+        self._attended = self.slot("attended", geometry.num_heads * geometry.head_dim)
+
+    @property
+    def x(self) -> int:
+        return self._x
+
+    @property
+    def attended(self) -> int:
+        return self._attended
+
+    @property
+    def program(self) -> PageProgram:
+        raise TypeError("a ledger runs nothing, so nothing can be asked of its program")
+
+    def slot(self, name: str, width: int, sampled: bool = False) -> int:
+        return self._names.setdefault((name, width), len(self._names))
+
+    def note(self, name: str, cost: Callable[[Load], Cost], native: bool = True) -> None:
+        """One more operation."""
+        self.operations.append(Operation(name, self.layer, cost, native))
+
+    def embed(self, stored: StoredTensor, scale: float) -> None:
+        row = stored.data.shape[-1] * stored.data.element_size()
+        self.note("embed", lambda load: Cost(bytes={DEVICE: load.rows * row}))
+
+    def angles(self, rope: Rope) -> None:
+        if rope not in self._ropes:
+            self._ropes.append(rope)
+            n = len(rope.freqs)
+            self.note("angles", lambda load: Cost({"float32": 4.0 * n * load.rows}))
+
+    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = PLAIN) -> None:
+        size, each = weights.bytes, 2.0 * weights.width_in * weights.width_out
+        arithmetic = {"exact": "float32"}.get(weights.activation, weights.activation)
+
+        def cost(load: Load) -> Cost:
+            rows = load.sampled if fused.sampled else load.rows
+            return Cost({arithmetic: each * rows}, {DEVICE: size if rows else 0.0})
+
+        self.note("linear", cost, weights.native)
+
+    def norm_add(self, source: int, destination: int, norm: Normed) -> None:
+        n = len(norm.weight)
+        self.note("norm_add", lambda load: Cost({"float32": 5.0 * n * load.rows}))
+
+    def rope(self, source: int, layer: int, turning: Turning) -> None:
+        shape = self.geometry
+        values = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        written = self.kv_token_bytes
+        self.note(
+            "rope_write", lambda load: Cost({"float32": 6.0 * values * load.rows}, {DEVICE: written * load.rows})
+        )
+
+    def attend(self, layer: int, variant: Variant) -> None:
+        window = variant.window if isinstance(variant, SlidingWindow) else 0
+        each = 4.0 * self.geometry.num_heads * self.geometry.head_dim
+        token = self.kv_token_bytes
+        self.note(
+            "attend",
+            lambda load: Cost({"attention": each * load.pairs(window)}, {DEVICE: token * load.read(window)}),
+        )
+
+    def turn(self, source: int, layer: int, turning: Turning, keys: TurnedKeys) -> int:
+        shape = self.geometry
+        each = 2.0 * shape.num_heads * shape.head_dim * keys.width
+        self.note("turn", lambda load: Cost({"float32": each * load.rows}))
+        return self.slot("turned", shape.num_heads * keys.width)
+
+    def rebuild(self, rope: Rope) -> Any:
+        raise TypeError("a ledger runs nothing, so it rebuilds no keys")
+
+
+def recorded(model: Any, kv: Any) -> list[Operation]:
+    """What a step through all stages of a model does, with what it costs, without what techniques add."""
+    ledger = Ledger(model.geometry, model.config.hidden_size, kv.token_bytes / model.geometry.num_layers)
+    model.record_start(ledger)
+    for stage in model.program:
+        stage.record(ledger, lambda layer: None)
+    model.record_head(ledger)
+    return ledger.operations

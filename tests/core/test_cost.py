@@ -1,0 +1,67 @@
+"""Loads against brute force, costs as sums, and the predicted time of a step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dovetail.core.cost import Cost, Load, Operation, Speeds, StepTime, total
+from dovetail.core.errors import ConfigError
+
+spans = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
+
+
+@given(spans, st.integers(0, 50))
+def test_keys_are_counted_as_rows_read_them(spans: list[tuple[int, int]], window: int) -> None:
+    load, seen, pairs = Load(tuple(spans)), 0, 0
+    for rows, context in spans:
+        keys = [
+            {k for k in range(context) if k <= at and (not window or k > at - window)}
+            for at in range(context - rows, context)
+        ]
+        pairs += sum(map(len, keys))
+        seen += len(set().union(*keys))
+    assert load.pairs(window) == pairs
+    assert load.read(window) == seen
+    assert load.rows == sum(rows for rows, _ in spans)
+
+
+def by_rows(name: str, arithmetic: str, each: float, size: float) -> Operation:
+    return Operation(name, 0, lambda load: Cost({arithmetic: each * load.rows}, {"device": size}))
+
+
+def test_a_step_costs_the_sum_of_its_operations() -> None:
+    found = total([by_rows("a", "int8", 2.0, 10.0), by_rows("b", "bf16", 3.0, 5.0)], Load(((4, 9),)))
+    assert found == Cost({"int8": 8.0, "bf16": 12.0}, {"device": 15.0})
+    assert found.all_bytes == 15.0
+    assert total([], Load(())) == Cost()
+
+
+def test_each_operation_takes_what_is_longer_of_its_arithmetic_and_its_bytes() -> None:
+    program = [by_rows("bytes", "int8", 1.0, 100.0), by_rows("arithmetic", "int8", 100.0, 1.0)]
+    predict = StepTime(program, Speeds({"int8": 10.0}, {"device": 10.0}, start=0.5))
+    assert predict(Load(((1, 1),))) == 0.5 + 10.0 + 0.5 + 10.0
+    assert predict(Load(((2, 2),))) == 0.5 + 10.0 + 0.5 + 20.0
+
+
+@given(spans, spans)
+def test_more_work_never_takes_less(spans: list[tuple[int, int]], more: list[tuple[int, int]]) -> None:
+    attend = Operation(
+        "attend", 0, lambda load: Cost({"float32": load.pairs(7)}, {"device": load.read(7) + load.sampled})
+    )
+    predict = StepTime([attend], Speeds({"float32": 3.0}, {"device": 2.0}))
+    assert predict(Load(tuple(spans), 1)) <= predict(Load((*spans, *more), 2))
+
+
+@pytest.mark.parametrize(
+    ("speeds", "words"),
+    [
+        (Speeds({}, {"device": 1.0}), "arithmetic 'int8'; known: none"),
+        (Speeds({"int8": 1.0}, {"host": 1.0}), "tier 'device'; known: host"),
+        (Speeds({"int8": 0.0}, {"device": 1.0}), "above 0"),
+    ],
+)
+def test_an_unknown_speed_is_refused_by_name(speeds: Speeds, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        StepTime([by_rows("a", "int8", 1.0, 1.0)], speeds)(Load(((1, 1),)))
