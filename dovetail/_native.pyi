@@ -1,7 +1,5 @@
 # What csrc/bind.cpp gives to Python, in its order. An address is a number: the memory behind it must outlive the
 # call, or the Program that keeps it.
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -155,7 +153,7 @@ class Program:
         sample: int,
         dense_until: int = ...,
         aliases: tuple[int, int] = ...,  # address of int64 numbers, and how many
-        rows: Sequence[int] = ...,  # positions, ascending; none: all of [start, stop)
+        rows: list[int] = ...,  # positions, ascending; none: all of [start, stop)
     ) -> None: ...
     def keep(self, rows: list[int], slots: list[int]) -> None: ...
     def restore(self) -> None: ...

@@ -142,7 +142,7 @@ class NativeExecutor:
             r = s.request
             program.add(
                 s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until,
-                _address(aliases(r.id)), rows=s.rows or (),
+                _address(aliases(r.id)), rows=list(s.rows or ()),
             )  # fmt: skip
         program.plan()
         stage = self._stages[spans[0].stage]
