@@ -50,7 +50,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dovetail.bench.interleave import interleave
+from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import (
     GROUPED,
     KV_DTYPES,
@@ -119,7 +119,8 @@ class Bench:
 
     def measure(self, cases: Sequence[Case]) -> list[list[float]]:
         """Time the cases in turns, print and keep a line of each; seconds of one kernel: [cases][rounds]."""
-        runs, reads = interleave([case.run for case in cases], self.rounds, self.kernels.threads)
+        timed = Interleaved([case.run for case in cases], self.kernels.threads)
+        runs, reads = timed.until(self.rounds), timed.reads
         samples = [[s / case.count for s in seconds] for case, seconds in zip(cases, runs, strict=True)]
         self.reads += reads
         for case, seconds in zip(cases, samples, strict=True):

@@ -1,6 +1,6 @@
 """Dovetail beside another engine: the same file, token counts and threads, in turns, several rounds.
 
-    .venv/bin/python bench/peers.py --peer openvino [--quick] [--rounds 5] [--threads N] [--json]
+    .venv/bin/python bench/peers.py --peer openvino [--quick] [--rounds 6] [--threads N] [--json]
     .venv/bin/python bench/peers.py --peer dovetail --path OTHER_CHECKOUT [--quick] ...
 
 The peer `dovetail` is another checkout of this project, with its own compiled module: what a change does to the
@@ -18,8 +18,9 @@ Figures, in tokens per second:
   streams_N     N requests at once, about 105 tokens of context each, from when all have their first token until
                 the first of them ends
 
-A ratio is the median of the rounds' ours / theirs: above 1 Dovetail is faster. Run it on an otherwise idle
-machine. The last line on stdout is JSON; progress goes to stderr.
+A ratio is the median of the rounds' ours / theirs: above 1 Dovetail is faster. Six rounds or more give an interval
+that holds this median with 95 % confidence. One around 1 shows no difference. Run it on an otherwise idle machine.
+The last line on stdout is JSON; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import IO, Any, Literal, NamedTuple
 from dovetail import DovetailError
 from dovetail.bench.engine.points import Prompts
 from dovetail.bench.rounds import in_turns
+from dovetail.bench.verdict import Interval, median_interval
 from dovetail.host import machine
 
 BENCH = Path(__file__).resolve().parent
@@ -240,6 +242,7 @@ def report(args: argparse.Namespace, model: str, found: dict[str, Any]) -> dict[
     }
     medians = {n: {f: round(statistics.median(c[n]), 4) for f, c in columns.items()} for n in (*PAIR, "ratio")}
     spread = {f: {n: [round(min(v), 4), round(max(v), 4)] for n, v in c.items()} for f, c in columns.items()}
+    intervals = {f: median_interval(c["ratio"]) for f, c in columns.items()}
     return {
         "peer": args.peer,
         "model": Path(model).name,
@@ -247,6 +250,7 @@ def report(args: argparse.Namespace, model: str, found: dict[str, Any]) -> dict[
         "theirs": medians["theirs"],
         "ratios": medians["ratio"],
         "spread": spread,
+        "intervals": {f: None if found is None else [found.low, found.high] for f, found in intervals.items()},
         "samples": samples,
         "read_bandwidth": bandwidths,
         "rounds_at_75_gb_s": sum(b is not None and b >= FULL_BANDWIDTH for b in bandwidths),
@@ -274,17 +278,26 @@ def show(result: dict[str, Any]) -> None:
         if config := result["facts"][name].get("config"):
             print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in config.items()))
     theirs = "theirs" if peer == "dovetail" else peer
-    print(f"{'':<12} {'ours':>22} {theirs:>22} {'ours / theirs':>20}  their setting")
+    print(f"{'':<12} {'ours':>22} {theirs:>22} {'ours / theirs':>20}  {'interval':<20}  their setting")
     for figure in result["ours"]:
         cells = []
         for name, width, digits in (("ours", 22, 1), ("theirs", 22, 1), ("ratios", 20, 2)):
             low, high = spread[figure]["ratio" if name == "ratios" else name]
             cells.append(f"{result[name][figure]:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})".rjust(width))
-        print(f"{figure:<12} {' '.join(cells)}  {result['settings']['theirs'][figure]}")
+        told, setting = verdict(result["intervals"][figure]), result["settings"]["theirs"][figure]
+        print(f"{figure:<12} {' '.join(cells)}  {told:<20}  {setting}")
     print("ours / theirs is the median of the rounds' ratios, not the ratio of the medians")
     shown = ", ".join("unknown" if b is None else f"{b:.1f}" for b in result["read_bandwidth"])
     full = f"{result['rounds_at_75_gb_s']} of {result['rounds']} rounds at {FULL_BANDWIDTH:.0f} or more"
     print(f"read bandwidth before each round, GB/s: {shown}; {full}")
+
+
+def verdict(interval: list[float] | None) -> str:
+    """What an interval of ours / theirs says."""
+    if interval is None:
+        return "too few rounds"
+    low, high = interval
+    return f"{Interval(low, high)}{' faster' if low > 1 else ' slower' if high < 1 else ''}"
 
 
 def commit(root: Path | None) -> str | None:
@@ -332,7 +345,7 @@ def parser() -> argparse.ArgumentParser:
     add("--python", help="the peer's Python (default .cache/peers/NAME/bin/python; of --peer dovetail this one)")
     add("--model", default="smollm2-135m", help="path or alias (default smollm2-135m)")
     add("--hf", type=Path, help="the same model as a Hugging Face folder in bfloat16")
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=6)
     add("--threads", type=int, default=machine.cores().budget, help="of both (default: all)")
     add("--quick", action="store_true", help="short answers, settings chosen on one run each")
     for name, whose in (("--ours", "dovetail.LLM"), ("--theirs", "the other checkout's LLM")):

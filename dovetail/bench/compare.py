@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dovetail.bench.rounds import Path, at
+from dovetail.bench.verdict import Interval
 from dovetail.core.errors import ConfigError, ModelError
 from dovetail.host.json_file import parse_json_object, read_bytes
 
@@ -107,7 +108,7 @@ def _pair(place: Path, results: tuple[Mapping[str, Any], ...], values: tuple[flo
     spread_a, spread_b = (spread(result, place) for result in results)
     beyond = None
     if spread_a and spread_b:
-        beyond = spread_a[1] < spread_b[0] or spread_b[1] < spread_a[0]
+        beyond = Interval(*spread_a).apart(Interval(*spread_b))
     ratio = b / a if a else None
     return {"a": a, "b": b, "ratio": ratio, "spread_a": spread_a, "spread_b": spread_b, "beyond": beyond}
 

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from dovetail.bench.rounds import in_turns
+from dovetail.bench.rounds import Turns, by_round
 from dovetail.host import machine
 from dovetail.ops import cpu
 
 READ_MB = 256
 
 
-def interleave(
-    runs: Sequence[Callable[[], object]], rounds: int, threads: int
-) -> tuple[list[list[float]], list[float]]:
-    """Seconds of each run, [runs][rounds], and GB/s of a raw read with as many threads beside each round."""
-    samples: list[list[float]] = [[] for _ in runs]
-    reads = []
-    for run in runs:
-        run()  # allocates, and maps memory
-    for i in range(rounds):
-        reads.append(read_bandwidth(threads))
-        order = in_turns(range(len(runs)), i)
-        runs[order[0]]()  # the first run after the raw read, whose memory has just been unmapped, is slower
-        for at in order:
-            start = time.perf_counter()
-            runs[at]()
-            samples[at].append(time.perf_counter() - start)
-    return samples, reads
+class Interleaved(Turns[float]):
+    """Runs that are timed in turns. `readings` [runs][rounds] are seconds, `reads` [rounds] the GB/s of a raw read
+    with as many threads just before."""
+
+    def __init__(self, runs: Sequence[Callable[[], object]], threads: int) -> None:
+        super().__init__([partial(_seconds, run) for run in runs])
+        self.threads = threads
+        self.reads: list[float] = []
+        for run in runs:
+            run()  # allocates, and maps memory
+
+    def ratios(self, baseline: int, ours: int, rounds: int) -> list[float]:
+        """How many times as fast as run number `baseline` run number `ours` is, in each of so many rounds."""
+        seconds = self.until(rounds)
+        return by_round(seconds[baseline], seconds[ours])
+
+    def _round(self, order: Sequence[int]) -> None:
+        self.reads.append(read_bandwidth(self.threads))
+        self.sides[order[0]]()  # the first run after the raw read, whose memory has just been unmapped, is slower
+        super()._round(order)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def read_bandwidth(threads: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 PERCENTILES = (50, 90, 99)  # that results have of latencies
 Path = tuple[str, ...]
@@ -23,6 +23,24 @@ T = TypeVar("T")
 def in_turns(sides: Sequence[T], number: int) -> Sequence[T]:
     """The sides in the order of round `number`: each is first in every other one."""
     return sides if number % 2 == 0 else sides[::-1]
+
+
+class Turns(Generic[T]):
+    """Sides that are read in turns, for as many rounds as are asked for. readings: [sides][rounds]."""
+
+    def __init__(self, sides: Sequence[Callable[[], T]]) -> None:
+        self.sides = sides
+        self.readings: list[list[T]] = [[] for _ in sides]
+
+    def until(self, rounds: int) -> list[list[T]]:
+        """Go on until there are readings of so many rounds; those of the first `rounds`."""
+        for number in range(len(self.readings[0]), rounds):
+            self._round(in_turns(range(len(self.sides)), number))
+        return [readings[:rounds] for readings in self.readings]
+
+    def _round(self, order: Sequence[int]) -> None:
+        for at in order:
+            self.readings[at].append(self.sides[at]())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from dovetail.show.plot import PlotOption
 from dovetail.show.progress import note
 
 if TYPE_CHECKING:
+    from dovetail.evals.bounds import Bound
     from dovetail.evals.journal import Journal
     from dovetail.evals.run import Run
     from dovetail.evals.suite import Result, Suite
@@ -66,7 +68,8 @@ def command(
     from dovetail.evals.journal import Journal
 
     asked = _asked(model, suite, suite_options, engine, sweep or [], against)
-    bounds = _bounds(asked.suite, least or [], 1) + _bounds(asked.suite, most or [], -1)
+    bounds = [*_bounds(asked.suite, least or [], "--min"), *_bounds(asked.suite, most or [], "--max")]
+    asked = replace(asked, bounds=bounds)
     journal = Journal(asked.key, fresh)
     results = _results(asked, journal)
     if len(asked.settings) > 1:
@@ -77,7 +80,7 @@ def command(
         save(asked.suite.draw(results), plot)
     write_json(json_file, _json(asked, results))
     journal.remove()
-    _judge(results, bounds)
+    _judge(asked, results)
 
 
 def _results(asked: Run, journal: Journal) -> list[Result]:
@@ -124,9 +127,11 @@ def _asked(
     return Run(build(kind, options.given), model, list(settings.values()), reference)
 
 
-def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, float, int]]:
-    """`accuracy=0.95` of --min (sign 1) or --max (sign -1)."""
-    flag, found = "--min" if sign > 0 else "--max", []
+def _bounds(suite: Suite, texts: Sequence[str], flag: str) -> list[Bound]:
+    """`accuracy=0.95` of --min or --max."""
+    from dovetail.evals.bounds import Bound
+
+    found = []
     for text in texts:
         key, equals, value = text.partition("=")
         if key not in suite.columns or not equals:
@@ -137,7 +142,7 @@ def _bounds(suite: Suite, texts: Sequence[str], sign: int) -> list[tuple[str, fl
             bound = math.nan
         if not math.isfinite(bound):
             raise ConfigError(f"{flag} '{text}': '{value}' is not a number")
-        found.append((key, bound, sign))
+        found.append(Bound.least(key, bound) if flag == "--min" else Bound.most(key, bound))
     return found
 
 
@@ -188,16 +193,16 @@ def _json(asked: Run, results: Sequence[Result]) -> dict[str, Any]:
     return {**head, "results": list(results), **provenance()}
 
 
-def _judge(results: Sequence[Result], bounds: Sequence[tuple[str, float, int]]) -> None:
-    """Exit with 1 where a technique was idle or a bound is missed, as it is by a setting that was refused;
-    ConfigError where every setting was."""
+def _judge(asked: Run, results: Sequence[Result]) -> None:
+    """Exit with 1 where a technique was idle or a bound is missed, as it is by a setting that was refused. An
+    undecided bound is no failure. ConfigError where every setting was refused."""
     if all(r["state"] == "refused" for r in results):
         raise ConfigError(f"every setting was refused; the first: {results[0]['why']}")
-    missed = any(r["state"] == "idle" or (bounds and r["state"] == "refused") for r in results)
+    missed = any(r["state"] == "idle" or (asked.bounds and r["state"] == "refused") for r in results)
     for r in results:
-        for key, bound, sign in bounds:
-            if key in r and not r[key] * sign >= bound * sign:
-                note(f"{r['setting']}: {key} is {r[key]:g}, {'below' if sign > 0 else 'above'} {bound:g}")
-                missed = True
+        for bar in r.get("bars", ()):
+            value = "not known" if bar["value"] is None else f"{bar['value']:g}"
+            note(f"{r['setting']}: {bar['needs']}: {bar['verdict']}: it is {value} ({bar['verdict_why']})")
+            missed = missed or bar["meets"] is False
     if missed:
         raise typer.Exit(EXIT_MISSED)

@@ -20,8 +20,9 @@ def command(
 ) -> None:
     """Measure the claims of a paper beside its published figures.
 
-    Ours and theirs are ratios to each one's own baseline. Some claims have a bar here: exit status 1 means that
-    one was not met. The default takes under 15 minutes on 2 cores. Use an idle machine.
+    Ours and theirs are ratios to each one's own baseline. Some claims have a bar here, judged by an interval: exit
+    status 1 means that one was missed. One that this machine is too noisy to decide is no failure. The default
+    takes under 15 minutes on 2 cores. Use an idle machine.
 
     \b
     Examples:

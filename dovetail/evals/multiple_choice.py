@@ -91,6 +91,9 @@ class MultipleChoice(Suite):
             "items": items,
         }
 
+    def share(self, result: Result, key: str) -> tuple[float, int] | None:
+        return (result[key] * result["total"], result["total"]) if key in ("acc", "acc_norm") else None
+
     def text(self, result: Result) -> str:
         r = result
         return (

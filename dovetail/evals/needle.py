@@ -119,6 +119,10 @@ class Needle(Suite):
     def context(self, result: Result) -> int:
         return int(max(row["length"] for row in result["grid"]))
 
+    def share(self, result: Result, key: str) -> tuple[float, int] | None:
+        trials = sum(row["trials"] for row in result["grid"])
+        return (result[key] * trials, trials) if key in ("accuracy", "recall") else None
+
     def text(self, result: Result) -> str:
         r = result
         cells = {(row["length"], row["depth"]): f"{row['correct']}/{row['trials']}" for row in r["grid"]}
@@ -188,6 +192,7 @@ def _summary(scores: dict[tuple[int, int], list[float]]) -> Result:
             "trials": len(cell),
             "correct": cell.count(1.0),
             "recall": statistics.fmean(cell),
+            "recalls": cell,
         }
         for (length, depth), cell in scores.items()
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dovetail.bench.engine.points import Prompts, measure
+from dovetail.bench.verdict import Bar, decide
 from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.technique import idle
+from dovetail.evals.bounds import LOOKS, SPEED, Bound, decided
 from dovetail.evals.journal import Journal
 from dovetail.evals.suite import Result, Suite
 from dovetail.provenance import commit, versions
@@ -27,12 +29,14 @@ MEASURED, REFUSED, IDLE = "measured", "refused", "idle"
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure: `suite` on `model` at each of `settings`, against `reference` if the suite compares."""
+    """What to measure: `suite` on `model` at each of `settings`, against `reference` if the suite compares. The
+    figures of each setting are judged by `bounds`."""
 
     suite: Suite
     model: str
     settings: Sequence[Setting]
     reference: Setting | None = None
+    bounds: Sequence[Bound] = ()
 
     @property
     def key(self) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
     """A result for each setting, in order. Results in the journal are not measured again.
 
     A result has `setting` (its name), `state` and the suite's figures. `why` says why it was refused, or which
-    technique was idle. A refused setting does not stop the others. `show` is called with each result.
+    technique was idle. `bars` has the decision on each bound, where there are any. A refused setting does not stop
+    the others. `show` is called with each result.
     """
     results: list[Result] = []
     reference: Any = None
@@ -67,6 +72,8 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
                 journal.add(setting.name, result)
         else:
             result = {**result, "earlier": True}  # its speed was measured at another time
+        if asked.bounds and result["state"] != REFUSED:
+            result = {**result, "bars": decided(asked.suite, result, asked.bounds)}
         results.append(result)
         show(result)
     return results
@@ -85,23 +92,24 @@ def _file(name: str) -> list[Any]:
 def _measure(asked: Run, setting: Setting, reference: Any) -> Result:
     start = {"setting": setting.name, "suite": asked.suite.name, "model": asked.model, "use": list(setting.use)}
     try:
-        return start | _once(setting, asked, lambda llm: _figures(asked.suite, llm, reference))
+        return start | _once(setting, asked, lambda llm: _figures(asked, llm, reference))
     except (ConfigError, DovetailError) as error:
         if len(asked.settings) == 1:
             raise
         return {**start, "state": REFUSED, "why": str(error), "activity": {}}
 
 
-def _figures(suite: Suite, llm: LLM, reference: Any) -> Result:
+def _figures(asked: Run, llm: LLM, reference: Any) -> Result:
     """The suite's figures, and whether every technique in use acted while they were taken."""
     before = llm.activity()
-    found = suite.measure(llm, reference)
+    found = asked.suite.measure(llm, reference)
     activity = {name: count - before[name] for name, count in llm.activity().items()}
     names = idle(activity)
     state: Result = {"state": IDLE if names else MEASURED}
     if names:
         state["why"] = f"{', '.join(names)} never acted: these are the plain engine's figures"
-    speed = decode_speed(llm, suite.context(found))
+    bars = [bound.bar for bound in asked.bounds if bound.key == SPEED]
+    speed = decode_speed(llm, asked.suite.context(found), bars)
     return {
         **state,
         **found,
@@ -121,19 +129,30 @@ def _once(setting: Setting, asked: Run, act: Callable[[LLM], Any]) -> Any:
         gc.collect()
 
 
-def decode_speed(llm: LLM, context: int) -> dict[str, Any]:
+def decode_speed(llm: LLM, context: int, bars: Sequence[Bar] = ()) -> dict[str, Any]:
     """Decoding of one request behind `context` random tokens, or as many as the engine holds: the median, the
-    lowest and the highest rate of its parts. Nothing where the context leaves no room."""
+    lowest and the highest rate of its parts, and each part's rate. More parts are timed where `bars` on this speed
+    are undecided. Nothing where the context leaves no room."""
     tokens = TOKENS * PARTS + 1
     context = min(context, llm.config.max_model_len - tokens)
     if context < 1:
         return {}
     prompts = Prompts(llm.checkpoint.config.vocab_size).take(context)
     measure(llm, [prompts[0][: min(context, 64)]], 8)  # first calls allocate
-    waits = measure(llm, prompts, tokens).waits
-    rates = [TOKENS / sum(waits[i * TOKENS : (i + 1) * TOKENS]) for i in range(PARTS)]
+    rates: list[float] = []
+
+    def timed(parts: int) -> list[float]:
+        while len(rates) < parts:
+            waits = measure(llm, prompts, tokens).waits
+            rates.extend(TOKENS / sum(waits[i * TOKENS : (i + 1) * TOKENS]) for i in range(PARTS))
+        return rates[:parts]
+
+    timed(PARTS)
+    for bar in bars:
+        decide(bar, LOOKS, timed)
     return {
         "decode_tokens_per_s": statistics.median(rates),
         "decode_spread": [min(rates), max(rates)],
+        "decode_rates": rates,
         "decode_context": context,
     }

@@ -45,6 +45,10 @@ class Suite:
         """Tokens of context behind which decoding is timed."""
         return CONTEXT
 
+    def share(self, result: Result, key: str) -> tuple[float, int] | None:
+        """Successes and trials, if the figure `key` is a share of trials; None if it is exact."""
+        return None
+
     def text(self, result: Result) -> str:
         """A result for people, in a few lines."""
         raise NotImplementedError

@@ -96,6 +96,9 @@ class Jsonl(Suite):
 
         return rest.first(self.limit).map(ask)
 
+    def share(self, result: Result, key: str) -> tuple[float, int] | None:
+        return (result["correct"], result["total"]) if key == "accuracy" else None
+
     def text(self, result: Result) -> str:
         r = result
         return (

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from dovetail.bench.rounds import Ratio
+from dovetail.bench.verdict import Decision, Verdict
 
 Kind = Literal["run", "simulated", "emulated"]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What must hold here, in words, and whether it does: a run with a missed bar has failed."""
-
-    needs: str
-    meets: bool
-
-    @classmethod
-    def at_least(cls, needed: float, found: float) -> Self:
-        """Met by `needed` or more."""
-        return cls(f"at least {needed:g}", found >= needed)
+_DECIDED = ("needs", "meets", "verdict", "interval", "verdict_why")
 
 
 @dataclass(frozen=True)
@@ -31,7 +20,8 @@ class Claim:
     paper: what it says, with its numbers, their source and setting, or that it gives none. ours: what was found.
     kind: "run" is the real thing on this machine; "simulated" is computed from step times or counts; "emulated"
     has real results and the timing of other hardware. why: the reason for the difference.
-    ratio: how many times as fast as its own baseline ours is; paper_ratio: theirs, lowest and highest.
+    ratio: how many times as fast as its own baseline ours is; paper_ratio: theirs, lowest and highest. bar:
+    whether what must hold here does. A run with a missed bar has failed; one with an undecided bar has not.
     """
 
     name: str
@@ -42,21 +32,24 @@ class Claim:
     kind: Kind = "run"
     ratio: Ratio | None = None
     paper_ratio: tuple[float, float] | None = None
-    bar: Bar | None = None
+    bar: Decision | None = None
 
     @property
     def meets(self) -> bool | None:
-        """None where there is no bar."""
+        """None where there is no bar, and where it is undecided."""
         return None if self.bar is None else self.bar.meets
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """None where there is no bar."""
+        return None if self.bar is None else self.bar.verdict
 
     def to_dict(self) -> dict[str, Any]:
         """As in the JSON of `dovetail reproduce`."""
         found = asdict(self)
         found["paper_ratio"] = None if self.paper_ratio is None else list(self.paper_ratio)
-        found["bar"] = self.bar is not None
-        found["needs"] = None if self.bar is None else self.bar.needs
-        found["meets"] = self.meets
-        return found
+        decided = dict.fromkeys(_DECIDED) if self.bar is None else self.bar.to_dict()
+        return {**found, "bar": self.bar is not None, **decided}
 
 
 @dataclass(frozen=True)

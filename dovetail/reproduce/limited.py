@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from dovetail import hub
 from dovetail.bench.engine.limited import Batch, Decoded
-from dovetail.bench.rounds import Ratio, in_turns
+from dovetail.bench.rounds import Ratio, Turns, by_round
+from dovetail.bench.verdict import Bar, Decision, Looks, decide
 from dovetail.core.pages import pages_for
 from dovetail.llm import LLM
 from dovetail.models import geometry, open_checkpoint
@@ -19,10 +21,11 @@ from dovetail.runtime.kv import bytes_per_token
 from dovetail.text.corpus import DEFAULT, corpus
 
 BLOCK, DTYPE = 16, "bf16"  # of KV
+DOUBLINGS = 1  # of the rounds where a bar is undecided: answers must last as long
 BATCHED = 256  # tokens of a step: what a step writes takes device memory too
 MEMORY, CONTEXT = 402_000_000, 7000  # bytes, tokens of a prompt
 AMOUNTS = {  # rounds and their steps, lengths of needles and trials
-    "quick": (4, 6, "2048", 2),
+    "quick": (8, 3, "2048", 2),
     "default": (9, 8, "2048,4096", 3),
     "full": (9, 12, "1024,2048,4096,7424", 9),
 }
@@ -89,11 +92,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tokens per second of ours to the baseline's, and the median round of each."""
+    """Tokens per second of ours to the baseline's, the median round of each, and whether a bar on it is met."""
 
     ratio: Ratio
     baseline: Decoded
     ours: Decoded
+    decision: Decision | None
 
     def __str__(self) -> str:
         a, b = self.baseline, self.ours
@@ -124,23 +128,22 @@ class Effort:
         }
 
 
-def compare(limit: Limit, baseline: Side, ours: Side) -> Comparison:
+def compare(limit: Limit, baseline: Side, ours: Side, bar: Bar | None = None) -> Comparison:
     """Decode the same prompts on both sides in turns. RuntimeError if a technique of ours did nothing."""
-    found: tuple[list[Decoded], list[Decoded]] = ([], [])
     engines = [side.start(limit) for side in (baseline, ours)]
     text = prompts(engines[0], limit)
     batches = [Batch(llm, text, limit.tokens) for llm in engines]
     for batch in batches:
         batch.settle()
-    for i in range(limit.rounds):
-        for at in in_turns(range(2), i):
-            found[at].append(batches[at].decode(limit.steps))
+    turns = Turns([partial(batch.decode, limit.steps) for batch in batches])
+    looks = Looks(limit.rounds, DOUBLINGS)
+    decision = decide(bar, looks, lambda rounds: _ratios(*turns.until(rounds))) if bar is not None else None
+    turns.until(limit.rounds)
     must_have_acted(engines[1])
     for batch in batches:
         batch.close()
-    slow, fast = found
-    ratio = Ratio.of_rounds([b.rate / a.rate for a, b in zip(slow, fast, strict=True)])
-    return Comparison(ratio, _median(slow), _median(fast))
+    slow, fast = turns.readings
+    return Comparison(Ratio.of_rounds(_ratios(slow, fast)), _median(slow), _median(fast), decision)
 
 
 def prompts(llm: LLM, limit: Limit) -> list[list[int]]:
@@ -149,6 +152,10 @@ def prompts(llm: LLM, limit: Limit) -> list[list[int]]:
     text = corpus(DEFAULT).text[: 8 * cut.stop]
     tokens = llm.tokenizer.encode(text, add_special_tokens=False)
     return [[tokens[(at + i) % len(tokens)] for i in range(limit.context)] for at in cut]
+
+
+def _ratios(slow: Sequence[Decoded], fast: Sequence[Decoded]) -> list[float]:
+    return by_round([decoded.rate for decoded in fast], [decoded.rate for decoded in slow])
 
 
 def _median(some: Sequence[Decoded]) -> Decoded:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from dovetail.bench.verdict import Bar, Decision, decide_share
 from dovetail.evals.needle import Needle
 from dovetail.host.units import parse_size
 from dovetail.llm import LLM
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.runner import must_have_acted
 from dovetail.techniques import technique
 from dovetail.text.corpus import DEFAULT
 
 NAME = "needles"
-NEEDED = 0.95  # of what the plain engine finds
+KEPT = Bar(0.95, "at least 95% of what reading everything finds")
 ROOM = 64  # tokens of an answer, at least
 SINK = 16  # first tokens that the window's baseline reads
 
@@ -50,25 +51,23 @@ class Needles:
         suite = Needle(corpus=self.corpus, lengths=self.lengths, depths=self.depths, trials=self.trials)
         grid = suite.measure(llm, None)["grid"]
         must_have_acted(llm)
-        return Found(sum(c["correct"] for c in grid), sum(c["trials"] for c in grid))
+        return Found(tuple(recall == 1 for cell in grid for recall in cell["recalls"]))
 
 
 @dataclass(frozen=True)
 class Found:
-    """Needles found in so many trials."""
+    """Whether the needle of each trial was found. Trials are the same, in the same order, whoever is asked."""
 
-    correct: int
-    trials: int
+    hits: tuple[bool, ...]
 
     def __str__(self) -> str:
-        return f"{self.correct} of {self.trials}"
+        return f"{sum(self.hits)} of {len(self.hits)}"
 
-    def bar(self, dense: Found) -> Bar | None:
-        """Nothing can be said where `dense`, which reads everything, found nothing."""
-        if not dense.correct:
-            return None
-        needs = f"at least {NEEDED:.0%} of what reading everything finds"
-        return Bar(needs, self.correct >= NEEDED * dense.correct)
+    def bar(self, dense: Found) -> Decision | None:
+        """Judges which share of the needles that `dense` found, which reads everything, is found here too. None
+        where it found none. Cells of one trial share text and numbers, so the interval is rather too narrow."""
+        kept = [hit for hit, there in zip(self.hits, dense.hits, strict=True) if there]
+        return decide_share(KEPT, sum(kept), len(kept)) if kept else None
 
 
 @dataclass(frozen=True)

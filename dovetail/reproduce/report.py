@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from dovetail.bench.verdict import Verdict
 from dovetail.host.units import format_duration
 from dovetail.reproduce import SYSTEMS, System
 from dovetail.reproduce.claim import Claim
@@ -13,6 +14,7 @@ from dovetail.show.plot import figure
 from dovetail.show.table import table
 
 WIDTH = 110
+COLORS = {None: "tab:blue", Verdict.MET: "tab:blue", Verdict.MISSED: "tab:red", Verdict.UNDECIDED: "tab:gray"}
 
 
 def listing() -> str:
@@ -33,7 +35,13 @@ def text(done: Reproduction) -> str:
     head = f"{s.title} ({s.paper}); effort: {done.effort}, {format_duration(done.seconds)}"
     parts = [head, *map(_claim, done.claims), _ratios(done)]
     bars = [claim for claim in done.claims if claim.bar is not None]
-    parts.append(f"{len(bars) - len(done.missed)} of {len(bars)} bars met")
+    counted = [f"{len(done.judged(Verdict.MET))} of {len(bars)} bars met"]
+    counted += [
+        f"{len(found)} {verdict}"
+        for verdict in (Verdict.MISSED, Verdict.UNDECIDED)
+        if (found := done.judged(verdict))
+    ]
+    parts.append(", ".join(counted))
     return "\n\n".join(parts)
 
 
@@ -41,7 +49,7 @@ def _claim(claim: Claim) -> str:
     lines = [f"{claim.name} [{claim.kind}]"]
     fields = {"setting": claim.setting, "paper": claim.paper, "ours": claim.ours, "why": claim.why}
     if claim.bar is not None:
-        fields["bar"] = f"{claim.bar.needs}: {'met' if claim.bar.meets else 'MISSED'}"
+        fields["bar"] = f"{claim.bar.needs}: {claim.bar}"
     for name, value in fields.items():
         lines.append(textwrap.fill(value, WIDTH, initial_indent=f"  {name:<8} ", subsequent_indent=" " * 11))
     return "\n".join(lines)
@@ -53,9 +61,14 @@ def _ratios(done: Reproduction) -> str:
         if c.ratio is None and c.bar is None:
             continue
         theirs = "-" if c.paper_ratio is None else "-".join(dict.fromkeys(f"{x:.2f}" for x in c.paper_ratio))
-        verdict = {None: "-", True: "met", False: "MISSED"}[c.meets]
-        rows.append((c.name, theirs, "-" if c.ratio is None else str(c.ratio), verdict))
-    headers = ("times as fast as its own baseline", "paper", "ours (lowest-highest)", "bar")
+        interval = c.bar.interval if c.bar is not None and c.ratio is not None else None
+        rows.append(
+            (
+                *(c.name, theirs, "-" if c.ratio is None else str(c.ratio)),
+                *("-" if interval is None else str(interval), "-" if c.bar is None else c.bar.word),
+            )
+        )
+    headers = ("times as fast as its own baseline", "paper", "ours (lowest-highest)", "interval", "bar")
     return table(headers, rows)
 
 
@@ -81,13 +94,14 @@ def draw(done: Reproduction) -> Any:
             low, high = c.paper_ratio
             axes.plot([low, high], [y, y], "s-", color="tab:orange", linewidth=7, markersize=7)
         assert c.ratio is not None
-        color = "tab:red" if c.meets is False else "tab:blue"
+        color = COLORS[c.verdict]
         axes.plot([c.ratio.low, c.ratio.high], [y, y], color=color, linewidth=1.5)
         axes.plot([c.ratio.median], [y], "o", color=color, markersize=5)
     axes.plot([], [], "s-", color="tab:orange", linewidth=7, markersize=7, label="paper")
     axes.plot([], [], "o-", color="tab:blue", label="ours, median and range")
-    if done.missed:
-        axes.plot([], [], "o-", color="tab:red", label="ours, bar missed")
+    for verdict in (Verdict.MISSED, Verdict.UNDECIDED):
+        if done.judged(verdict):
+            axes.plot([], [], "o-", color=COLORS[verdict], label=f"ours, bar {verdict}")
     axes.set_yticks(range(len(claims)), [c.name for c in claims])
     axes.set_xscale("log")
     axes.set_xlabel("times as fast as its own baseline")

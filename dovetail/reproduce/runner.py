@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from dovetail.bench.kernels.attention import Kernels
+from dovetail.bench.verdict import Verdict
 from dovetail.core.errors import ConfigError
 from dovetail.core.technique import idle
 from dovetail.host import machine
@@ -30,10 +31,14 @@ class Reproduction:
     claims: tuple[Claim, ...]
     seconds: float
 
+    def judged(self, verdict: Verdict) -> list[Claim]:
+        """Claims with this verdict on their bar."""
+        return [claim for claim in self.claims if claim.verdict is verdict]
+
     @property
     def missed(self) -> list[Claim]:
         """Claims whose bar is not met."""
-        return [claim for claim in self.claims if claim.meets is False]
+        return self.judged(Verdict.MISSED)
 
 
 def reproduce(system: System, effort: str) -> Reproduction:
@@ -89,6 +94,4 @@ def _take(experiment: Experiment, found: list[Claim], advance: Callable[[int], N
 
 
 def _verdict(claim: Claim) -> str:
-    if claim.bar is None:
-        return ""
-    return f" [met: {claim.bar.needs}]" if claim.bar.meets else f" [MISSED: {claim.bar.needs}]"
+    return "" if claim.bar is None else f" [{claim.bar.needs}: {claim.bar}]"

@@ -160,7 +160,11 @@ def test_peers_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     args = SimpleNamespace(peer="x", path=None, threads=1, rounds=3, quick=False)
     result = peers.report(args, "model.gguf", found)
     assert result["ratios"] == {"decode_16": 1.5}
+    assert result["intervals"] == {"decode_16": None}
     peers.show(result)
     out = capsys.readouterr().out
     assert "dtype float32, activations int8, kernels scalar" in out
     assert "median of the rounds' ratios, not the ratio of the medians" in out
+    assert "too few rounds" in out
+    shown = [peers.verdict(interval) for interval in (None, [1.1, 1.2], [0.8, 0.9], [0.9, 1.1])]
+    assert shown == ["too few rounds", "1.1 to 1.2 faster", "0.8 to 0.9 slower", "0.9 to 1.1"]

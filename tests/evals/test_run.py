@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dovetail import LLM, cli, evals
+from dovetail.bench.engine.points import Timing
+from dovetail.bench.verdict import Bar, at_least
+from dovetail.evals.bounds import Bound, decided
 from dovetail.evals.journal import Journal
+from dovetail.evals.multiple_choice import MultipleChoice
+from dovetail.evals.needle import Needle
+from dovetail.evals.perplexity import Perplexity
 from dovetail.evals.plots import pareto
-from dovetail.evals.run import decode_speed
+from dovetail.evals.run import TOKENS, decode_speed
 from dovetail.evals.suite import Result, Suite
+from dovetail.evals.tasks import Jsonl
 
 MEASURED: list[str] = []
 ANSWERS: dict[str, float | BaseException] = {}
@@ -59,10 +67,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("dovetail.evals.run.decode_speed", speed)
 
 
-def speed(llm: Any, context: int) -> dict[str, Any]:
+def speed(llm: Any, context: int, bars: Sequence[Bar]) -> dict[str, Any]:
     """Later engines are faster."""
     rate = 10.0 * len(MEASURED)
-    return {"decode_tokens_per_s": rate, "decode_spread": [rate - 1, rate + 1], "decode_context": context}
+    return {
+        "decode_tokens_per_s": rate, "decode_spread": [rate - 1, rate + 1], "decode_context": context,
+        "decode_rates": [rate - 1, rate + 1] * 4,
+    }  # fmt: skip
 
 
 def evaluate(model: Path, *options: str):
@@ -193,6 +204,77 @@ def test_a_journal_believes_whole_lines_only(tmp_path: Path):
 )
 def test_bounds_decide_the_exit_code(tiny_model: Path, option: tuple[str, str], code: int):
     assert evaluate(tiny_model, *option).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "verdict"),
+    [
+        (("--min", "decode_tokens_per_s=8"), 0, "met"),
+        (("--max", "decode_tokens_per_s=8"), 1, "missed"),
+        (("--min", "decode_tokens_per_s=10"), 0, "undecided"),
+    ],
+)
+def test_a_speed_is_judged_by_its_interval(tiny_model: Path, option: tuple[str, str], code: int, verdict: str):
+    done = evaluate(tiny_model, *option, "--json", "-")
+    assert done.exit_code == code
+    (bar,) = json.loads(done.stdout.splitlines()[-1])["bars"]
+    assert (bar["verdict"], bar["interval"], bar["figure"], bar["value"]) == (
+        verdict, [9, 11], "decode_tokens_per_s", 10,
+    )  # fmt: skip
+    assert bar["meets"] is {"met": True, "missed": False, "undecided": None}[verdict]
+    assert f"plain: {bar['needs']}: {verdict}: it is 10" in done.stderr
+
+
+def test_more_parts_are_timed_where_a_bar_is_undecided(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rates go up and down around 100 tokens per second."""
+    answers: list[int] = []
+
+    def measure(llm: LLM, prompts: Any, tokens: int) -> Timing:
+        answers.append(tokens)
+        return Timing(0.0, waits=tuple(1 / (90 + 20 * (i // TOKENS % 2)) for i in range(tokens)))
+
+    monkeypatch.setattr("dovetail.evals.run.measure", measure)
+    llm = LLM(tiny_model)
+    clear, unclear = at_least(50), at_least(100)
+    for bars, parts in (((), 4), ((clear,), 8), ((unclear,), 32), ((clear, unclear), 32)):
+        assert len(decode_speed(llm, 100, bars)["decode_rates"]) == parts
+    assert len(answers) == 4 + (1 + 2 + 8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("suite", "result", "shares"),
+    [
+        (
+            Needle(), {"accuracy": 0.75, "recall": 0.8, "grid": [{"trials": 12}, {"trials": 8}]},
+            {"accuracy": (15, 20), "recall": (16, 20), "decode_tokens_per_s": None},
+        ),
+        (Jsonl, {"correct": 3, "total": 4, "accuracy": 0.75}, {"accuracy": (3, 4), "stderr": None}),
+        (MultipleChoice, {"total": 10, "acc": 0.3, "acc_norm": 0.4}, {"acc": (3, 10), "acc_norm": (4, 10)}),
+        (Perplexity(), {"perplexity": 15.0}, {"perplexity": None}),
+    ],
+)  # fmt: skip
+def test_shares_of_trials_are_known_by_how_many_trials_there_were(
+    suite: Any, result: Result, shares: dict[str, Any], tmp_path: Path
+):
+    if isinstance(suite, type):
+        data = tmp_path / "rows.jsonl"
+        data.write_text("{}")
+        suite = suite(data=data)
+    for key, share in shares.items():
+        assert suite.share(result, key) == (share and pytest.approx(share))
+
+
+def test_few_trials_leave_a_high_bar_undecided_and_miss_a_hopeless_one():
+    result = {"accuracy": 1.0, "recall": 0.5, "grid": [{"trials": 6}]}
+    high, hopeless, hit = decided(
+        Needle(), result, [Bound.least("accuracy", 0.95), Bound.least("recall", 0.95), Bound.most("recall", 0.9)]
+    )
+    assert (high["meets"], hopeless["meets"], hit["meets"]) == (None, False, True)
+
+
+def test_a_figure_that_was_not_measured_is_undecided():
+    (bar,) = decided(Fake(), {"good": 1.0}, [Bound.least("decode_tokens_per_s", 5)])
+    assert bar["verdict"] == "undecided" and bar["value"] is None and "no room" in bar["verdict_why"]
 
 
 @pytest.mark.parametrize(

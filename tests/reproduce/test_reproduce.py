@@ -14,15 +14,21 @@ from typer.testing import CliRunner
 import dovetail.reproduce
 from dovetail import cli
 from dovetail.bench.rounds import Ratio
+from dovetail.bench.verdict import Decision, Interval, Verdict, decide_exact
 from dovetail.core.errors import ConfigError
 from dovetail.reproduce import SYSTEMS, System, system
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.runner import measure
 
 NAMES = [
     "flashinfer", "quest", "shadowkv", "infinigen", "atom", "tender", "bf16-or-death", "fiddler", "monde",
     "duplex", "blendserve", "smartspec", "cachecraft", "kvshare", "recursive", "hasco",
 ]  # fmt: skip
+
+
+MET = decide_exact("at least 1", True)
+MISSED = Decision("at least 1", Verdict.MISSED, "0.4 to 0.6 after 15 rounds", Interval(0.4, 0.6))
+UNDECIDED = Decision("at least 1", Verdict.UNDECIDED, "this machine is too noisy", Interval(0.9, 1.1))
 
 
 def claim(name: str, **more) -> Claim:
@@ -96,9 +102,7 @@ def test_wrong_usage_is_refused_before_anything_runs(arguments, says) -> None:
 @pytest.mark.parametrize(("flags", "effort"), [((), "default"), (("--quick",), "quick"), (("--full",), "full")])
 def test_met_bars_and_claims_without_one_succeed(toy, flags, effort) -> None:
     ratio = Ratio(1.5, 1.25, 1.75)
-    efforts = toy(
-        ["a", "b"], [claim("a", bar=Bar("at least 1", True)), claim("b", ratio=ratio, paper_ratio=(2.0, 2.0))]
-    )
+    efforts = toy(["a", "b"], [claim("a", bar=MET), claim("b", ratio=ratio, paper_ratio=(2.0, 2.0))])
     done = invoke("toy", *flags, "--json", "-")
     assert done.exit_code == 0
     assert efforts == [effort]
@@ -117,6 +121,7 @@ def test_met_bars_and_claims_without_one_succeed(toy, flags, effort) -> None:
     a, b = found["claims"]
     assert set(a) == set(b) == {
         "name", "setting", "paper", "ours", "kind", "meets", "why", "bar", "needs", "ratio", "paper_ratio",
+        "verdict", "interval", "verdict_why",
     }  # fmt: skip
     assert (a["meets"], a["bar"], a["needs"], a["ratio"]) == (True, True, "at least 1", None)
     assert (b["meets"], b["bar"], b["needs"], b["kind"]) == (None, False, None, "run")
@@ -124,16 +129,28 @@ def test_met_bars_and_claims_without_one_succeed(toy, flags, effort) -> None:
 
 
 def test_a_missed_bar_is_exit_1_and_named(toy, tmp_path: Path) -> None:
-    missed = claim("slow", ratio=Ratio(0.5, 0.4, 0.6), bar=Bar("at least 1", False))
-    toy(["slow", "fine"], [missed, claim("fine", bar=Bar("at least 1", True))])
+    missed = claim("slow", ratio=Ratio(0.5, 0.4, 0.6), bar=MISSED)
+    toy(["slow", "fine"], [missed, claim("fine", bar=MET)])
     done = invoke("toy", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     assert done.exit_code == 1
-    assert "1 of 2 bars met" in done.stdout
-    assert "slow: 1.50 times as fast [MISSED: at least 1]" in done.stderr
-    assert "fine: 1.50 times as fast [met: at least 1]" in done.stderr
+    assert "1 of 2 bars met, 1 missed" in done.stdout
+    assert "slow: 1.50 times as fast [at least 1: MISSED (0.4 to 0.6 after 15 rounds)]" in done.stderr
+    assert "fine: 1.50 times as fast [at least 1: met (exact)]" in done.stderr
     claims = json.loads((tmp_path / "out.json").read_text())["claims"]
     assert [c["meets"] for c in claims] == [False, True]
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_an_undecided_bar_is_no_failure_and_is_shown_with_its_interval(toy, tmp_path: Path) -> None:
+    toy(["near", "fine"], [claim("near", ratio=Ratio(1.0, 0.5, 1.5), bar=UNDECIDED), claim("fine", bar=MET)])
+    done = invoke("toy", "--json", "-", "--plot", tmp_path / "out.png")
+    assert done.exit_code == 0
+    assert "1 of 2 bars met, 1 undecided" in done.stdout
+    assert "at least 1: undecided (this machine is too noisy)" in done.stdout and "0.9 to 1.1" in done.stdout
+    near, fine = json.loads(done.stdout.splitlines()[-1])["claims"]
+    assert (near["bar"], near["meets"], near["verdict"]) == (True, None, "undecided")
+    assert (near["interval"], near["verdict_why"]) == ([0.9, 1.1], "this machine is too noisy")
+    assert (fine["bar"], fine["meets"], fine["verdict"], fine["interval"]) == (True, True, "met", None)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from dovetail.bench.interleave import interleave
+from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import GROUPED, PAGE, Attention, Heads, Kernels, KVPool, Request
 from dovetail.bench.rounds import Ratio
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.bench.verdict import Bar, Looks, at_least, decide
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort
 
 PIECES = {"per request": Heads(4, 1, 256), "per KV head": GROUPED[0]}  # of Gemma 3 270M, and SmolLM2-135M
@@ -91,27 +92,24 @@ def _claim(load: Load, pieces: str, effort: Effort, kernels: Kernels) -> Claim:
     pool = KVPool(heads, "bf16", tokens, effort.cold)
     cut = Attention(pool, requests, tokens, kernels)
     whole = Attention(pool, requests, tokens, kernels, split=False)
-    (fast, slow), reads = interleave([cut.run, whole.run], effort.rounds, kernels.threads)
+    timed = Interleaved([cut.run, whole.run], kernels.threads)
+    bar = Bar(1.0, "faster") if load.skewed and pieces == "per request" else at_least(NOISE)
+    decision = decide(bar, Looks(effort.rounds), partial(timed.ratios, 1, 0))
+    fast, slow = timed.readings
     ratio = Ratio.of(slow, fast)
     share = busiest([n for n in load.lengths for _ in range(heads.kv)], kernels.threads)
     rate = cut.bytes * cut.layers / statistics.median(fast) / 1e9
-    faster = load.skewed and pieces == "per request"
-    bar = (
-        Bar("faster", ratio.median > 1)
-        if faster
-        else Bar(f"at least {NOISE} times as fast", ratio.median >= NOISE)
-    )
     return Claim(
         _name(load, pieces),
         f"{load.what}, a decode step of attention, {heads}, bf16 KV, {kernels.threads} threads; baseline: uncut, "
         f"a thread {pieces}",
         load.paper,
         f"{ratio} times as fast; uncut, the busiest thread has {share:.2f} times its share; {rate:.1f} GB/s "
-        f"beside a raw read of {statistics.median(reads):.1f}",
+        f"beside a raw read of {statistics.median(timed.reads):.1f}",
         _WHY.format(threads=kernels.threads),
         ratio=ratio,
         paper_ratio=load.theirs,
-        bar=bar,
+        bar=decision,
     )
 
 

@@ -8,8 +8,9 @@ from functools import partial
 
 from dovetail.bench.engine.parallel import ParallelGeneration, Steps
 from dovetail.bench.kernels.attention import Kernels
-from dovetail.bench.rounds import Ratio
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.bench.rounds import Ratio, Turns
+from dovetail.bench.verdict import decide_exact
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort
 
 PEAK = 4  # the n of the paper's largest gain
@@ -55,11 +56,9 @@ def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
 def _in_turns(generation: ParallelGeneration, n: int, effort: Effort) -> tuple[list[Steps], list[Steps]]:
     """With and without the cascade, `effort.generations` times each, after a run to warm up."""
     generation.run(n, 2, cascade=True)
-    found: dict[bool, list[Steps]] = {True: [], False: []}
-    for i in range(effort.generations):
-        for cascade in (True, False) if i % 2 == 0 else (False, True):
-            found[cascade].append(generation.run(n, effort.new_tokens, cascade=cascade))
-    return found[True], found[False]
+    sides = [partial(generation.run, n, effort.new_tokens, cascade=cascade) for cascade in (True, False)]
+    once, each = Turns(sides).until(effort.generations)
+    return once, each
 
 
 def _each_token(n: int, setting: str, once: list[Steps], each: list[Steps]) -> Claim:
@@ -107,5 +106,5 @@ def _kv_read(setting: str, runs: dict[int, tuple[list[Steps], list[Steps]]]) -> 
         "section 3.1.2: requests with a shared prefix read it once (no figures)",
         f"{fewer} times fewer tokens of KV read by the steps after the first token",
         "The plan shares whole chunks of 128 tokens; the prompt's end and what is generated is each answer's own.",
-        bar=Bar("every step reads what sharing whole chunks leaves, to the token", exact),
+        bar=decide_exact("every step reads what sharing whole chunks leaves, to the token", exact),
     )

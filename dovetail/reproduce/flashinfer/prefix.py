@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from dovetail.bench.interleave import interleave
+from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import PAGE, Attention, Kernels, KVPool, Request
 from dovetail.bench.rounds import Ratio
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.bench.verdict import decide_exact
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort, Prefix
 
 OWN = 128  # tokens of each request, as in the paper's table 5
@@ -43,7 +44,7 @@ def _claim(prefix: Prefix, effort: Effort, kernels: Kernels) -> Claim:
     pool = KVPool(prefix.heads, "bf16", tokens, effort.cold)
     once = Attention(pool, requests, tokens, kernels)
     each = Attention(pool, requests, tokens, kernels, cascade=False)
-    (fast, slow), _ = interleave([once.run, each.run], effort.rounds, kernels.threads)
+    fast, slow = Interleaved([once.run, each.run], kernels.threads).until(effort.rounds)
     ratio = Ratio.of(slow, fast)
     exact = (once.stats["tokens_read"], each.stats["tokens_read"]) == (tokens, sum(r.stop for r in requests))
     return Claim(
@@ -57,5 +58,5 @@ def _claim(prefix: Prefix, effort: Effort, kernels: Kernels) -> Claim:
         "A prefix that is read again comes from this CPU's caches, faster than from memory, so reading it once "
         "saves less; and where several query heads share a KV head, both ways are bound by arithmetic.",
         ratio=ratio,
-        bar=Bar("the prefix is read once and the rest by each, to the token", exact),
+        bar=decide_exact("the prefix is read once and the rest by each, to the token", exact),
     )

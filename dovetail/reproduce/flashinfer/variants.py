@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dovetail.bench.interleave import interleave
+from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import GROUPED, Attention, Kernels, KVPool, Unfused
 from dovetail.bench.rounds import Ratio
 from dovetail.core.seams import SlidingWindow, Variant
@@ -58,7 +58,7 @@ def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
         fused = Attention(pool, requests, tokens, kernels, variant=builds.built[name])
         unfused = Unfused(fused, requests, variant)
         runs = [fused.run, plain.run, unfused.run]
-        (ours, without, torchs), _reads = interleave(runs, effort.rounds, kernels.threads)
+        ours, without, torchs = Interleaved(runs, kernels.threads).until(effort.rounds)
         ratio = Ratio.of([t / unfused.layers for t in torchs], [t / fused.layers for t in ours])
         yield _fused(
             name, ratio, Ratio.of(without, ours), f"{effort.context // 2} tokens, {kernels.threads} threads"

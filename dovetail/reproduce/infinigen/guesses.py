@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dovetail.bench.verdict import decide_exact
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Probe
 from dovetail.llm import LLM
 from dovetail.reproduce import limited
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.infinigen.prediction import likeness, watching
 from dovetail.text.corpus import DEFAULT, corpus
 
@@ -63,7 +64,7 @@ def claims(effort: Effort) -> Iterator[Claim]:
         f"{found['found']:.1%} of them, {found['weight_found']:.1%} by their weight as whole keys have it, "
         f"and {found['read']:.1%} of KV is read",
         "The guess is made a layer early, from a part of the dimensions.",
-        bar=Bar(
+        bar=decide_exact(
             f"at least {FOUND:.0%} found, at most {READ:.0%} read",
             found["found"] >= FOUND and found["read"] <= READ,
         ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from dovetail.bench.verdict import at_least, decide_exact
 from dovetail.reproduce import needles
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.infinigen.guesses import Effort
 from dovetail.reproduce.limited import WAITING, Comparison, Side, compare
 from dovetail.reproduce.needles import Subject
@@ -24,8 +25,9 @@ def experiment(effort: Effort) -> Experiment:
 
 def claims(effort: Effort) -> Iterator[Claim]:
     for name, backend in ((EMULATED, "host"), (DISK, "disk")):
-        found = compare(effort.limit, Side((), backend), Side((effort.use,), backend))
         emulated = backend == "host"
+        sides = (Side((), backend), Side((effort.use,), backend))
+        found = compare(effort.limit, *sides, at_least(NEEDED) if emulated else None)
         yield Claim(
             name,
             f"{_setting(effort, backend)}; baseline: the same engine and slow tier without the technique, which "
@@ -36,7 +38,7 @@ def claims(effort: Effort) -> Iterator[Claim]:
             kind="emulated" if emulated else "run",
             ratio=found.ratio,
             paper_ratio=(3.0, 5.28),
-            bar=Bar.at_least(NEEDED, found.ratio.median) if emulated else None,
+            bar=found.decision,
         )
         if emulated:
             yield _moved(effort, found)
@@ -57,7 +59,7 @@ def _moved(effort: Effort, found: Comparison) -> Claim:
         f"{share:.1%} of a request's KV crosses the link for a token",
         "A page that the step before has read is on the device.",
         kind="emulated",
-        bar=Bar(f"at most {FETCHED:.0%}", share <= FETCHED),
+        bar=decide_exact(f"at most {FETCHED:.0%}", share <= FETCHED),
     )
 
 

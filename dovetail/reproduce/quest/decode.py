@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 from dovetail.bench.engine.points import Prompts, measure
 from dovetail.bench.kernels.attention import Kernels
-from dovetail.bench.rounds import Ratio, in_turns
+from dovetail.bench.rounds import Ratio, Turns, by_round
+from dovetail.bench.verdict import Looks, at_least, decide
 from dovetail.llm import LLM
 from dovetail.reproduce import needles
-from dovetail.reproduce.claim import Bar, Claim, Experiment
+from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.needles import Subject
 from dovetail.reproduce.quest.effort import Effort
 from dovetail.reproduce.runner import must_have_acted
@@ -50,15 +51,13 @@ def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     length = context + effort.new_tokens
     sides = [LLM(effort.model, use=use, kv_cache_dtype="bf16", max_model_len=length) for use in uses]
     prompt = Prompts(sides[0].session.vocab_size).take(context)
-    seconds: list[list[float]] = [[], []]
     for side in sides:
         measure(side, prompt, 2)  # the prompt is computed once, and found in the prefix cache from then on
-    for i in range(effort.decode_rounds):
-        for at in in_turns(range(2), i):
-            seconds[at].append(statistics.median(measure(sides[at], prompt, effort.new_tokens).waits))
+    turns = Turns([partial(_step, side, prompt, effort.new_tokens) for side in sides])
+    decision = decide(at_least(NEEDED), Looks(effort.decode_rounds), lambda n: by_round(*turns.until(n)))
     must_have_acted(sides[1])
-    ratio = Ratio.of(*seconds)
-    dense, sparse = (statistics.median(some) * 1e3 for some in seconds)
+    ratio = Ratio.of(*turns.readings)
+    dense, sparse = (statistics.median(some) * 1e3 for some in turns.readings)
     yield Claim(
         _name(effort),
         f"{effort.model}, random tokens, budget {budget}, chosen by {effort.score}, bf16 KV, one request, "
@@ -70,8 +69,13 @@ def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
         "than theirs, and the model's weights are few beside its KV.",
         ratio=ratio,
         paper_ratio=(1.74, 2.23),
-        bar=Bar.at_least(NEEDED, ratio.median),
+        bar=decision,
     )
+
+
+def _step(llm: LLM, prompt: Sequence[Sequence[int]], tokens: int) -> float:
+    """Seconds of the median step of an answer."""
+    return statistics.median(measure(llm, prompt, tokens).waits)
 
 
 def needles_experiment(effort: Effort) -> Experiment:

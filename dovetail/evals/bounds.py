@@ -1,0 +1,48 @@
+"""Bars on the figures of a result: `--min` and `--max` of `dovetail eval`.
+
+Shares of trials and the speed of decoding are known by intervals (`bench.verdict`). All other figures are exact:
+the same text or prompts give the same figure again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dovetail.bench.verdict import Bar, Decision, Looks, Verdict, decide_exact, decide_share, judge
+from dovetail.evals.suite import Result, Suite
+
+SPEED = "decode_tokens_per_s"
+LOOKS = Looks(8)  # of decoding, after so many parts of answers
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bar on the figure `key`."""
+
+    key: str
+    bar: Bar
+
+    @classmethod
+    def least(cls, key: str, bound: float) -> Bound:
+        return cls(key, Bar(bound, f"{key} of at least {bound:g}"))
+
+    @classmethod
+    def most(cls, key: str, bound: float) -> Bound:
+        return cls(key, Bar(bound, f"{key} of at most {bound:g}", most=True))
+
+    def decide(self, suite: Suite, result: Result) -> Decision:
+        bar = self.bar
+        if self.key not in result:
+            return Decision(bar.needs, Verdict.UNDECIDED, "the context leaves no room to measure it")
+        if self.key == SPEED:
+            return judge(bar, result["decode_rates"], LOOKS.confidence)
+        if (share := suite.share(result, self.key)) is not None:
+            return decide_share(bar, *share)
+        value = result[self.key]
+        return decide_exact(bar.needs, value <= bar.bound if bar.most else value >= bar.bound)
+
+
+def decided(suite: Suite, result: Result, bounds: Sequence[Bound]) -> list[dict]:
+    """The decision on each bound, as in the JSON of a result: with the `figure` it is about and its `value`."""
+    return [{"figure": b.key, "value": result.get(b.key), **b.decide(suite, result).to_dict()} for b in bounds]
