@@ -11,7 +11,7 @@ import torch
 
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
-from dovetail.config import TORCH, Config
+from dovetail.config import Config
 from dovetail.core.engine import Engine
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
@@ -20,6 +20,7 @@ from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
 from dovetail.layers.linear import Dense, Packed
 from dovetail.models import MODELS, Loader, geometry
+from dovetail.ops.cpu import TORCH
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.kv import KV, KVConfig

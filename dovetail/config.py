@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.core.errors import CapacityError, ConfigError
-from dovetail.core.model import ModelConfig
+from dovetail.core.model import PLAIN_FORMATS, ModelConfig
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside, Composition
-from dovetail.ops.cpu import MAX_HEAD_DIM, native
+from dovetail.ops.cpu import MAX_HEAD_DIM, TORCH, native
 from dovetail.options import Options
 
 GIB = 1 << 30
 SECTOR = 4096  # bytes that a disk reads or writes together
-TORCH = "torch"  # the reference kernels
-PLAIN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # stored formats without blocks
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what users also call them
 KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # bytes of a key's value as techniques keep it; else 4
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
@@ -104,14 +103,13 @@ class KVBudget:
 def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: int) -> str:
     """An instruction set, or "torch" for the reference. "auto" takes the best one that can do what is asked. If
     none can run the model, there is a warning and the reference is taken."""
-    kinds = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    dtype, isas = kinds.get(options.dtype, options.dtype), machine.isas
+    dtype, isas = ALIASES.get(options.dtype, options.dtype), machine.isas
     reason = ""
     if device != "cpu":
         reason = f"native kernels run on the CPU, not on {device}"
     elif dtype not in ("auto", "float32", "bfloat16"):
         reason = f"native kernels compute in float32 or bfloat16, not in {dtype}"
-    elif options.kv_cache_dtype in ("float16", "fp16", "float64"):
+    elif ALIASES.get(options.kv_cache_dtype, options.kv_cache_dtype) in ("float16", "float64"):
         reason = f"native kernels have no {options.kv_cache_dtype} KV"
     elif head_dim > MAX_HEAD_DIM:
         reason = f"native kernels take a head_dim of at most {MAX_HEAD_DIM}, and this model's is {head_dim}"
@@ -132,12 +130,12 @@ def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: i
 
 def resolve_activations(options: Options, stored: str, kernels: str) -> str:
     """ "auto" is int8 with native kernels on quantized weights, unless a dtype was asked for; else exact."""
-    asked, quantized = options.activations, stored not in PLAIN
+    asked, quantized = options.activations, stored not in PLAIN_FORMATS
     if asked not in ("auto", "int8", "exact"):
         raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, exact")
     if asked == "int8" and kernels == TORCH:
         raise ConfigError("activations 'int8' needs native kernels; drop it, or use --kernels auto")
-    if asked == "int8" and (not quantized or options.dtype in ("bfloat16", "bf16")):
+    if asked == "int8" and (not quantized or ALIASES.get(options.dtype, options.dtype) == "bfloat16"):
         raise ConfigError("activations 'int8' needs weights that are stored in blocks, and no --dtype bfloat16")
     if asked != "auto":
         return asked
@@ -150,12 +148,12 @@ def resolve_dtype(asked: str, stored: str, device: str, kernels: str = TORCH) ->
     Native kernels keep float16 weights as they are and compute in float32.
     """
     if asked != "auto":
-        asked = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(asked, asked)
+        asked = ALIASES.get(asked, asked)
         if asked not in DTYPES:
             raise ConfigError(f"dtype '{asked}' is unknown; the known ones are auto, {', '.join(DTYPES)}")
         return asked
-    if stored in PLAIN and not (stored == "F16" and kernels != TORCH):
-        return PLAIN[stored]
+    if stored in PLAIN_FORMATS and not (stored == "F16" and kernels != TORCH):
+        return PLAIN_FORMATS[stored]
     return "float32" if device == "cpu" else "bfloat16"
 
 
@@ -174,9 +172,8 @@ def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
     """The type of KV. "auto" is the compute type's precision, and bf16 with int8 activations."""
     if asked == "auto" and activations == "int8":
         return "bf16"
-    if asked == "auto":
-        return {"bfloat16": "bf16"}.get(dtype, dtype)
-    return {"bfloat16": "bf16", "fp32": "float32"}.get(asked, asked)
+    name = dtype if asked == "auto" else ALIASES.get(asked, asked)
+    return "bf16" if name == "bfloat16" else name
 
 
 def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> str:

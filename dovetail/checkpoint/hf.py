@@ -17,13 +17,13 @@ from dovetail.checkpoint.architecture import Architectures, read_hf_config
 from dovetail.checkpoint.fields import Fields
 from dovetail.checkpoint.layout import NORM_SUFFIX
 from dovetail.core.errors import ModelError
+from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.json_file import parse_json_object, read_json_object
 from dovetail.ops.stored import CUT_SHORT, StoredTensor
 from dovetail.text.tokenizer import Tokenizer
 
 _HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
 _INDEX = "model.safetensors.index.json"
-_FORMATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,9 @@ class HFCheckpoint:
 
     def tensor(self, name: str) -> StoredTensor:
         found = self._find(name)
-        if found.dtype not in _FORMATS:
-            raise ModelError(
-                f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {', '.join(_FORMATS)}"
-            )
+        if found.dtype not in PLAIN_FORMATS:
+            known = ", ".join(PLAIN_FORMATS)
+            raise ModelError(f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {known}")
         try:
             values: torch.Tensor = self._handles[found.shard].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:

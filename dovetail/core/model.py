@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Stored formats without blocks, and the types of their values.
+PLAIN_FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")  # of gated MLPs
 
 

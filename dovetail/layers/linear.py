@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dovetail.core.model import PLAIN_FORMATS
 from dovetail.ops import cpu
 from dovetail.ops.stored import StoredTensor
-from dovetail.runtime.target import PLAIN, Fused, Target, Weights
+from dovetail.runtime.target import BARE, Fused, Target, Weights
 
 
 class Linear(Protocol):
@@ -22,7 +23,7 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None: ...
+    def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None: ...
 
 
 class Unrecorded:
@@ -34,11 +35,8 @@ class Unrecorded:
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
 
-    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+    def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
         to.linear(source, destination, Weights(0, 0, 0, "exact"), fused)
-
-
-FLOATS = {"F32", "F16", "BF16"}  # formats without blocks
 
 
 class Dense:
@@ -77,7 +75,7 @@ class DenseLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
-    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+    def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
         """For a ledger only: the native kernels do not multiply this."""
         n, k = self.weight.shape
         activation = "bf16" if self.weight.dtype is torch.bfloat16 else "exact"
@@ -104,9 +102,9 @@ class Packed:
 
     def activation(self, parts: Sequence[Any]) -> str:
         formats = {p.format for p in parts}
-        if formats <= FLOATS:
+        if formats <= PLAIN_FORMATS.keys():
             return "bf16" if formats == {"BF16"} and self.dtype is torch.bfloat16 else "exact"
-        return "exact" if formats & FLOATS else self.activations
+        return "exact" if formats & PLAIN_FORMATS.keys() else self.activations
 
 
 class PackedLinear:
@@ -130,7 +128,7 @@ class PackedLinear:
         out = torch.from_numpy(program.view(target, len(rows))[:, : w.width_out].copy())
         return out.to(x.dtype).view(*x.shape[:-1], w.width_out)
 
-    def record(self, to: Target, source: int, destination: int, fused: Fused = PLAIN) -> None:
+    def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
         to.linear(source, destination, self.weights, fused)
 
     def _program(self) -> tuple[Any, int, int]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from dovetail.core.errors import ConfigError
+from dovetail.core.model import PLAIN_FORMATS
 from dovetail.ops.stored import StoredTensor
 
 ALIGNMENT = 4096  # bytes
 TORCH = "torch"  # the name of the reference kernels
 MAX_HEAD_DIM = 512  # buffers of the attention kernels have that size
-ACTIVATIONS = {torch.bfloat16: "bf16"}
 
 
 @cache
@@ -77,7 +77,7 @@ def pack(weight: StoredTensor, dtype: torch.dtype, threads: int) -> Any:
 
 def plain(weight: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     """The same values as a plain tensor of `dtype`."""
-    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    name = next(name for name, kind in PLAIN_FORMATS.items() if getattr(torch, kind) is dtype)
     values: Tensor = weight.dequantize(dtype).contiguous()
     return StoredTensor(weight.name, name, weight.shape, values.view(-1, weight.shape[-1]).view(torch.uint8))
 

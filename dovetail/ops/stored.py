@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dovetail.core.errors import ModelError
+from dovetail.core.model import PLAIN_FORMATS
 from dovetail.ops.dequant import BLOCKS
 
 CUT_SHORT = "the file is cut short; fetch it again"  # how errors about missing bytes end
 
-_NATIVE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NATIVE = {name: getattr(torch, dtype) for name, dtype in PLAIN_FORMATS.items()}
 _CHUNK = 1 << 18  # values decoded at a time, so that the float32 intermediate stays in cache
 
 

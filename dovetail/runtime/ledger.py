@@ -10,7 +10,7 @@ from dovetail.core.seams import Geometry, SlidingWindow, Variant
 from dovetail.ops.rope import Rope
 from dovetail.ops.skew import TurnedKeys
 from dovetail.ops.stored import StoredTensor
-from dovetail.runtime.target import PLAIN, Fused, Normed, PageProgram, Turning, Weights
+from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, Weights
 
 FLOAT = 4  # bytes of a value in a slot
 DEVICE = "device"  # the tier that a model's weights and KV lie in
@@ -63,7 +63,7 @@ class Ledger:
             n = len(rope.freqs)
             self.note("angles", lambda load: Cost({"float32": 4.0 * n * load.rows}))
 
-    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = PLAIN) -> None:
+    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
         size, each = weights.bytes, 2.0 * weights.width_in * weights.width_out
         arithmetic = {"exact": "float32"}.get(weights.activation, weights.activation)
 

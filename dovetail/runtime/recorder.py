@@ -19,7 +19,7 @@ from dovetail.runtime.ledger import Ledger
 from dovetail.runtime.residency import TieredStore, tiers_of
 from dovetail.runtime.store import TiledStore
 from dovetail.runtime.target import (
-    PLAIN,
+    BARE,
     Fused,
     Normed,
     PageChoice,
@@ -76,7 +76,7 @@ class Recorder(Ledger):
             self._angles[rope] = self.program.slot(2 * len(rope.freqs))
             self.program.angles(self._angles[rope], rope.freqs.tolist(), rope.temper)
 
-    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = PLAIN) -> None:
+    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
         super().linear(source, destination, weights, fused)
         if not weights.native:
             raise TypeError("only packed weights can be recorded")

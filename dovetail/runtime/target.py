@@ -63,7 +63,7 @@ class Fused:
     sampled: bool = False
 
 
-PLAIN = Fused()
+BARE = Fused()
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Target(Protocol):
     def angles(self, rope: Rope) -> None:
         """cos and sin of the step's positions, for `rope`, before the first layer that rotates by it."""
 
-    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = PLAIN) -> None:
+    def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
         """A product, and what is fused with it."""
 
     def norm_add(self, source: int, destination: int, norm: Normed) -> None:
