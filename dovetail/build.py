@@ -40,7 +40,7 @@ def stored_format(checkpoint: Checkpoint) -> str:
 
 
 def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) -> str:
-    """Everything on which what the model computes depends, down to the bits, but not what it reads of KV."""
+    """A text for everything on which the model's results depend, down to the bits, except what it reads of KV."""
     inside = {"format", "variant", "rows"}
     parts = [t.spec for t in composition.techniques if inside & set(t.fills)]
     return " ".join([identity(checkpoint), config.dtype, config.activations, config.kernels, *parts])
@@ -49,9 +49,10 @@ def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) ->
 def build_engine(
     checkpoint: Checkpoint, config: Config, composition: Composition, text: Text | None = None
 ) -> Engine:
-    """Fill the seams and choose who runs plans; load weights and allocate KV only where the model itself does.
+    """Fill the seams and choose the executor. Weights are loaded and KV is allocated only if the model itself
+    runs.
 
-    `text` is for techniques that measure the model first: see `Calibration`.
+    text: for techniques that measure the model first, see `Calibration`.
     """
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)

@@ -1,4 +1,4 @@
-"""Timing in turns: what is compared runs alternately, so that a machine whose speed changes changes it for all."""
+"""Timing in turns: runs that are compared alternate, so a change in the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interleaved(Turns[float]):
 
     def _round(self, order: Sequence[int]) -> None:
         self.reads.append(read_bandwidth(self.threads))
-        self.sides[order[0]]()  # the first run after the raw read, whose memory has just been unmapped, is slower
+        self.sides[order[0]]()  # not timed: the first run after the raw read, whose memory was unmapped, is slower
         super()._round(order)
 
 

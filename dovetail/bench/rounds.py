@@ -1,7 +1,7 @@
-"""Rounds: in which order sides run in them, the readings they give, and what a result keeps of these.
+"""Rounds: the order in which sides run, the readings that they give, and what a result keeps of these.
 
-A result keeps the median, the lowest and the highest reading. Sides are compared round by round, so that a machine
-whose speed changes from round to round changes it for both.
+A result keeps the median, the lowest and the highest reading. Sides are compared round by round, so a change in
+the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-PERCENTILES = (50, 90, 99)  # that results have of latencies
+PERCENTILES = (50, 90, 99)  # of latencies, in results
 Path = tuple[str, ...]
 Samples = dict[Path, list[float]]
 """Readings by the place that a figure has in a result: ("decode_tokens_per_s", "16")."""
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def in_turns(sides: Sequence[T], number: int) -> Sequence[T]:
-    """The sides in the order of round `number`: each is first in every other one."""
+    """The sides in the order of round `number`. Each is first in every other round."""
     return sides if number % 2 == 0 else sides[::-1]
 
 
@@ -82,7 +82,7 @@ def spreads(samples: Samples) -> dict[str, Any]:
 
 
 def ratios(ours: Samples, theirs: Samples) -> Samples:
-    """ours / theirs, round by round, of the figures that both have in every round and theirs is never 0 in."""
+    """ours / theirs, round by round, of the figures that both have in every round, unless theirs is 0 in one."""
     both = [path for path in ours if len(ours[path]) == len(theirs.get(path, ())) and all(theirs[path])]
     return {path: by_round(ours[path], theirs[path]) for path in both}
 
@@ -95,7 +95,7 @@ def at(value: Any, path: Path) -> Any:
 
 
 def percentile(values: Sequence[float], q: float) -> float:
-    """The `q`th percentile of `values` (at least one), in between two of them on the line through both."""
+    """The `q`th percentile of `values` (at least one), interpolated linearly."""
     ordered, place = sorted(values), (len(values) - 1) * q / 100
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
@@ -103,7 +103,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def _median(readings: Sequence[float]) -> float:
-    """The median; of counts a count, where it is one."""
+    """The median. For counts it is a whole number if possible."""
     median = statistics.median(readings)
     whole = all(isinstance(reading, int) for reading in readings) and median == int(median)
     return int(median) if whole else median

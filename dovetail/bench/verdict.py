@@ -1,8 +1,8 @@
-"""Whether a bar is met: decided by an interval that holds the figure, not by one number that noise may have moved.
+"""Whether a bar is met. An interval that holds the figure decides, not a single number that noise may have moved.
 
-A bar is met where the whole interval is on its good side, missed where the whole interval is on the other side,
-and undecided where the bar lies inside. Undecided asks for more rounds, up to a limit. Undecided at the limit
-is no failure.
+A bar is met if the whole interval is on its good side, missed if the whole interval is on the other side, and
+undecided if the bar lies inside. Then more rounds follow, up to a limit. A bar that is undecided at the limit is
+no failure.
 
 **Timed figures** are medians of rounds. A round's reading is a ratio of two sides that ran in turns, or a rate.
 The interval lies between two readings, the k-th lowest and the k-th highest. The chance that the median is
@@ -12,9 +12,9 @@ noise without outliers, and a bootstrap of so few readings covers too rarely. Wh
 depend on each other and have one median. Ratios of sides that run in turns come close to that, because slow
 times of a machine slow both sides.
 
-Looking several times makes wrong verdicts likelier. So the looks share the chance of error: each uses an
-interval of higher confidence, so that all of them hold together with CONFIDENCE. A verdict is wrong only if the
-figure lies on the far side, so the chance of a wrong one is at most (1 - CONFIDENCE) / 2.
+Several looks make wrong verdicts likelier. So the looks share the chance of error: each uses an interval of higher
+confidence, and all of them hold together with CONFIDENCE. A verdict is wrong only if the figure lies on the far
+side, so the chance of a wrong one is at most (1 - CONFIDENCE) / 2.
 
 **Shares** (needles found, questions answered) have Wilson's score interval. It is sound for few trials and for
 shares near 1, where the usual one has no width. **Exact figures** (bytes counted, the perplexity of one text)
@@ -34,7 +34,7 @@ CONFIDENCE = 0.95
 
 
 class Verdict(enum.StrEnum):
-    """What is known of a bar."""
+    """What is known about a bar."""
 
     MET = "met"
     MISSED = "missed"

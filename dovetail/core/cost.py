@@ -1,9 +1,8 @@
-"""What a step costs: floating-point operations and bytes of each recorded operation, and the time that they
-predict.
+"""What a step costs: the operations and bytes of each recorded operation, and the time that they predict.
 
-Every operation of a program states its `Cost` for a `Load`, which is all that a step's plan says about its size.
-The sum over a program is a step's cost; on a machine whose `Speeds` were measured it is a step's time. Benchmarks,
-the simulator and the policies that weigh one choice against another ask this one predictor.
+Every operation of a program states its `Cost` for a `Load`. A load is all that a plan says about the size of a
+step. The sum over a program is the cost of the step. With the measured `Speeds` of a machine it becomes a time.
+Benchmarks, the simulator and policies that weigh choices all ask this one predictor.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ def _sum(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What is needed: floating-point (or integer) operations by the arithmetic that does them ("int8", "bf16",
-    "float32"), and bytes moved by the tier that they come from ("device")."""
+    """flops: floating-point or integer operations, by arithmetic ("int8", "bf16", "float32"). bytes: bytes that
+    are moved, by the tier from which they come ("device")."""
 
     flops: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
@@ -38,10 +37,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A step as its costs see it.
+    """The size of a step.
 
-    spans: of each sequence, the rows that are computed and the keys that the last of them may read. Rows follow
-    each other, so that row i of n reads context - n + 1 + i keys. sampled: rows whose logits are computed.
+    spans: for each sequence, how many rows are computed, and how many keys the last of them may read. Rows are
+    taken to follow each other: row i of n reads context - n + 1 + i keys. sampled: rows whose logits are computed.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -57,7 +56,7 @@ class Load:
         return sum(rows for rows, _ in self.spans)
 
     def read(self, window: int = 0) -> int:
-        """Keys that are read, each once for a sequence. window: a row reads so many at most; 0 is all."""
+        """Keys that are read, each once for a sequence. window: the most keys that a row reads; 0 is all."""
         return sum(min(context, window + rows - 1) if window else context for rows, context in self.spans)
 
     def pairs(self, window: int = 0) -> int:
@@ -75,9 +74,8 @@ def _pairs(rows: int, context: int, window: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation of a program. layer: -1 for those before and behind all layers. native: whether the native
-    kernels
-    run it as it is."""
+    """An operation of a program. layer: -1 before and behind all layers. native: whether the native kernels can
+    run it."""
 
     name: str
     layer: int
@@ -95,18 +93,17 @@ def total(operations: Iterable[Operation], load: Load) -> Cost:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a machine does per second: operations by arithmetic, bytes by tier. start: seconds that every operation
-    takes
-    however small it is. All are measured, never a data sheet's."""
+    """What a machine does in a second: operations by arithmetic, bytes by tier. start: seconds that even the
+    smallest operation takes. All are measured, never taken from a data sheet."""
 
     flops: Mapping[str, float]
     bytes: Mapping[str, float]
     start: float = 0.0
 
     def seconds(self, cost: Cost) -> float:
-        """The time of one operation: that of its arithmetic or of its bytes, whichever is longer (the roofline).
+        """The time of one operation: the longer one of its arithmetic's and its bytes' (the roofline).
 
-        ConfigError names an arithmetic or a tier whose speed is not known.
+        ConfigError names an arithmetic or a tier whose speed is unknown.
         """
         compute = sum(n / _known(self.flops, kind, "arithmetic") for kind, n in cost.flops.items() if n)
         memory = sum(n / _known(self.bytes, tier, "tier") for tier, n in cost.bytes.items() if n)
@@ -124,11 +121,11 @@ def _known(speeds: Mapping[str, float], name: str, what: str) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Predicts the time of a step: the sum over its operations of what each takes on a machine."""
+    """Predicts the time of a step: the sum of the times of its operations."""
 
     operations: Sequence[Operation]
     speeds: Speeds
 
     def __call__(self, load: Load) -> float:
-        """Seconds. More rows, keys or samples never take less."""
+        """Seconds. They never fall when rows, keys or samples are added."""
         return sum(self.speeds.seconds(operation.cost(load)) for operation in self.operations)

@@ -77,13 +77,13 @@ class Reuse(Protocol):
 
 
 class RowFilter:
-    """Which rows continue past a cut? Default: all, and there is no cut.
+    """Which rows continue past a cut. Default: all, and there is no cut.
 
-    cuts: the layers after which `keep` is asked, known before the model is loaded; programs are made so that they
-    can stop there, and nowhere else. A filter behind the last layer would save nothing and is not asked.
+    cuts: the layers after which `keep` is asked. They are known before the model is loaded, because programs can
+    stop only there. A cut behind the last layer would save nothing and is not asked.
 
-    A dropped row keeps its hidden state of that layer, and writes no K and V in later layers: later rows read
-    what its slots hold, so whoever drops a row sees to it that they hold something (stored KV, say).
+    A dropped row keeps its hidden state of that layer, and writes no K and V in later layers. Later rows read what
+    its slots hold. So whoever drops a row must see that they hold something, stored KV for example.
     """
 
     cuts: Sequence[int] = ()

@@ -78,8 +78,8 @@ class Span:
     """Advance tokens [start, stop) of a request by one stage of the program.
 
     The last `sample` rows yield a token each: the one after the accepted text and one after each draft. rows: the
-    positions that are computed, ascending and within [start, stop), where the KV of the others is there already;
-    None is all of them.
+    positions that are computed, ascending and within [start, stop); the others have KV already. None is all of
+    them.
     """
 
     request: Request
@@ -95,7 +95,7 @@ class Span:
 
     @property
     def positions(self) -> Sequence[int]:
-        """Of its rows."""
+        """The positions of its rows."""
         return range(self.start, self.stop) if self.rows is None else self.rows
 
 

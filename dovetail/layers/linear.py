@@ -1,7 +1,7 @@
 """Formats of weights and their linear layers: dense in the compute type, and packed for the native kernels.
 
-A Format makes linear layers from stored weights. A layer multiplies when it is called, and says by `record` what
-it does as an operation of a program (`runtime.target`).
+A Format makes linear layers from stored weights. A layer multiplies when it is called. Its `record` adds the same
+as an operation to a program (`runtime.target`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dovetail.runtime.target import BARE, Fused, Target, Weights
 
 
 class Linear(Protocol):
-    """x [rows, in] -> [rows, out], alone when it is called, or as an operation of a program."""
+    """x [rows, in] -> [rows, out], as a call or as an operation of a program."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -27,7 +27,7 @@ class Linear(Protocol):
 
 
 class Unrecorded:
-    """A layer of a Format that knows of no programs: its model runs operation by operation."""
+    """A layer of a Format that cannot record. Its model runs operation by operation."""
 
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
         self.call = call
@@ -40,8 +40,7 @@ class Unrecorded:
 
 
 class Dense:
-    """The default Format: weights expanded once, at load. Rows of several weights that share an input become one
-    matrix."""
+    """The default Format: weights are expanded once, at load. Weights that share an input become one matrix."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -54,7 +53,7 @@ class Dense:
 
 
 def _stack(weights: Sequence[StoredTensor], dtype: torch.dtype) -> Tensor:
-    """The rows of all weights. Those of one format are joined as stored, where they are smallest."""
+    """The rows of all weights. If all have one format, they are joined before they are expanded."""
     first = weights[0]
     if len(weights) == 1:
         return first.dequantize(dtype)
@@ -76,7 +75,7 @@ class DenseLinear:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
     def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
-        """For a ledger only: the native kernels do not multiply this."""
+        """For a ledger only: the native kernels cannot multiply this."""
         n, k = self.weight.shape
         activation = "bf16" if self.weight.dtype is torch.bfloat16 else "exact"
         to.linear(source, destination, Weights(k, n, self.weight.nbytes, activation), fused)
@@ -108,7 +107,7 @@ class Packed:
 
 
 class PackedLinear:
-    """y = x W^T + b. Called with a tensor it runs alone; a recorded program runs it among its other operations."""
+    """y = x W^T + b, as a call or as an operation of a recorded program."""
 
     def __init__(self, parts: Sequence[Any], bias: Sequence[float], fmt: Packed) -> None:
         self.format = fmt

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from dovetail.core.errors import ConfigError
 
-MODEL = "smollm2-135m"  # what runs where a claim is of the whole engine
+MODEL = "smollm2-135m"  # the model for claims about the whole engine
 
 
 @dataclass(frozen=True)
 class System:
-    """A published system. `module` measures its claims; None where it is not built yet."""
+    """A published system. `module` measures its claims; None if it is not built yet."""
 
     name: str
     title: str

@@ -17,11 +17,11 @@ _DECIDED = ("needs", "meets", "verdict", "interval", "verdict_why")
 class Claim:
     """A claim beside its reproduction.
 
-    paper: what it says, with its numbers, their source and setting, or that it gives none. ours: what was found.
-    kind: "run" is the real thing on this machine; "simulated" is computed from step times or counts; "emulated"
-    has real results and the timing of other hardware. why: the reason for the difference.
-    ratio: how many times as fast as its own baseline ours is; paper_ratio: theirs, lowest and highest. bar:
-    whether what must hold here does. A run with a missed bar has failed; one with an undecided bar has not.
+    paper: what the paper says, with numbers, source and setting, or that it has no number. ours: what was found.
+    kind: "run" is measured on this machine; "simulated" is computed from step times or counts; "emulated" has real
+    results with the timing of other hardware. why: the reason for the difference. ratio: how many times as fast as
+    its baseline ours is; paper_ratio: the same in the paper, lowest and highest. bar: the verdict on what must
+    hold here. A missed bar makes the run fail; an undecided one does not.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Claim:
 
     @property
     def meets(self) -> bool | None:
-        """None where there is no bar, and where it is undecided."""
+        """Whether the bar is met. None if there is none, or if it is undecided."""
         return None if self.bar is None else self.bar.meets
 
     @property
@@ -54,7 +54,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What measures some claims: `measure` yields each of `claims`, by name, as soon as it is known."""
+    """Measures some claims. `measure` yields each of `claims` by name, as soon as it is known."""
 
     what: str
     claims: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Decoding of a batch under one limit of device memory, with and without a technique; how much of it is run."""
+"""Decoding of a batch under one limit of device memory, with and without a technique."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ WAITING = "the same engine without technique and slow tier, where the other requ
 
 @dataclass(frozen=True)
 class Limit:
-    """`requests` prompts of `context` tokens of text at once, each to be answered with `tokens` tokens; `memory`
-    bytes of the device for KV and what techniques keep beside it; `link`: GB/s of the slow tier where that is the
-    host's memory. `rounds` of `steps` timed steps of each side, in turns."""
+    """`requests` prompts of `context` tokens of text at once, each answered with `tokens` tokens. memory: bytes of
+    the device for KV and for what techniques keep. link: GB/s of a slow tier in the host's memory. Each side has
+    `rounds` rounds of `steps` timed steps, in turns."""
 
     model: str
     memory: int
@@ -59,7 +59,7 @@ class Limit:
 
     @property
     def token_bytes(self) -> int:
-        """Of K and V of a token, over all layers."""
+        """Bytes of K and V of a token over all layers."""
         return bytes_per_token(geometry(open_checkpoint(hub.resolve(self.model)).config), DTYPE, BLOCK)
 
     def tier(self, backend: str) -> str:
@@ -70,7 +70,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Side:
-    """Techniques, and where KV goes that the device has no room for: nowhere, "host" or "disk"."""
+    """Techniques, and the slow tier: none, "host" or "disk"."""
 
     use: tuple[str, ...]
     backend: str = ""
@@ -109,7 +109,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Effort:
-    """limit: of device memory, and the batch under it; needles: the grid; use: the technique in all of it."""
+    """limit: the batch and its device memory. needles: the grid. use: the technique in both."""
 
     limit: Limit
     needles: Needles
@@ -117,7 +117,7 @@ class Effort:
 
     @classmethod
     def by_name(cls, requests: int, use: str, memory: int = MEMORY) -> dict[str, Self]:
-        """`requests`: of the batch; `memory`: bytes of the device."""
+        """The effort called `name`. requests: those of the batch. memory: bytes of the device."""
         return {
             name: cls(
                 Limit(MODEL, memory, CONTEXT, requests, rounds, steps),

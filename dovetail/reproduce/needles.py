@@ -1,4 +1,4 @@
-"""Whether a technique finds what reading everything finds."""
+"""Whether a technique finds the needles that reading everything finds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Needles:
         )
 
     def found(self, use: Sequence[str] = (), slow_tier: bool = False) -> Found:
-        """RuntimeError for a technique that did nothing."""
+        """Ask for the needles with techniques `use`. RuntimeError if a technique did nothing."""
         options: dict[str, Any] = {}
         longest = max(map(int, self.lengths.split(","))) + ROOM
         if slow_tier:
@@ -56,7 +56,7 @@ class Needles:
 
 @dataclass(frozen=True)
 class Found:
-    """Whether the needle of each trial was found. Trials are the same, in the same order, whoever is asked."""
+    """Whether the needle of each trial was found. All subjects have the same trials in the same order."""
 
     hits: tuple[bool, ...]
 
@@ -64,16 +64,16 @@ class Found:
         return f"{sum(self.hits)} of {len(self.hits)}"
 
     def bar(self, dense: Found) -> Decision | None:
-        """Judges which share of the needles that `dense` found, which reads everything, is found here too. None
-        where it found none. Cells of one trial share text and numbers, so the interval is rather too narrow."""
+        """Judges the share of needles found here among those that `dense`, which reads everything, found. None if
+        it found none. Cells of one trial share text and numbers, so the interval is somewhat too narrow."""
         kept = [hit for hit, there in zip(self.hits, dense.hits, strict=True) if there]
         return decide_share(KEPT, sum(kept), len(kept)) if kept else None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to find needles. use: a technique with a budget; paper, why: as in `Claim`; slow_tier: whether it
-    needs one; beside: other techniques that are asked, by what they are called."""
+    """Who looks for needles. use: a technique with a budget. paper, why: as in `Claim`. slow_tier: whether it
+    needs one. beside: other techniques to compare with, by their names in the result."""
 
     use: str
     paper: str
@@ -87,7 +87,7 @@ def experiment(grid: Needles, subject: Subject) -> Experiment:
 
 
 def claims(grid: Needles, subject: Subject) -> Iterator[Claim]:
-    """Beside everything, and a window of as many tokens as the technique's budget."""
+    """The subject compared with reading everything, and with a window of as many tokens as its budget."""
     recent = technique(subject.use).options["budget"] - SINK
     dense, ours = grid.found(), grid.found([subject.use], subject.slow_tier)
     beside = {**subject.beside, "the window": f"sink-window:sink={SINK},window={recent}"}

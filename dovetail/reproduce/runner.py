@@ -1,4 +1,4 @@
-"""Measures a paper's claims, and sees to it that every one of them was."""
+"""Measures a paper's claims, and checks that each of them was measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EFFORTS = ("quick", "default", "full")
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The claims of one system, as measured with an effort, and the seconds that took."""
+    """The claims of one system as measured with an effort, and how many seconds that took."""
 
     system: System
     effort: str
@@ -52,7 +52,7 @@ def reproduce(system: System, effort: str) -> Reproduction:
 def measure(experiments: Sequence[Experiment]) -> list[Claim]:
     """The claims of all experiments, each shown as soon as it is known.
 
-    RuntimeError for a claim that was announced and not measured, or measured and not announced.
+    RuntimeError if an announced claim was not measured, or if a measured one was not announced.
     """
     announced = [name for e in experiments for name in e.claims]
     if len(set(announced)) != len(announced):

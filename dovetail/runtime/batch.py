@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one stage of the program; a row is one token of one span.
+    """The rows of one stage of the program. A row is one token of one span.
 
     tokens, positions, slots, span_of_row: [rows] int64; a slot is page * page_size + offset.
     tables: [spans, pages] int64 page numbers, 0 beyond a span's own. kv_lens: [spans] (host).
@@ -45,7 +45,7 @@ class Batch:
 
     @cached_property
     def sparse_rows(self) -> Tensor:
-        """Rows that may leave pages unread: [n] int64, in order."""
+        """The rows that may leave pages unread: [n] int64, in order."""
         return self.eligible.nonzero().flatten()
 
     @cached_property
@@ -59,11 +59,11 @@ class Batch:
 
     @cached_property
     def dense_groups(self) -> list[tuple[Tensor, Tensor, int]]:
-        """`groups` of the rows that must read everything."""
+        """`groups` of only the rows that must read everything."""
         return _groups(self, self.dense_rows.cpu().numpy())
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` returned for this key, computed once per batch (rotations, say)."""
+        """What `make` returned for this key. It is called once per batch (for rotations, say)."""
         if key not in self.memo:
             self.memo[key] = make()
         found: T = self.memo[key]
@@ -100,8 +100,8 @@ def _groups(batch: Batch, rows: NDArray[np.int64]) -> list[tuple[Tensor, Tensor,
 class BatchBuilder:
     """Lays spans out as tensors.
 
-    `window`: recent tokens that every row reads. `stage_pages`: distance between the page numbers of two
-    stages, so that rows at different depths of a tied program share one call and keep their own KV.
+    window: recent tokens that every row reads. stage_pages: distance between the page numbers of two stages. With
+    it rows at different depths of a tied program share one call and keep their own KV.
     """
 
     page_size: int

@@ -18,10 +18,9 @@ from dovetail.runtime.sampler import Row, by_span, prompt_logprobs, sample
 
 
 class ModelExecutor:
-    """Runs a plan on a model: page moves, then one call per distinct callable of the program, then sampling.
+    """Runs a plan on a model: page moves, then one call for each distinct callable of the program, then sampling.
 
-    Spans are grouped by callable rather than by stage, so requests at different depths of a tied program
-    share a call.
+    Spans are grouped by callable, not by stage, so requests at different depths of a tied program share a call.
     """
 
     def __init__(self, model: Any, kv: KV, builder: BatchBuilder) -> None:
@@ -50,7 +49,7 @@ class ModelExecutor:
         return list(groups.values())
 
     def _call(self, members: Sequence[int], spans: Sequence[Span]) -> dict[int, Tensor]:
-        """One stage for spans; the hidden rows of those whose program is done."""
+        """Run one stage for spans. Returns the hidden rows of those whose program is done."""
         batch = self.builder.build(spans)
         if all(s.stage == 0 for s in spans):
             hidden = self.model.embed(batch.tokens)

@@ -1,4 +1,4 @@
-"""Paged KV on the device; the one place where Selector, Codec and Residency meet."""
+"""Paged KV on the device. This is the one place where Selector, Codec and Residency meet."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
 
 @dataclass(frozen=True)
 class KVConfig:
-    """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has KV of its own.
+    """`kv_cache_dtype` is one of `store.KV_DTYPES`. Every stage of the program has its own KV.
 
-    tiled: in the native kernels' layout, where that holds such pages. offload: of pages that the device has no
-    room for. aliases: the codec gives some.
+    tiled: use the native kernels' layout if it can hold such pages. offload: the slow tier, or none. aliases:
+    whether the codec gives pages aliases.
     """
 
     num_pages: int
@@ -35,7 +35,7 @@ class KVConfig:
 
 
 def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 0) -> int:
-    """Bytes of K and V of one token over all layers; `native_page` is the page size under native kernels."""
+    """Bytes of K and V of one token over all layers. native_page: the page size with native kernels, else 0."""
     flat, dtype = store_type(kv_cache_dtype)
     tiled = native_page and fits_tiles(kv_cache_dtype, native_page)
     count = TiledStore.token_bytes if tiled else flat.token_bytes
@@ -64,8 +64,8 @@ class KV:
         self.page_size = config.page_size
         self.num_stages = config.num_stages
         self.stage_pages = geometry.num_layers * config.num_pages
-        self.num_pages = self.stage_pages * config.num_stages  # of all stages: no page has a higher number
-        self._aliases: dict[str, IntArray] = {}  # of the requests whose rows may leave pages unread
+        self.num_pages = self.stage_pages * config.num_stages  # of all stages; page numbers are below it
+        self._aliases: dict[str, IntArray] = {}  # by id, of requests whose rows may leave pages unread
         self.device = device
         tiled = config.page_size if config.tiled else 0
         self.token_bytes = bytes_per_token(geometry, config.kv_cache_dtype, tiled)
@@ -73,7 +73,7 @@ class KV:
         self.seams = Seams()
 
     def begin(self, plan: StepPlan) -> None:
-        """Apply a plan's page moves, before any of its rows is computed."""
+        """Carry out what a plan says about pages, before any of its rows is computed."""
         if plan.sealed:
             runs = [self._at_stage(run, s) for run in plan.sealed for s in range(self.num_stages)]
             pages = torch.tensor([p for run in runs for p in run.pages], device=self.device)
@@ -104,7 +104,7 @@ class KV:
             self._aliases |= {r.id: found.get(r.id, NO_ALIASES) for r in starting}
 
     def aliases(self, request_id: str) -> IntArray:
-        """Under which numbers a request's rows see its first pages where they may leave some unread."""
+        """The numbers under which a request's rows see its first pages when they may leave some unread."""
         return self._aliases.get(request_id, NO_ALIASES)
 
     def _at_stage(self, run: Sealed, stage: int) -> Sealed:
@@ -118,23 +118,23 @@ class KV:
         return self.v.read(layer, self._slots(pages))
 
     def stored(self, pages: Tensor) -> bool:
-        """Whether the completed `pages` [n], of every stage, can be brought back to the device."""
+        """Whether the completed `pages` [n] of every stage can be brought back to the device."""
         tiers = tiers_of(self.k)
         return tiers is None or all(tiers.stored(pages + s * self.stage_pages) for s in range(self.num_stages))
 
     def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> None:
-        """k, v [rows, KV heads, head_dim] of the batch's rows."""
+        """Write k, v [rows, KV heads, head_dim] of the batch's rows."""
         self.k.write(layer, batch.slots, k)
         self.v.write(layer, batch.slots, v)
 
     def ahead(self, layer: int, hidden: Tensor, batch: Batch) -> None:
-        """Let the selector guess the pages of `layer`, and have them moved meanwhile."""
+        """Let the selector guess the pages of `layer`, and begin to bring them."""
         if self._selects(layer, batch):
             pages = self.seams.selector.ahead(layer, hidden, batch)
             self.seams.residency.fetch(layer, pages, batch, wait=False)
 
     def _selects(self, layer: int, batch: Batch) -> bool:
-        """Whether there is anything to choose: layers with a window of their own are left to it."""
+        """Whether there are pages to choose. In layers with their own window there are none."""
         return len(batch.sparse_rows) > 0 and layer not in self.own_window
 
     def attend(self, layer: int, q: Tensor, batch: Batch, variant: Variant) -> Tensor:
@@ -170,9 +170,10 @@ class KV:
         return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])
 
     def _always_read(self, chosen: Tensor, batch: Batch) -> Tensor:
-        """Add to the chosen droppable pages those that are always read -> sequence page numbers.
+        """The chosen pages and those that are always read, as page numbers of the sequence.
 
-        chosen [rows, KV heads, k], -1 where absent. Absent ones become a sequence page that no query may read.
+        chosen [rows, KV heads, k]; -1 where there is none. These become the number of a page that no query may
+        read.
         """
         rows = batch.sparse_rows
         first, last = batch.eligible[rows], batch.positions[rows] // self.page_size
@@ -182,7 +183,8 @@ class KV:
         return torch.cat([chosen, recent[:, None].expand(-1, chosen.shape[1], -1)], -1)
 
     def _numbers(self, tables: Tensor, logical: Tensor, batch: Batch) -> Tensor:
-        """Sequence pages [rows, KV heads, n] of the sparse rows by `tables` [spans, pages]; absent ones are 0."""
+        """Physical pages of the sparse rows' sequence pages [rows, KV heads, n], by `tables` [spans, pages]; 0 for
+        absent ones."""
         table = tables[batch.span_of_row[batch.sparse_rows]][:, None].expand(-1, logical.shape[1], -1)
         absent = logical == NEVER
         return torch.where(absent, 0, table.gather(2, logical.masked_fill(absent, 0)))
@@ -197,7 +199,7 @@ class KV:
 
 
 NEVER = 2**40  # a page number beyond every position
-ALIASES = object()  # the key of a batch's memo
+ALIASES = object()  # a key in a batch's memo
 NO_ALIASES: IntArray = np.zeros(0, np.int64)
 
 

@@ -1,4 +1,4 @@
-"""A target that makes no program: it adds up what the recorded operations cost, and says which are native."""
+"""A target that makes no program. It adds up what recorded operations cost, and says which of them are native."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DEVICE = "device"  # the tier that a model's weights and KV lie in
 class Ledger:
     """Operations of a program by layer, each with its cost (`core.cost`).
 
-    kv_token_bytes: of K and V of one token in one layer. What techniques add (summaries, guesses) states its bytes
-    where its size follows from the load; which pages a row then reads is known only when it has run, so attention
-    states what reading everything costs.
+    kv_token_bytes: bytes of K and V of one token in one layer. Operations of techniques (summaries, guesses) state
+    their bytes if these follow from the load. Which pages a row reads is known only after it has run, so attention
+    states the cost of reading everything.
     """
 
     def __init__(self, geometry: Geometry, width: int, kv_token_bytes: float) -> None:
         self.geometry = geometry
         self.kv_token_bytes = kv_token_bytes
         self.operations: list[Operation] = []
-        self.layer = -1  # of the operations that come next
+        self.layer = -1  # the layer of the operations that come next
         self._names: dict[tuple[str, int], int] = {}
         self._ropes: list[Rope] = []
         self._x = self.slot("x", width)
@@ -50,7 +50,7 @@ class Ledger:
         return self._names.setdefault((name, width), len(self._names))
 
     def note(self, name: str, cost: Callable[[Load], Cost], native: bool = True) -> None:
-        """One more operation."""
+        """Add an operation."""
         self.operations.append(Operation(name, self.layer, cost, native))
 
     def embed(self, stored: StoredTensor, scale: float) -> None:
@@ -105,7 +105,7 @@ class Ledger:
 
 
 def recorded(model: Any, kv: Any) -> list[Operation]:
-    """What a step through all stages of a model does, with what it costs, without what techniques add."""
+    """The operations of a step through all stages of a model, with their costs, without those of techniques."""
     ledger = Ledger(model.geometry, model.config.hidden_size, kv.token_bytes / model.geometry.num_layers)
     model.record_start(ledger)
     for stage in model.program:

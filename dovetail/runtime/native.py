@@ -30,8 +30,8 @@ from dovetail.runtime.target import RecordedCodec, RecordedSelector
 
 
 def recordable(model: Any, kv: KV) -> bool:
-    """Whether nothing in Python must act between two operations of a layer, and every layer has native
-    operations."""
+    """Whether a native program can run the model: every layer has native operations, and nothing in Python must
+    act between two operations of a layer."""
     seams = kv.seams
     moves = isinstance(seams.residency, Tiers)
     if not (moves or type(seams.residency) is Residency):
@@ -54,8 +54,8 @@ def recordable(model: Any, kv: KV) -> bool:
 
 @dataclass
 class _Stage:
-    """Operations of one callable: from each mark to the next one, with the layers after which rows may be
-    dropped."""
+    """The operations of one callable: marks divide them into ranges, and cuts are the layers after which rows may
+    be dropped."""
 
     marks: list[int]
     cuts: list[int] = field(default_factory=list)
@@ -68,10 +68,10 @@ class _Stage:
 class NativeExecutor:
     """Runs plans on a model's recorded program.
 
-    The stages of the program are recorded once, one range of operations for each distinct callable; a step
-    lists its spans, and each range runs by one call on all threads. A row filter's cuts divide a range, and rows
+    The stages of the program are recorded once, as one range of operations for each distinct callable. A step
+    lists its spans, and one call runs a range on all threads. The cuts of a row filter divide a range, and rows
     are dropped between its parts. cascade: KV that several requests share is read once, which changes the time and
-    not one bit of the result.
+    no bit of the result.
     """
 
     def __init__(self, model: Any, kv: KV, isa: str, threads: int, *, cascade: bool = True) -> None:
@@ -101,7 +101,7 @@ class NativeExecutor:
 
     @property
     def operations(self) -> Sequence[Operation]:
-        """What the program does, once for each distinct stage, with what it costs."""
+        """The operations of the program with their costs, once for each distinct stage."""
         return self._to.operations
 
     def _record(self, stage: Any) -> _Stage:
@@ -134,7 +134,7 @@ class NativeExecutor:
         return StepResult(results)
 
     def _stage(self, spans: Sequence[Span]) -> list[SpanResult]:
-        """One range of the program for spans, and the head for those that end with it."""
+        """Run one stage for spans, and the head for those that end with it."""
         program = self.program
         program.clear()
         offset, last, aliases = self.kv.stage_pages, self.num_stages - 1, self.kv.aliases
@@ -158,7 +158,7 @@ class NativeExecutor:
         return self._results(spans, last)
 
     def _run(self, stage: _Stage, spans: Sequence[Span]) -> None:
-        """The stage's operations; at each cut the rows that the filter drops are left behind until the end."""
+        """Run the stage's operations. At each cut, rows that the filter drops wait until the end."""
         program, filter_ = self.program, self.kv.seams.rows
         batch = self._builder.build(spans) if stage.cuts else None
         for part, layer in zip(pairwise(stage.marks), [*stage.cuts, None], strict=True):
@@ -172,7 +172,7 @@ class NativeExecutor:
         program.restore()
 
     def _enter(self, spans: Sequence[Span]) -> None:
-        """The rows' hidden state, where a stage before has left one."""
+        """Restore the rows' hidden state that an earlier stage has left."""
         x, at = self._hidden(), 0
         for s in spans:
             if s.stage:
@@ -180,7 +180,7 @@ class NativeExecutor:
             at += s.num_rows
 
     def _leave(self, spans: Sequence[Span], last: int) -> None:
-        """Keep the rows' hidden state for the stage that comes next."""
+        """Keep the rows' hidden state for the next stage."""
         x, at = self._hidden(), 0
         for s in spans:
             if s.stage < last:

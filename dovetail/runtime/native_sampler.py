@@ -1,4 +1,4 @@
-"""The rows to sample from, as the native sampler (csrc/sample.h) wants to be told of them."""
+"""Hands the rows to sample from to the native sampler (csrc/sample.h)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FORBIDDEN = float("-inf")
 
 
 def choose(program: Any, slot: int, rows: Sequence[Row]) -> list[int]:
-    """A token from each sampled row of logits in a slot of the program; -1 where none can be chosen.
+    """A token from each sampled row of logits in a slot of the program; -1 if none can be chosen.
 
-    The tokens of `sampler.sample`, bit for bit. The logits stay as they are. Raises ValueError for a number of
-    rows that is not the step's, and for tokens outside the vocabulary.
+    They are exactly the tokens of `sampler.sample`. The logits do not change. Raises ValueError if the number of
+    rows is not the step's, and for tokens outside the vocabulary.
     """
     options = []
     for i, row in enumerate(rows):

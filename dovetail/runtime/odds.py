@@ -1,8 +1,9 @@
 """The odds of tokens against the likeliest: e^((logit - most) / temperature).
 
-Defined operation by operation in float32, so that torch and the native kernels get the same bits, and rounded to
-multiples of a power of two so large that sums over the vocabulary are exact in float64, whatever their order. What
-that leaves out is below 2^-53 of the likeliest token's odds, times the square of the vocabulary: 3e-7 for 49152.
+Odds are defined operation by operation in float32, so torch and the native kernels get the same bits. They are
+rounded to multiples of a power of two so large that sums over the vocabulary are exact in float64, in any order.
+The rounding leaves out less than 2^-53 of the likeliest token's odds, times the square of the vocabulary: 3e-7 for
+49152 tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _COEFFICIENTS = (0.0013814561, 0.008368735, 0.04166839, 0.16666521, 0.49999994, 
 
 
 def odds(logits: Tensor, temperatures: Tensor) -> Tensor:
-    """logits [rows, vocabulary], finite at their largest; temperatures float64 [rows], above 0 -> float64 odds."""
+    """float64 odds of logits [rows, vocabulary], whose largest is finite. temperatures: float64 [rows], above
+    0."""
     below = (logits - logits.amax(-1, keepdim=True)).float()
     inverse = (1 / temperatures).clamp(max=2.0**100).float()[:, None]
     out = _exponential((below * inverse).clamp(min=-80))
@@ -23,7 +25,7 @@ def odds(logits: Tensor, temperatures: Tensor) -> Tensor:
 
 
 def _exponential(z: Tensor) -> Tensor:
-    """e^z for float32 z in [-80, 0], 1e-7 relative; 1 for 0. ln 2 in two parts (Cody and Waite)."""
+    """e^z for float32 z in [-80, 0], within 1e-7 relative, and 1 for 0. ln 2 is in two parts (Cody and Waite)."""
     n = torch.round(z * 1.44269504)
     r = (z - n * 0.693359375) + n * 2.12194440e-4
     p = torch.full_like(r, _COEFFICIENTS[0])

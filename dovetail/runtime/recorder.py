@@ -45,8 +45,8 @@ class Recorder(Ledger):
         self.q = program.slot(heads * (-(-dim // 16) * 16))
         self._angles: dict[Rope, int] = {}
         self._variants: dict[int, tuple[Variant, KernelVariant]] = {}
-        self._guessed: dict[int, int] = {}  # layers whose pages are chosen in the layer before: by which rule
-        self._held: list[Any] = []  # what the program's addresses point into
+        self._guessed: dict[int, int] = {}  # layers whose pages are chosen one layer earlier, and by which rule
+        self._held: list[Any] = []  # objects whose memory the program has addresses of
 
     @property
     def program(self) -> Program:
@@ -54,7 +54,7 @@ class Recorder(Ledger):
 
     @property
     def moving(self) -> list[int]:
-        """Slots of rows that later layers read: those of `x` and of the angles."""
+        """Slots whose rows later layers read: those of `x` and of the angles."""
         return [self.x, *self._angles.values()]
 
     def slot(self, name: str, width: int, sampled: bool = False) -> int:
@@ -128,7 +128,8 @@ class Recorder(Ledger):
         return -1 if rope is None else self._angles[rope]
 
     def _chosen(self, layer: int) -> int:
-        """The rule by which rows of `layer` choose pages, with what chooses them; -1: they read everything."""
+        """Record how rows of `layer` choose pages. Returns the number of the rule; -1 means they read
+        everything."""
         if layer in self._guessed:
             return self._guessed[layer]
         selector = self.kv.seams.selector
@@ -138,7 +139,7 @@ class Recorder(Ledger):
         return -1 if choice is None else self._pick(layer, choice)
 
     def _choose_ahead(self, layer: int) -> None:
-        """What guesses the pages of `layer`, and begins to move them."""
+        """Record what guesses the pages of `layer` and begins to move them."""
         selector = self.kv.seams.selector
         if layer == self.geometry.num_layers or layer in self.kv.own_window:
             return
@@ -148,7 +149,7 @@ class Recorder(Ledger):
                 self.program.fetch_ahead(layer, self._guessed[layer])
 
     def _pick(self, layer: int, choice: PageChoice) -> int:
-        """Record what ranks the pages of `layer`; the number of the rule."""
+        """Record what ranks the pages of `layer`. Returns the number of the rule."""
         rule = self.program.choosing(self.shape, choice.window, choice.budget, choice.leading, choice.adaptive)
         by = choice.by
         self._held.append(by)
@@ -170,13 +171,13 @@ class Recorder(Ledger):
 
 
 def _numbers(norm: Normed | None) -> tuple[list[float], float]:
-    """Weight and epsilon as the program takes them; none is an empty list."""
+    """Weight and epsilon as the program takes them. No norm is an empty list."""
     return ([], 0.0) if norm is None else (norm.weight.float().tolist(), norm.eps)
 
 
 def add_shape(program: Program, kv: KV) -> int:
-    """Tell the program where K and V of layers like these lie, and what moves their pages -> the shape's
-    number."""
+    """Tell the program where K and V of layers like these lie, and what moves their pages. Returns the number of
+    the shape."""
     k, v = kv.k.memory(), kv.v.memory()
     cells = len(kv.k.data) if isinstance(kv.k, TiledStore | TieredStore) else 0
     shape = program.shape(

@@ -1,8 +1,8 @@
-"""KV on a device that is too small for all of it: cells of device memory hold the pages that are in use, a slow
-tier (memory of the host, or a file that is read past the page cache) those that are complete.
+"""KV on a device that is too small for all of it. Cells of device memory hold the pages that are in use. A slow
+tier holds the complete pages: memory of the host, or a file that is read past the page cache.
 
-What is moved is a blob: K and V of one page and KV head of a layer. The native `Tiers` (csrc/tiers.h) say in which
-cell it lies; native programs ask them before each layer's attention, and stores as they are read.
+Pages move as blobs: K and V of one page and KV head of a layer. The native `Tiers` (csrc/tiers.h) know in which
+cell a blob lies. Native programs ask them before each layer's attention, and stores ask them when they are read.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dovetail.runtime.store import TiledStore
 
 @dataclass(frozen=True)
 class Offload:
-    """Where pages go that the device has no room for.
+    """The slow tier, for pages that the device has no room for.
 
-    cells: pages of one KV head of one layer that the device holds, for each head. folder: of the slow tier's file;
-    empty for memory of the host. link: GB/s at which transfers arrive at most, emulated; 0 for as they come.
+    cells: how many pages of one layer the device holds, for each KV head. folder: where the slow tier's file is;
+    empty for memory of the host. link: an emulated limit in GB/s on transfers; 0 for none.
     """
 
     cells: int
@@ -36,7 +36,7 @@ class Offload:
 
 @dataclass(frozen=True)
 class TierShape:
-    """`pages` pages of every layer and stage; `aliases`: and as many aliases of them (`core.seams.Codec`)."""
+    """`pages` pages of every layer and stage; with `aliases`, as many aliases of them (`core.seams.Codec`)."""
 
     geometry: Geometry
     num_stages: int
@@ -59,7 +59,7 @@ class Tiers(Residency):
         except RuntimeError as error:
             raise CapacityError(f"{error}; see --kv-offloading-size and --kv-offloading-path") from None
         self.cells, self.pages, self.page_size = cells, shape.pages, shape.page_size
-        self.stages = [s * g.num_layers * shape.pages for s in range(shape.num_stages)]  # added to page numbers
+        self.stages = [s * g.num_layers * shape.pages for s in range(shape.num_stages)]  # offsets of page numbers
         self.places = torch.from_numpy(self.native.places())  # [pages of all layers, KV heads]
 
     def put(self, pages: Tensor) -> None:
@@ -69,11 +69,11 @@ class Tiers(Residency):
         self.native.drop(pages.tolist())
 
     def stored(self, pages: Tensor) -> bool:
-        """Whether the slow tier holds all of `pages` [n]: none could not be written."""
+        """Whether the slow tier holds all of `pages` [n]. A page that could not be written is missing."""
         return bool(self.native.stored(pages.tolist()))
 
     def slots(self, layer: int, slots: Tensor, *, written: bool = False) -> Tensor:
-        """Slots [n] of pages as slots of cells [n, KV heads], which hold them until this is called again."""
+        """Slots [n] of pages as slots of cells [n, KV heads]. The cells hold them until this is called again."""
         pages = slots // self.page_size
         self.native.bring(layer, pages.unique().tolist(), written)
         cells = self.places[pages + layer * self.pages].long()
@@ -86,13 +86,13 @@ class Tiers(Residency):
 
 
 class TieredStore:
-    """K or V in cells: a store like the others, whose pages come to the device when they are touched."""
+    """K or V in cells. A store like the others, but its pages come to the device when they are read or written."""
 
     layout = "tiled"
 
     def __init__(self, store: TiledStore, tiers: Tiers) -> None:
         self.store = store
-        self.data = store.data  # of the cells
+        self.data = store.data  # memory of the cells
         self.tiers = tiers
         self.kind = store.kind
 
@@ -109,7 +109,7 @@ class TieredStore:
         return self.store.memory()
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
-        """values [rows, KV heads, head_dim] into slots [rows]."""
+        """Write values [rows, KV heads, head_dim] to slots [rows]."""
         self.store.write_heads(self.tiers.slots(layer, slots, written=True), values)
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class TieredStore:
         return self.store.read_heads(0, at.gather(3, own)[..., 0])
 
     def copy(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole pages, given as their slots. V lies in K's blobs."""
+        """Copy whole pages, given as their slots. V is copied with K, in whose blobs it lies."""
         if self.store.keys:
             size = self.tiers.page_size
             pages = [s[::size] // size for s in (source, target)]
@@ -134,10 +134,10 @@ class TieredStore:
 
 
 def blob_bytes(geometry: Geometry, page_size: int, dtype: torch.dtype) -> int:
-    """K and V of one page and KV head of a layer."""
+    """Bytes of K and V of one page and KV head of a layer."""
     return 2 * page_size * padded(geometry.head_dim) * dtype.itemsize
 
 
 def tiers_of(store: Any) -> Tiers | None:
-    """The tiers of a store whose pages move."""
+    """The tiers of a store; None if its pages do not move."""
     return store.tiers if isinstance(store, TieredStore) else None

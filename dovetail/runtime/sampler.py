@@ -1,6 +1,6 @@
 """From logits to tokens. A token is a pure function of (seed, position, logits) and the request's options.
 
-Nothing is drawn from a generator with a state, so drafts, batch-mates and preemption cannot change an answer.
+There is no random generator with a state, so drafts, batch-mates and preemption cannot change an answer.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ UNSOUND = (
 
 
 class Row(NamedTuple):
-    """A sampled row: the token chosen from it follows `request.tokens + request.drafts[:ahead]`."""
+    """A sampled row. The token that is chosen from it follows `request.tokens + request.drafts[:ahead]`."""
 
     request: Request
     ahead: int
 
     @property
     def plain(self) -> bool:
-        """Whether the token is simply the largest logit, and nothing else is asked."""
+        """Whether the token is the largest logit, and nothing else is asked for."""
         p = self.request.params
         return p.greedy and not (p.logprobs is not None or self.changed)
 
     @property
     def changed(self) -> bool:
-        """Whether the token is not chosen from the logits as they are."""
+        """Whether the logits are changed before the token is chosen."""
         p = self.request.params
         return p.penalised or bool(p.logit_bias) or self.too_early
 
@@ -52,9 +52,9 @@ class Row(NamedTuple):
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
-    """logits [rows, vocabulary] -> tokens, what is known about each, and whether the row was sound.
+    """For logits [rows, vocabulary]: the tokens, what is known about each, and whether each row was sound.
 
-    The definition of what csrc/sample.cpp does, token by token.
+    This defines what csrc/sample.cpp does, token for token.
     """
     best, index = logits.max(dim=-1)
     sound: list[bool] = torch.isfinite(best).tolist()
@@ -83,7 +83,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties, bias, forbidden ends; a new tensor."""
+    """The logits with penalties, bias and forbidden ends, as a new tensor."""
     out = logits.clone()
     for i, row in enumerate(rows):
         p = row.request.params
@@ -98,7 +98,8 @@ def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _penalise(logits: Tensor, row: Row) -> None:
-    """Repetition over prompt and output (CTRL, section 4.1); presence and frequency over the output (OpenAI)."""
+    """Penalise repetition over prompt and output (CTRL, section 4.1), and presence and frequency over the output
+    (OpenAI)."""
     request, p = row.request, row.request.params
     written = np.asarray(request.output + request.drafts[: row.ahead], dtype=np.int64)
     if p.repetition_penalty != 1:
@@ -116,7 +117,7 @@ def _penalise(logits: Tensor, row: Row) -> None:
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Inverse-transform sampling; whether a row is sorted depends on its own options only."""
+    """Sample by inverse transform. Whether a row is sorted depends on its own options only."""
     params = [r.request.params for r in rows]
     vocabulary = logits.shape[1]
     column = lambda values: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]  # noqa: E731
@@ -138,7 +139,8 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _cut(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Zero what is outside the k most likely, and then outside the smallest set of that part of their sum."""
+    """Set to zero what is outside the k likeliest, and then what is outside the smallest set with `top_p` of their
+    sum."""
     rank = torch.arange(ordered.shape[1], device=ordered.device)
     ordered = torch.where(rank < top_k, ordered, 0)
     before = ordered.cumsum(-1) - ordered
@@ -146,7 +148,7 @@ def _cut(ordered: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _invert(odds: Tensor, noise: Tensor) -> Tensor:
-    """The first index at which the running sum exceeds noise * total, which is below total as noise is below 1."""
+    """The first index at which the running sum exceeds noise * total. It exists, because noise is below 1."""
     total = odds.cumsum(-1)
     return torch.searchsorted(total, noise * total[:, -1:], right=True).squeeze(1)
 
@@ -155,7 +157,8 @@ def _invert(odds: Tensor, noise: Tensor) -> Tensor:
 
 
 def known(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
-    """What the rows of logits [rows, vocabulary] say about the tokens chosen (-1: none), where it is asked."""
+    """Log-probabilities of the chosen tokens (-1: none) by logits [rows, vocabulary], for rows that ask for
+    them."""
     asked = [i for i, r in enumerate(rows) if r.request.params.logprobs is not None and tokens[i] >= 0]
     out: list[TokenLogprobs | None] = [None] * len(rows)
     if asked:
@@ -167,7 +170,8 @@ def known(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[To
 
 
 def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Log-probability and rank of a token per row of logits [n, vocabulary], and of the `counts` best."""
+    """Log-probability and rank of one token for each row of logits [n, vocabulary], and of its `counts` likeliest
+    ones."""
     logprobs = torch.log_softmax(logits, -1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
@@ -181,9 +185,10 @@ def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
 
 
 def prompt_logprobs(span: Span, logits: Callable[[list[int]], Tensor]) -> list[TokenLogprobs]:
-    """What the model thought of prompt tokens [max(start, scored) + 1, stop], from the rows before them.
+    """Log-probabilities of prompt tokens [max(start, scored) + 1, stop], each from the row before it.
 
-    logits: of rows of the span, counted from its first, [rows, vocabulary]; a few rows at a time are asked for.
+    logits: returns the logits [rows, vocabulary] of rows of the span, counted from its first row. It is called for
+    a few rows at a time.
     """
     request = span.request
     first, stop = max(span.start, request.scored), min(span.stop, len(request.prompt) - 1)

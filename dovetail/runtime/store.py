@@ -1,4 +1,4 @@
-"""Numeric types of KV. A stored value is a function of its token alone.
+"""The numeric types of KV. A stored value depends on its own token alone.
 
 Slots are numbered across layers: slot s of layer i is at i * slots per layer + s.
 """
@@ -159,15 +159,15 @@ class TiledStore:
     """K or V as the native kernels read it: per page and head, tiles of 16 tokens, head_dim padded to 16.
 
     K tiles have tokens in lanes: float32 [dim][16], bfloat16 [dim / 2][16][2]. V tiles have dimensions in lanes:
-    float32 [16][dim], bfloat16 [8][dim][2]. K and V of a page and head lie one behind the other, and so do all
-    pages of a head: pages that follow each other are one stream.
+    float32 [16][dim], bfloat16 [8][dim][2]. V of a page and head lies behind its K, and all pages of a head lie
+    together. So neighbouring pages are one stream.
     """
 
     layout = "tiled"
 
     def __init__(self, memory: Tensor, slots: int, head_dim: int, *, keys: bool) -> None:
-        """memory [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V, whose outermost
-        dimension in memory is that of heads."""
+        """memory: [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V. In memory, heads
+        are the outermost dimension."""
         self.slots, self.dim, self.keys = slots, head_dim, keys
         self.page_size = memory.shape[3] * 16
         self.kind = "float32" if memory.dtype is torch.float32 else "bf16"
@@ -201,7 +201,8 @@ class TiledStore:
         self.write_heads((slots + layer * self.slots)[:, None].expand(-1, self.data.shape[1]), values)
 
     def write_heads(self, slots: Tensor, values: Tensor) -> None:
-        """values [rows, KV heads, head_dim] into slots [rows, KV heads] of all layers: each head has its own."""
+        """Write values [rows, KV heads, head_dim] to slots [rows, KV heads] of all layers. Each head has its
+        own."""
         values = torch.nn.functional.pad(values.to(self.data.dtype), (0, padded(self.dim) - self.dim))
         heads = torch.arange(slots.shape[1])
         page, tile, t = self._place(0, slots)
@@ -266,5 +267,5 @@ def store_type(kv_cache_dtype: str) -> tuple[Flat, torch.dtype]:
 
 
 def fits_tiles(kv_cache_dtype: str, page_size: int) -> bool:
-    """Whether the native kernels' own layout holds such pages."""
+    """Whether the native kernels' own layout can hold such pages."""
     return kv_cache_dtype in ("float32", "bf16") and page_size % 16 == 0

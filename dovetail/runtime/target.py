@@ -1,8 +1,8 @@
 """What layers and techniques record themselves on: a program whose operations run without Python.
 
 A layer's `record` says what its `__call__` does, as operations on numbered row buffers ("slots"). A `Target` takes
-them: the native recorder (`runtime.recorder`) makes a program of them, and `runtime.ledger` only adds up what they
-cost.
+these operations. The native recorder (`runtime.recorder`) makes a program of them; `runtime.ledger` only adds up
+what they cost.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ class Normed(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a product as they are kept: rows of all parts one after the other.
+    """The weights of a product as they are kept, with the rows of all parts one after the other.
 
-    bytes: that a product reads. activation: the arithmetic of its products, "int8", "bf16" or "exact" (float32).
-    parts: packed matrices; there are none where the native kernels do not multiply them. bias: width_out values,
-    or none.
+    bytes: how many a product reads. activation: the arithmetic, "int8", "bf16" or "exact" (float32). parts: packed
+    matrices; none if the native kernels cannot multiply them. bias: width_out values, or none.
     """
 
     width_in: int
@@ -51,10 +50,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Fused:
-    """What one operation does around a product: destination = product(norm(source)).
+    """What an operation does in addition to a product: destination = product(norm(source)).
 
-    norm: of the source. add: to what the destination holds. gate: the destination is this activation of the first
-    half of the columns, times the second half. sampled: only of the rows to sample from.
+    norm: applied to the source. add: the result is added to what the destination holds. gate: the name of an
+    activation; the destination is the activation of the first half of the columns, times the second half. sampled:
+    only for the rows to sample from.
     """
 
     norm: Normed | None = None
@@ -78,9 +78,8 @@ class Turning:
 
 @dataclass(frozen=True)
 class TurnedQueries:
-    """Partial queries in a slot, and the partial keys that they are scored against (`ops.skew`). alpha: how far
-    below
-    the best score, in logits, a page is still read."""
+    """Partial queries in a slot, and the partial keys that they are multiplied with (`ops.skew`). alpha: how far
+    below the best score, in logits, a page is still read."""
 
     slot: int
     keys: TurnedKeys
@@ -89,11 +88,11 @@ class TurnedQueries:
 
 @dataclass(frozen=True)
 class PageChoice:
-    """What the rows of a layer read where they may leave pages unread.
+    """How the rows of a layer choose pages when they may leave some unread.
 
-    window: recent tokens that are always read. budget: pages that a row and KV head reads in all. leading: pages
-    beside those of the window, instead of a budget; -1 for none. by: what ranks them; None takes the first pages.
-    Layers with equal numbers choose by one rule, so a program is made for few of them.
+    window: recent tokens that are always read. budget: pages that a row and KV head reads in all. leading: instead
+    of a budget, how many pages are read in addition to the window; -1 for none. by: what ranks the pages; None
+    takes the first pages. Layers with equal numbers share one rule, so a program has few rules.
     """
 
     window: int
@@ -117,69 +116,70 @@ class PageProgram(Protocol):
     ) -> None: ...
 
     def unread(self) -> int:
-        """Pages of a head that rows left unread, in all steps."""
+        """How many pages of a KV head rows have left unread, over all steps."""
 
 
 class Target(Protocol):
     """A program under construction. `x` is the slot of hidden rows; slots are shared by all layers."""
 
-    layer: int  # that the operations belong to which come next; -1 outside of layers
+    layer: int  # the layer of the operations that come next; -1 outside of layers
 
     @property
     def x(self) -> int: ...
 
     @property
     def attended(self) -> int:
-        """What `attend` gives: the heads' outputs of each row."""
+        """The slot of `attend`'s result: the outputs of all heads of each row."""
 
     @property
     def program(self) -> PageProgram: ...
 
     def slot(self, name: str, width: int, sampled: bool = False) -> int:
-        """A buffer for rows of `width` floats, the same for every caller of that name and width."""
+        """The number of a buffer for rows of `width` floats. Callers with the same name and width share it."""
 
     def embed(self, stored: StoredTensor, scale: float) -> None:
-        """Rows of the embedding of the step's tokens, times `scale`, into `x`."""
+        """Write the embedding of the step's tokens, times `scale`, to `x`."""
 
     def angles(self, rope: Rope) -> None:
-        """cos and sin of the step's positions, for `rope`, before the first layer that rotates by it."""
+        """Compute cos and sin of the step's positions for `rope`, before the first layer that uses it."""
 
     def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
-        """A product, and what is fused with it."""
+        """A product, with the operations that are fused with it."""
 
     def norm_add(self, source: int, destination: int, norm: Normed) -> None:
         """destination += norm(source)."""
 
     def rope(self, source: int, layer: int, turning: Turning) -> None:
-        """Of source's columns (q, k, v): prepare q and k, write k and v."""
+        """The columns of `source` are q, k and v. Prepare q and k, and write k and v."""
 
     def attend(self, layer: int, variant: Variant) -> None:
-        """Attention of the prepared queries over the step's sequences into `attended`, or over what the selector
-        chooses."""
+        """Attention of the prepared queries over the step's sequences, or over what the selector chooses. The
+        result goes to `attended`."""
 
     def turn(self, source: int, layer: int, turning: Turning, keys: TurnedKeys) -> int:
-        """Projected queries of `source`, prepared and turned (`ops.skew`) -> a slot of partial queries."""
+        """Prepare and turn the projected queries in `source` (`ops.skew`). Returns a slot of partial queries."""
 
     def rebuild(self, rope: Rope) -> Any:
-        """Native `LowRankKeys` of aliases, rotated by `rope`; they say which keys these are as requests come."""
+        """Native `LowRankKeys`, which rebuild keys of aliases and rotate them by `rope`. Prompts are added to them
+        as requests come."""
 
 
 class RecordedSelector(Selector):
-    """A selector that says what `select` does as operations of a native program."""
+    """A selector that can express `select` as operations of a native program."""
 
     def choice(self, layer: int, to: Target) -> PageChoice | None:
-        """What the rows of `layer` read, chosen before its attention. None: everything."""
+        """How the rows of `layer` choose pages, just before its attention. None: they read everything."""
         raise NotImplementedError
 
     def choice_ahead(self, layer: int, to: Target) -> PageChoice | None:
-        """The same, guessed behind the attention of the layer before it: `to.x` still is the input of that. None:
-        there is no guess, and `choice` is asked."""
+        """The same as a guess, recorded behind the attention of the layer before, whose input is still in `to.x`.
+        None: there is no guess, and `choice` is asked."""
         return None
 
 
 class RecordedCodec(Codec):
-    """A codec whose aliases a native program can read, where pages move between tiers."""
+    """A codec whose aliases a native program can read. Pages then move between tiers."""
 
     def record(self, to: Target) -> None:
-        """Say how their keys are rebuilt (`Target.rebuild`)."""
+        """Record how keys of aliases are rebuilt (`Target.rebuild`)."""
         raise NotImplementedError

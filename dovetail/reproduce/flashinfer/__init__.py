@@ -6,10 +6,10 @@
 3. A variant of attention is a few lines, compiled into the kernel (sections 3.2.3, 4.3 and G.1): `variants`.
 4. Sparse pages cost next to nothing against contiguous KV (appendix B): `pages`.
 
-Everything is run, nothing simulated: this project's planner and kernels on this CPU, on random KV, which is cold
-except where sharing is the claim; parallel generation is the whole engine on a real model. The paper's figures are
-of A100 and H100 GPUs in fp16, so both sides are ratios to their own baselines. Its figures against SGLang's Triton
-backend (section 4.1) and vLLM (G.4) are of other projects' GPU kernels, and left out.
+Everything is run, nothing simulated: this project's planner and kernels on this CPU, on random KV. KV is not in
+the caches, except where sharing is the claim. Parallel generation is the whole engine on a real model. The paper
+has A100 and H100 GPUs in fp16, so both sides are ratios to their own baselines. Its figures against SGLang's
+Triton backend (section 4.1) and vLLM (G.4) are left out, because they compare other projects' GPU kernels.
 """
 
 from __future__ import annotations

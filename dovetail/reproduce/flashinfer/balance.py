@@ -1,7 +1,7 @@
 """Load-balanced scheduling: long KV is cut, and every unit gets the same work (FlashInfer, section 3.3.1).
 
-The baseline has the same kernels and threads and no cutting: a piece is a request and KV head, so a whole request
-where there is one KV head. Its pieces are dealt longest first, and idle threads take over what others have left.
+The baseline has the same kernels and threads but does not cut. A piece is a request and KV head, so it is a whole
+request if there is one KV head. Pieces are given out longest first, and idle threads take what others have left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WHY = (
 
 @dataclass(frozen=True)
 class Load:
-    """Lengths of a batch, and what the paper says of such a batch. `skewed`: one request is most of the work."""
+    """Lengths of a batch, and what the paper says about such a batch. skewed: one request is most of the work."""
 
     name: str
     what: str
@@ -114,7 +114,7 @@ def _claim(load: Load, pieces: str, effort: Effort, kernels: Kernels) -> Claim:
 
 
 def decodes(lengths: Iterable[int]) -> tuple[list[Request], int]:
-    """The last row of each request, on pages of its own; and the tokens that all pages hold."""
+    """The last row of each request, on its own pages, and the tokens that all pages hold."""
     requests, page = [], 0
     for n in lengths:
         count = -(-n // PAGE)
@@ -124,7 +124,7 @@ def decodes(lengths: Iterable[int]) -> tuple[list[Request], int]:
 
 
 def busiest(pieces: Sequence[int], threads: int) -> float:
-    """Work of the busiest thread by the mean, if pieces go to the least busy one, the longest first."""
+    """Work of the busiest thread over the mean, if each piece goes to the least busy thread, longest first."""
     work = [0] * threads
     for piece in sorted(pieces, reverse=True):
         work[work.index(min(work))] += piece

@@ -77,7 +77,7 @@ def _same_bits(kernels: Kernels) -> Claim:
 
 
 def _decodes(heads: Heads, effort: Effort, kernels: Kernels) -> Iterator[Claim]:
-    """Tiles against contiguous tiles; pages that are gathered against contiguous ones that are."""
+    """Scattered tiles against contiguous tiles, and gathered pages against gathered contiguous KV."""
     layouts = [
         *(Pages(size, size % 16 == 0) for size in SIZES),
         *(Pages(effort.context, t) for t in (True, False)),
@@ -136,6 +136,6 @@ def _attention(heads: Heads, layout: Pages, effort: Effort, kernels: Kernels, ro
     """The last rows of one request, whose pages lie in random order."""
     context, by_memory = effort.context, rows == 1 and layout.tiled
     order = np.random.default_rng(0).permutation(context // layout.size).tolist()
-    # Where arithmetic or gathering is the limit, fewer layers tell as much in less time.
+    # Where arithmetic or gathering is the limit, fewer layers show the same in less time.
     pool = KVPool(heads, "bf16", context, effort.cold // (1 if by_memory else 8), pages=layout)
     return Attention(pool, [Request(context - rows, context, order)], context, kernels)

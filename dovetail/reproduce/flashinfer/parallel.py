@@ -38,7 +38,7 @@ def _first(n: int) -> str:
 
 
 def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
-    """With the prompt's KV read once and by each, for every n."""
+    """For every n, the prompt's KV read once for all, and once for each answer."""
     generation = ParallelGeneration(effort.model, effort.prompt_tokens)
     setting = (
         f"{effort.model}, a prompt of {effort.prompt_tokens} tokens, {effort.new_tokens} new ones of each answer, "

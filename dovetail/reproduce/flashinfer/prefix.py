@@ -1,4 +1,4 @@
-"""Attention over a prefix that requests share: read once, and by each (FlashInfer, section 3.1.2)."""
+"""Attention over a shared prefix, read once for all or once for each request (FlashInfer, section 3.1.2)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How good guesses from the layer before are: how alike the inputs of neighbouring layers are, and how much of
-what a layer's own queries would choose is guessed.
+"""How good guesses from the layer before are. Measured are the likeness of neighbouring layers' inputs, and how
+much of what a layer's own queries would choose was guessed.
 
-Everything is read while rules are watched, so all of them are judged on the same rows.
+Everything is read meanwhile, so all rules are judged on the same rows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def likeness(site: Site, tokens: Sequence[int]) -> list[float]:
 
 @dataclass
 class Tally:
-    """Sums over rows and KV heads. Pages that a row may leave unread: `chosen` by its own query through the same
-    partial keys, `found` of them by the guess; `best`, `best_found`: the same by whole keys. `weight` is the
-    attention that the best get among these pages, `weight_found` that of the guessed among them. `read`, `pages`:
-    of all pages before a row, those that are read, always-read ones included."""
+    """Sums over rows and KV heads. Of the pages that a row may leave unread, `chosen` counts those that its own
+    query chooses by the same partial keys, and `found` how many of these the guess has. `best` and `best_found`
+    are the same by whole keys. `weight` is the attention that the best pages get, `weight_found` that of the
+    guessed ones among them. `pages` counts all pages before a row, `read` those that are read, with those that are
+    always read."""
 
     chosen: int = 0
     found: int = 0
@@ -105,7 +106,7 @@ class Watch(Selector):
 
 
 class _Truth:
-    """What queries q [n, heads, head_dim] of the batch's sparse rows think of whole keys."""
+    """The scores of whole keys by queries q [n, heads, head_dim] of the batch's sparse rows."""
 
     def __init__(self, site: Site, layer: int, q: Tensor, batch: Any) -> None:
         rows = batch.sparse_rows
@@ -134,7 +135,7 @@ class _Truth:
         )  # fmt: skip
 
     def _chosen(self, selector: Any, margin: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Which pages [n, KV heads, pages] are picked, and the counts."""
+        """Which pages are picked, bool [n, KV heads, pages], and how many."""
         picked = pick(margin, self.eligible, count)
         found = torch.zeros(*margin.shape[:2], margin.shape[2] + 1, dtype=torch.bool)
         found.scatter_(2, torch.where(picked < 0, margin.shape[2], picked), True)
@@ -142,7 +143,7 @@ class _Truth:
 
 
 def watching(rules: Sequence[str]) -> Technique:
-    """A technique that changes nothing; its selector's `predictions` are those of `rules`, specs of the
+    """A technique that reads everything. Its selector's `predictions` are those of `rules`, which are specs of the
     technique."""
 
     def build(site: Site) -> dict[str, object]:

@@ -50,7 +50,7 @@ def _setting(effort: Effort, backend: str) -> str:
 
 
 def _moved(effort: Effort, found: Comparison) -> Claim:
-    """Of what a request has, the part that each of its tokens fetches."""
+    """The share of a request's KV that each of its tokens fetches."""
     share = found.ours.bytes_in / (effort.limit.context * effort.limit.token_bytes)
     return Claim(
         MOVED,
@@ -64,7 +64,7 @@ def _moved(effort: Effort, found: Comparison) -> Claim:
 
 
 def _plain(effort: Effort) -> Claim:
-    """The other way to serve these requests: as many at a time as fit."""
+    """The other way to serve these requests: the plain engine, with as many at a time as fit."""
     found = compare(effort.limit, Side(()), Side((effort.use,), "host"))
     return Claim(
         PLAIN,

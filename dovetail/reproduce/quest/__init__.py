@@ -1,8 +1,9 @@
 """Quest (Tang et al., arXiv 2406.10774, ICML 2024): generated tokens read the pages whose keys may matter most.
 
-1. Self-attention is faster by what it does not read, the estimate included (abstract and section 4.3):
-   `attention`, on random keys, which are cold.
-2. So is decoding as a whole (section 4.3): `decode`, the whole engine on a real model.
+1. Self-attention is faster because it reads less, with the estimate counted (abstract and section 4.3):
+`attention`,
+   on random keys that are not in the caches.
+2. Decoding as a whole is faster too (section 4.3): `decode`, the whole engine on a real model.
 3. And what matters is found (section 4.2): `decode` too, needles at its setting.
 
 Everything is run, nothing simulated. The paper's figures are of a GPU and of models with as many KV heads as query

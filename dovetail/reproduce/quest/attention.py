@@ -1,4 +1,4 @@
-"""Self-attention alone, the estimate and the choice of pages included (Quest, section 4.3)."""
+"""Self-attention alone, with the estimate and the choice of pages (Quest, section 4.3)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def experiment(effort: Effort, kernels: Kernels) -> Experiment:
 
 
 def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
-    """Every context by itself, since the KV of the longest takes most of a gigabyte."""
+    """Each context by itself, because the KV of the longest takes most of a gigabyte."""
     for context in effort.contexts:
         yield from _Comparison.of(context, effort, kernels).claims()
     found = _Comparison.of(_published(effort), effort, kernels, "codes")
@@ -43,12 +43,12 @@ def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
 
 
 def _by_codes(effort: Effort) -> str:
-    """The choice that finds what reading everything finds, where the bound does not."""
+    """The choice by codes, which finds what reading everything finds; the bound does not."""
     return f"{_speed(_published(effort))}, chosen by codes"
 
 
 def _published(effort: Effort) -> int:
-    """The published context, or the first one where that is left out."""
+    """The published context, or the first one if that is left out."""
     return PUBLISHED[0] if PUBLISHED[0] in effort.contexts else effort.contexts[0]
 
 
@@ -62,7 +62,7 @@ def _share(context: int) -> str:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Dense and sparse attention in turns. `of_raw`: of a raw read beside them, the part that each one reads."""
+    """Dense and sparse attention in turns. of_raw: the speed at which each reads, as a part of a raw read."""
 
     context: int
     setting: str

@@ -45,14 +45,14 @@ def _name(effort: Effort) -> str:
 
 
 def claims(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
-    """The same prompt answered with and without, in turns. RuntimeError if nothing was left unread."""
+    """The same prompt answered with and without quest, in turns. RuntimeError if nothing was left unread."""
     context, budget = effort.decode_context, effort.decode_budget
     uses: list[list[str]] = [[], [effort.use]]
     length = context + effort.new_tokens
     sides = [LLM(effort.model, use=use, kv_cache_dtype="bf16", max_model_len=length) for use in uses]
     prompt = Prompts(sides[0].session.vocab_size).take(context)
     for side in sides:
-        measure(side, prompt, 2)  # the prompt is computed once, and found in the prefix cache from then on
+        measure(side, prompt, 2)  # the prompt is computed once; later it comes from the prefix cache
     turns = Turns([partial(_step, side, prompt, effort.new_tokens) for side in sides])
     decision = decide(at_least(NEEDED), Looks(effort.decode_rounds), lambda n: by_round(*turns.until(n)))
     must_have_acted(sides[1])

@@ -16,10 +16,13 @@ _NEEDLES = Needles(MODEL, "2048,4096", "10,50,90", 3)
 
 @dataclass(frozen=True)
 class Effort:
-    """contexts: tokens behind which attention reads `attention_budget`; rounds: of each comparison of it; cold:
-    bytes of KV that a timed run goes through, at least. decode_context, decode_budget, decode_rounds: of the whole
-    engine with `model`, which generates `new_tokens` tokens in every round, `skip_layers` layers dense, pages
-    chosen by `score`; needles: the grid at that setting."""
+    """Attention alone. contexts: tokens behind which it reads `attention_budget`. rounds: of each comparison.
+    cold: the fewest bytes of KV that a timed run goes through.
+
+    The whole engine with `model`. decode_context, decode_budget, decode_rounds: its setting. It generates
+    `new_tokens` tokens in every round, `skip_layers` layers read everything, and pages are chosen by `score`.
+    needles: the grid at that setting.
+    """
 
     rounds: int
     contexts: tuple[int, ...]

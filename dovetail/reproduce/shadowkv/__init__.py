@@ -1,9 +1,9 @@
 """ShadowKV (Sun et al., arXiv 2410.21465, ICML 2025): of a long prompt, the device keeps low-rank keys, landmarks
 and a few pages; values come from slow memory.
 
-1. KV on the device becomes six times smaller (abstract, section 5): `resident`, counted for their model's shape.
-2. So more requests run together, and bring three times the tokens (section 5): `throughput`, on a small model
-   under one limit of device memory, with the slow tier behind an emulated link and on this machine's disk.
+1. KV on the device becomes six times smaller (abstract, section 5): `resident`, counted for the paper's model.
+2. So more requests run together, and give three times the tokens (section 5): `throughput`, on a small model under
+   one limit of device memory, with the slow tier behind an emulated link and on this machine's disk.
 3. And nothing is lost (section 5): `throughput` too, needles at the setting of 2.
 """
 

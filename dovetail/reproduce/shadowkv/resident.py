@@ -23,8 +23,8 @@ def experiment() -> Experiment:
 
 
 def claims() -> Iterator[Claim]:
-    """Counted from what the technique says it keeps, by which the engine sizes its memory; what requests share is
-    divided among as many as the paper has."""
+    """Counted from what the technique says that it keeps; the engine sizes its memory in the same way. What
+    requests share is divided among as many as the paper has."""
     shadowkv = technique(f"shadowkv:rank=160,budget={BUDGET},chunk=8,outliers=48")
     pages = pages_for(TOKENS, PAGE)
     beside = shadowkv.beside(SHAPE, PAGE, 2)
