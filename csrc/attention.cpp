@@ -8,8 +8,8 @@ namespace dovetail {
 
 namespace {
 
-constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and per query row and head
-constexpr int ITEM_ROWS = 32;         // rows of an item whose sequence has many, at most
+constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and for each query row and head
+constexpr int ITEM_ROWS = 32;         // the most rows of an item
 constexpr int PIECES = 8;             // items per thread to aim at
 
 int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
@@ -146,7 +146,7 @@ void AttentionPlan::cut() {
     for (int i = 0; i < (int)nodes_.size(); i++) {
         Node& n = nodes_[i];
         const int chunks = n.last - n.first;
-        // Rows are cut before chunks: that needs no states. At least a register block of them stays together.
+        // Rows are cut before chunks, because that needs no states. At least a register block of rows stays together.
         const int wanted = std::max(1, (int)std::ceil(cost(chunks * CHUNK, n.rows) / target));
         const int together = (MAX_QUERIES + heads_.group() - 1) / heads_.group();
         const int each = std::clamp((n.rows + wanted - 1) / wanted, std::min(together, ITEM_ROWS), ITEM_ROWS);
@@ -196,7 +196,7 @@ struct Reader {
     int64_t first_page;
     int head;
 
-    // Page i of the list; beyond its end the last one, of which nothing will count.
+    // Page i of the list. Beyond the list's end it is the last page, which will not count.
     int64_t page(int i) const {
         const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
         return first_page + list[std::min(i, s.num_pages - 1)];
@@ -258,7 +258,7 @@ void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs
         finish(mine.states.data() + (size_t)p * record(), rows[p / group], item.head * group + p % group, kernels, args);
 }
 
-// Put the rows' states aside, to be merged with those of other items.
+// Store the rows' states, which will be merged with those of other items.
 void AttentionPlan::keep_piece(const Item& item, int piece, Scratch& mine) {
     const int group = heads_.group();
     const int* rows = row_lists_.data() + nodes_[item.node].row_list + item.row;
@@ -269,8 +269,8 @@ void AttentionPlan::keep_piece(const Item& item, int piece, Scratch& mine) {
     }
 }
 
-// The chunk's keys, and where to fetch from meanwhile: the next chunk, or the first one of the next item. `follows`:
-// the chunk before was loaded, so that its next one is this.
+// The chunk's keys, and what to fetch meanwhile: the next chunk, or the first one of the next item. follows: the chunk
+// before was loaded, and this one was fetched then.
 void AttentionPlan::load_chunk(int index, const AttendArgs& args, int chunk, bool follows, Scratch& mine) const {
     const Item& item = items_[index];
     const Reader reader{sequences_[nodes_[item.node].sequence], *args.kv, args.first_page, item.head};

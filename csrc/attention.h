@@ -1,8 +1,8 @@
 // Attention over paged KV: a plan once per step on one thread, a run per layer on all.
 //
-// Keys are cut into chunks of CHUNK tokens, aligned to the start of each list. A chunk gives a partial state per
-// query row; states are merged in order of the chunks. How chunks are dealt out to threads therefore never changes a
-// result, and neither does reading a chunk once for several sequences that share its pages (a cascade).
+// Keys are cut into chunks of CHUNK tokens, counted from the start of each list. A chunk gives a partial state for each
+// query row. States are merged in the order of the chunks. So it never changes a result which thread computes a chunk, or
+// that a chunk is read once for several sequences that share its pages (a cascade).
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -15,15 +15,15 @@ namespace dovetail {
 
 constexpr int CHUNK = KEYS;  // tokens
 
-// Rows [row, row + rows) of the batch. The first is at position `start`, and row i at `positions[i]`, which ascend; without
-// them at `start + i`. They read the keys before `length`, whose pages are listed in `pages`; or, where `lists` is not 1,
-// each KV head reads its own list of `num_pages` pages.
+// Rows [row, row + rows) of the batch. The first is at position `start`. Row i is at `positions[i]`, which ascend, or
+// without positions at `start + i`. Rows read the keys before `length`, whose pages are listed in `pages`. If `lists` is not
+// 1, each KV head reads its own list of `num_pages` pages.
 struct Sequence {
     int row, rows, start, length;
     const int32_t* pages;
     int num_pages, lists;
-    const int32_t* page_positions;  // where a list leaves pages out: position of each listed page's first token
-    const int32_t* cut = nullptr;   // or by how many tokens its lists turned out to be shorter
+    const int32_t* page_positions;  // if lists leave pages out: the position of each listed page's first token
+    const int32_t* cut = nullptr;   // or null: by how many tokens the lists turned out to be shorter
     const int32_t* positions = nullptr;
     int real_length() const { return cut ? length - *cut : length; }
     int position(int i) const { return positions ? positions[i] : start + i; }
@@ -34,7 +34,7 @@ struct Heads {
     int group() const { return query / kv; }
 };
 
-// What one layer asks for.
+// The arguments of one layer.
 struct AttendArgs {
     const KVMemory* kv;
     int64_t first_page;  // of the layer
@@ -66,8 +66,8 @@ class AttentionPlan {
         int sequence;  // whose pages to read
         int row_list, rows;
         int first, last;
-        int parts;     // ranges of chunks that are computed apart
-        bool whole;    // first and only node of its rows, in one part
+        int parts;     // ranges of chunks that are computed separately
+        bool whole;    // the only node of its rows, in one part
     };
     struct Item {
         int node, head, row, rows, first, last, piece;

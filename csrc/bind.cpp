@@ -52,8 +52,8 @@ KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tup
     return kv;
 }
 
-// Append rows of one sequence: those at positions [start, stop), or at these `rows` of them; tokens and then drafts, its
-// pages, and how many last rows to sample.
+// Append rows of one sequence: those at positions [start, stop), or only at `rows` of them. The arguments are its tokens and
+// then its drafts, its pages, and how many of the last rows to sample.
 void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts, nb::list pages, int64_t first_page,
               int sample, int dense_until, std::pair<uintptr_t, int> aliases, const std::vector<int>& rows) {
     Step& s = p.step;
@@ -85,7 +85,8 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     s.spans.push_back({row, n, nullptr, dense_until, nullptr, nullptr, aliases.second});
 }
 
-// Penalties of a sampled row: rates for repetition, presence and frequency; tokens, of which `prompt` were not written.
+// Penalties of a sampled row: rates for repetition, presence and frequency, and its tokens; the first `prompt` are not
+// output.
 void penalise(Program& p, int row, std::tuple<float, float, float> rates, nb::list tokens, size_t prompt) {
     Change& c = p.step.changes[row];
     std::tie(c.repetition, c.presence, c.frequency) = rates;
@@ -188,7 +189,7 @@ nb::dict stats_of(const PlanStats& s) {
     return d;
 }
 
-// A folder's disk; or the host's memory, where none is named.
+// A file in a folder, or the host's memory if no folder is named.
 std::unique_ptr<SlowTier> slow_tier(const TierShape& s, const std::string& folder) {
     const size_t blobs = (size_t)(s.pages() * s.heads);
     if (folder.empty()) return host_tier(blobs * s.blob);
@@ -356,7 +357,7 @@ NB_MODULE(_native, m) {
         }, nb::arg("layers"), nb::arg("basis"), nb::arg("width"), nb::arg("out"), nb::arg("pages"))
         .def("unread", &Program::unread)
         .def("clear", [](Program& p) { p.step.clear(); })
-        .def("set_rows", [](Program& p, int rows) {  // rows of no sequence, for operations that ask for nothing else
+        .def("set_rows", [](Program& p, int rows) {  // rows without a sequence, for operations that need no more
             p.step.clear();
             p.step.tokens.assign(rows, 0);
         })

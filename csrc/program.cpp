@@ -56,7 +56,7 @@ class EmbedOp : public Op {
     float scale_;
 };
 
-// cos and sin of each row's position: [frequencies] each, the second half of the slot's row holding sin.
+// cos and sin of each row's position, [frequencies] each. The second half of a row of the slot is sin.
 class AnglesOp : public Op {
    public:
     AnglesOp(int out, std::vector<float> frequencies, float temper)
@@ -105,7 +105,7 @@ class NormAddOp : public Op {
     float eps_;
 };
 
-// Norms per head where the model has them, rotation of q and k, the write of k and v, and q in the compute type.
+// Norms of heads if the model has them, rotation of q and k, the write of k and v, and q in the compute type.
 class RopeOp : public Op {
    public:
     RopeOp(RopeArgs args, const Shape& shape) : args_(std::move(args)), heads_(shape.heads), kv_(shape.kv) {
@@ -219,10 +219,10 @@ class PickOp : public Op {
     const KVMemory& kv_;
 };
 
-// Brings the pages that a layer reads to the device: all of the step's, or what was picked.
+// Brings the pages that a layer reads to the device: all pages of the step, or the picked ones.
 class FetchOp : public Op {
    public:
-    // ahead: begin to bring what the next layer is guessed to read.
+    // ahead: begin to bring the pages that the next layer will read by the guess.
     FetchOp(FetchOn on, bool ahead, const Shape& shape, Choosing* chosen)
         : on_(on), ahead_(ahead), kv_(shape.kv), chosen_(chosen) {}
     const char* name() const override { return ahead_ ? "fetch_ahead" : "fetch"; }
@@ -236,7 +236,7 @@ class FetchOp : public Op {
             for (const auto& f : found_) misses_.insert(misses_.end(), f.begin(), f.end());
             tiers.begin(misses_);
         });
-        // A thread may come here late: what it reads stays as it is until all of the program has run.
+        // A thread may come here late, so what it reads does not change until the whole program has run.
         const int n = (int)misses_.size();
         if (n && (tiers.addressed() || tiers.rebuilds()))
             member.share(n, [&](int i) {
@@ -270,7 +270,7 @@ class FetchOp : public Op {
     std::vector<Tiers::Miss> misses_;
 };
 
-// Queries that are projected, rotated and turned: partial ones.
+// Partial queries: projected, rotated and turned.
 class TurnOp : public Op {
    public:
     TurnOp(TurnArgs args, const Shape& shape) : args_(std::move(args)), heads_(shape.heads), kv_(shape.kv) {}
@@ -345,7 +345,7 @@ class PickPartialOp : public Op {
 
 namespace {
 
-// Marks a program as running; a second thread is told so instead of changing what the first one reads.
+// Marks a program as running. A second thread then gets an error and does not change what the first one reads.
 class Alone {
    public:
     explicit Alone(std::atomic<bool>& running) : running_(running) {
@@ -489,7 +489,7 @@ void Program::seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pag
     }
 }
 
-// Room, until the step ends, for what it writes.
+// Keeps room for what the step writes until the step ends.
 void Program::hold() {
     const KVMemory& kv = at(0).kv;
     tiers_->step();
@@ -581,7 +581,7 @@ template <class T> std::vector<T> some_of(const std::vector<T>& all, const std::
     return out;
 }
 
-// The step with these of its rows only. Rows that are to be sampled stay what they are: their logits come after `restore`.
+// The step with only these rows. Rows to sample from do not change, because their logits come after `restore`.
 Step part_of(const Step& all, const std::vector<int>& rows) {
     Step s;
     s.tokens = some_of(all.tokens, rows), s.positions = some_of(all.positions, rows);

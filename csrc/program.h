@@ -16,8 +16,8 @@
 
 namespace dovetail {
 
-// Rows of floats, [rows][stride]. What lies beyond `width` is zero, at least up to the next multiple of 32. The stride is
-// an odd number of cache lines: rows whose distance is a power of two would share a few sets of the cache.
+// Rows of floats, [rows][stride]. Beyond `width` they are zero, at least up to the next multiple of 32. The stride is an odd
+// number of cache lines, because rows at a distance of a power of two would share few sets of the cache.
 struct Slot {
     int width, stride;
     bool sampled;  // holds only the rows to sample from
@@ -40,16 +40,16 @@ struct Step {
     void clear();
 };
 
-// Heads, and the KV that they read and write. Operations of layers that have both in common name one shape, which plans
-// a step's attention once for all of them.
+// Heads, and the KV that they read and write. Layers that have both in common use one shape, and a step's attention is
+// planned once for all of them.
 struct Shape {
     Heads heads;
     KVMemory kv;
     AttentionPlan plan;
 };
 
-// Layers of a shape whose rows may leave pages unread by one rule. `active`: a row of the step has to choose; then `plan` reads
-// what `selection` chose.
+// Layers of a shape whose rows may leave pages unread by one rule. active: a row of the step has to choose; then `plan` is
+// over what `selection` chose.
 struct Choosing {
     Shape* shape;
     Sparsity sparsity;
@@ -63,10 +63,10 @@ struct Work {
     bool choosing;  // whether any row has to choose
     const Kernels* kernels;
     std::vector<Slot>* slots;
-    Aligned<uint8_t>* rows;  // activation rows of the operation at work; every operation ends before the next begins
-    std::vector<Aligned<uint8_t>>* own;  // memory of each thread for the operation at work
+    Aligned<uint8_t>* rows;  // activation rows of the running operation; each ends before the next begins
+    std::vector<Aligned<uint8_t>>* own;  // memory of each thread for the running operation
     Tiers* tiers;  // or null: all pages are on the device
-    bool ahead;  // fetch weights ahead also where the processor may do that as well by itself
+    bool ahead;  // fetch weights ahead, even if the processor may do that by itself
 };
 
 class Op {
@@ -150,11 +150,11 @@ class Program {
     void rope(RopeArgs args);
     // Rows read everything, or what the last `pick` of the layer chose.
     void attend(AttendOn on, int window, Variant variant, std::vector<float> params);
-    // Pages do not all lie on the device: `fetch` sees to it that those do which `attend` reads next. For one shape only.
+    // Not all pages are on the device. `fetch` brings those that `attend` reads next. For one shape only.
     void set_tiers(std::shared_ptr<Tiers> tiers);
     void fetch(FetchOn on);
     void fetch_ahead(int layer, int chosen);
-    // What layers read that is guessed: queries [query heads][width] of `out` from the projected ones of `in`, turned.
+    // Partial queries for guesses: `out` [query heads][width] are the projected queries of `in`, rotated and turned.
     void turn(TurnArgs args);
     void pick_partial(int chosen, int q, int layer, const uint8_t* keys, int width, float alpha);
     void seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pages);
@@ -164,11 +164,11 @@ class Program {
 
     Step step;
 
-    // Learns from the recorded weights how this processor reads them fastest. No result depends on it.
+    // Measures on the recorded weights how this processor reads them fastest. No result depends on it.
     void tune();
     void plan();
-    // Go on with these rows of the step only, whose number ascend; `slots` hold rows that later operations read. `restore` ends
-    // that: what `slots[0]` holds of the rows is put back among the others, which keep what they had.
+    // Go on with only these rows of the step, in ascending order; `slots` hold rows that later operations read. `restore`
+    // ends that: what `slots[0]` holds of the rows is put back among the others, which keep what they had.
     void keep(std::vector<int> rows, std::vector<int> slots);
     void restore();
     // Operations [first, last) on the step's rows.

@@ -11,11 +11,11 @@ namespace dovetail {
 namespace {
 
 constexpr int PART = 64;  // pages that one piece of work scores
-constexpr float DEVIATIONS = 4;  // of the products of independent dimensions: |q| . std is at most sqrt(dim) of one
+constexpr float DEVIATIONS = 4;  // standard deviations, for independent dimensions: |q| . std is at most sqrt(dim) of one
 
 size_t summary_bytes(const KVMemory& kv) { return (size_t)2 * kv.padded() * kv.element(); }
 
-// Values of a landmark, as products of bfloat16 take them.
+// How many values a landmark has in the layout of bfloat16 products.
 int landmark_width(const KVMemory& kv) { return (kv.dim + 31) / 32 * 32; }
 
 // Both halves of a query [n], one after the other: see Summary.
@@ -44,7 +44,7 @@ bool Selection::build(const std::vector<Span>& spans, const Heads& heads, int pa
             parts_.push_back({(int)(&r - rows_.data()), p, std::min(p + PART, r.eligible)});
     }
     lists_.resize(lists), positions_.resize(lists), scores_.resize(scores);
-    for (const Row& r : rows_)  // what is beyond a head's scores is never among the largest
+    for (const Row& r : rows_)  // values beyond a head's scores must never be among the largest
         for (int h = 1; h <= heads.kv; h++)
             for (int p = r.eligible - r.stride(); p < 0; p++) scores_[r.scores + h * r.stride() + p] = -INFINITY;
     size_t next = 0;
@@ -60,7 +60,7 @@ bool Selection::build(const std::vector<Span>& spans, const Heads& heads, int pa
     return true;
 }
 
-// A span's rows that read everything, as one sequence, and each other one as a sequence of its own.
+// Adds the rows of a span that read everything as one sequence, and each other row as a sequence of its own.
 void Selection::add(const Span& span, const Sparsity& sparsity) {
     int dense = 0;
     for (int i = 0; i < span.rows; i++) {
@@ -69,7 +69,7 @@ void Selection::add(const Span& span, const Sparsity& sparsity) {
         int count = sparsity.leading >= 0 ? sparsity.leading : std::max(0, sparsity.budget - (pages - may));
         if (sparsity.adaptive) count = std::min(count, may);
         if (count >= may && !(sparsity.adaptive && may > 0)) {
-            dense = i + 1;  // once a row chooses, all later ones do: what they leave out only grows
+            dense = i + 1;  // once a row chooses, all later rows do, because they may leave out more
             continue;
         }
         const int listed = count + pages - may;
@@ -146,7 +146,7 @@ void Selection::round(int row, const PickArgs& args, Scratch& mine) const {
         }
         memcpy(to, from, values), memset(to + values, 0, bytes - values);
         const float by = most > 0 ? CODE_SCALE / most : 0.0f, unit = most * (32768.0f / (255.0f * CODE_SCALE));
-        for (int i = 0; i < n; i++) {  // what is not a number shows in the values
+        for (int i = 0; i < n; i++) {  // NaN stays visible in the values
             const float x = q[i] * by;
             ((int16_t*)(to + values))[i] = x == x ? (int16_t)std::nearbyint(x) : 0;
         }
@@ -177,7 +177,7 @@ void Selection::score_landmarks(const Part& part, const Kernels& kernels, const 
          logits_.data() + r.logits * heads_.group() * args.vectors + part.first, stride});
 }
 
-// Scores from the logits of landmarks. Pages whose keys are kept apart do not compete.
+// Scores from the logits of landmarks. Pages that keep exact keys do not compete.
 void Selection::rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args) {
     const int stride = row.stride(), runs = heads_.group() * args.vectors;
     float* logits = logits_.data() + (row.logits + (size_t)head * stride) * runs;
@@ -214,7 +214,7 @@ void Selection::list(const Row& row, int head, int count) {
     for (int i = count; i < row.listed; i++) list[i] = row.eligible + std::min(i, all - 1) - count;
     for (int i = 0; i < row.listed; i++) positions[i] = list[i] * page_size_;
     for (int i = 0; i < count; i++) list[i] = row.seen(list[i]);
-    for (int i = count; i < row.listed; i++) list[i] = row.pages[list[i]];  // what every row reads is exact
+    for (int i = count; i < row.listed; i++) list[i] = row.pages[list[i]];  // pages that every row reads are exact
 }
 
 // ---- by partial keys
@@ -274,7 +274,7 @@ void Selection::rank_partial(const Row& row, int head, const Kernels& kernels, c
     float* best = logits_.data() + (row.scores + (size_t)head * stride) * group;
     for (int g = 0; g < group; g++) std::fill(best + g * stride + row.eligible, best + (g + 1) * stride, -INFINITY);
     float* out = scores_.data() + row.scores + (size_t)head * stride;
-    // What is beyond the eligible pages is -infinity, and above nothing but the -infinity of an unlimited alpha.
+    // Values beyond the eligible pages are -infinity, which is above only the -infinity of an unlimited alpha.
     above_[(&row - rows_.data()) * heads_.kv + head] =
         std::min(row.eligible, kernels.margins(best, group, stride, args.alpha, out));
 }

@@ -1,5 +1,5 @@
-// Which pages of a sequence a row reads: of those that its position lets it leave out, the first ones, or the ones that
-// score highest, for each KV head by itself; and all later ones.
+// Which pages of a sequence a row reads. Of the pages that its position lets it leave out, these are the first ones, or
+// those that score highest, for each KV head by itself. All later pages are always read.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -19,13 +19,13 @@ struct Span {
     const int32_t* positions;
     int dense_until;
     const int32_t* pages;
-    const int32_t* aliases;  // under which rows that choose see the first pages; as many as `num_aliases`
+    const int32_t* aliases;  // numbers under which rows that choose see the first pages; `num_aliases` of them
     int num_aliases;
 };
 
-// `window` recent tokens are always read. Beside their pages a row reads so many as make `budget` pages with them (adaptive:
-// at most); or, where `leading` is not negative, so many. `positions`: lists say where their pages lie in the sequence, which only
-// variants ask for.
+// window: so many recent tokens are always read. budget: how many pages a row reads in all, with those of the window
+// (adaptive: at most). leading: if it is not negative, it replaces the budget: so many pages are read in addition to the
+// window. positions: lists say where their pages lie in the sequence, which only windows and variants need.
 struct Sparsity {
     int window, budget, leading;
     bool positions, adaptive;
@@ -54,18 +54,18 @@ struct PickArgs {
 
 class Selection {
    public:
-    // False, and nothing to do, where every row may read all of its pages.
+    // False if every row reads all of its pages; then there is nothing to do.
     bool build(const std::vector<Span>& spans, const Heads& heads, int page_size, const Sparsity& sparsity);
-    // The step's sequences with a list of pages per KV head for the rows that choose. They point into this, and hold
+    // The step's sequences. Rows that choose have a list of pages for each KV head. The lists lie in this object and hold
     // what `pick` last chose.
     const std::vector<Sequence>& sequences() const { return sequences_; }
     void prepare(const PickArgs& args, int threads);  // on one thread, before `pick`s like this
     void pick(Member& member, const Kernels& kernels, const PickArgs& args);
-    // The pages that have a token whose score is within alpha of a query's best; equally many for all KV heads.
+    // Chooses the pages with a token whose score is within alpha of a query's best, equally many for all KV heads.
     void prepare_partial(int threads);
     void pick_partial(Member& member, const Kernels& kernels, const PartialArgs& args);
     int64_t take_left_out() { return left_out_.exchange(0); }  // by pick_partial, of a head, in all layers
-    int64_t unread() const { return unread_; }  // pages of one head that the rows leave out at least
+    int64_t unread() const { return unread_; }  // the fewest pages of one head that the rows leave out
 
    private:
     // Of its first `eligible` pages it reads `count`; its list has `listed`.
@@ -83,9 +83,9 @@ class Selection {
         int row, first, last;
     };
     struct Scratch {
-        Aligned<uint8_t> q;  // of a row, as its summaries take them
-        int row;             // whose they are
-        const Part* last;    // scored
+        Aligned<uint8_t> q;  // queries of a row, as summaries take them
+        int row;             // that row
+        const Part* last;    // the part that was scored last
     };
     void add(const Span& span, const Sparsity& sparsity);
     void lay_out(int row, const PickArgs& args, Scratch& mine) const;
@@ -93,7 +93,7 @@ class Selection {
     void halve(int row, const PickArgs& args, Scratch& mine) const;
     void score(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
     void score_landmarks(const Part& part, const Kernels& kernels, const PickArgs& args, Scratch& mine);
-    // f(page of the row): those whose keys are kept as they are, which come first.
+    // Calls f(page of the row) for pages that keep exact keys. They are always read.
     template <class Each> void each_apart(const Row& row, int head, const PickArgs& args, const Each& f) const;
     void rank_landmarks(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
     void choose(const Row& row, int head, const Kernels& kernels, const PickArgs& args);
