@@ -96,7 +96,7 @@ class PageTable:
         return len(self.ids)
 
     def append(self, pages: Sequence[int]) -> None:
-        """Add pages whose references the caller hands over."""
+        """Add pages, and take over the caller's reference to each."""
         held, n = len(self.ids), len(self.ids) + len(pages)
         if n > len(self._data):
             self._data = np.concatenate([self._data, np.zeros(max(n, len(self._data)), dtype=np.int64)])

@@ -168,7 +168,7 @@ class Scheduler:
         return stop
 
     def _draft(self) -> None:
-        """Ask the drafter for guesses, for every request whose accepted tokens are all but computed."""
+        """Ask the drafter for guesses, for every request whose accepted tokens are computed except the last."""
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
         if not ready:
             return
