@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from dovetail.core.seams import WALL_CLOCK, Clock
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
+from dovetail.runtime.model import Model
 from dovetail.runtime.sampler import Row, by_span, prompt_logprobs, sample
 
 
@@ -23,7 +23,7 @@ class ModelExecutor:
     Spans are grouped by callable, not by stage, so requests at different depths of a tied program share a call.
     """
 
-    def __init__(self, model: Any, kv: KV, builder: BatchBuilder) -> None:
+    def __init__(self, model: Model, kv: KV, builder: BatchBuilder) -> None:
         self.model = model
         self.kv = kv
         self.builder = builder

@@ -10,6 +10,8 @@ from dovetail.core.seams import Geometry, SlidingWindow, Variant
 from dovetail.ops.rope import Rope
 from dovetail.ops.skew import TurnedKeys
 from dovetail.ops.stored import StoredTensor
+from dovetail.runtime.kv import KV
+from dovetail.runtime.model import Model
 from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, Weights
 
 FLOAT = 4  # bytes of a value in a slot
@@ -28,6 +30,7 @@ class Ledger:
         self.geometry = geometry
         self.kv_token_bytes = kv_token_bytes
         self.operations: list[Operation] = []
+        self.variants: list[Variant] = []  # of attention, each once
         self.layer = -1  # the layer of the operations that come next
         self._names: dict[tuple[str, int], int] = {}
         self._ropes: list[Rope] = []
@@ -86,6 +89,8 @@ class Ledger:
         )
 
     def attend(self, layer: int, variant: Variant) -> None:
+        if not any(variant is known for known in self.variants):
+            self.variants.append(variant)
         window = variant.window if isinstance(variant, SlidingWindow) else 0
         each = 4.0 * self.geometry.num_heads * self.geometry.head_dim
         token = self.kv_token_bytes
@@ -104,11 +109,11 @@ class Ledger:
         raise TypeError("a ledger runs nothing, so it rebuilds no keys")
 
 
-def recorded(model: Any, kv: Any) -> list[Operation]:
-    """The operations of a step through all stages of a model, with their costs, without those of techniques."""
+def recorded(model: Model, kv: KV) -> Ledger:
+    """A step through all stages of a model: its operations with their costs, without those of techniques."""
     ledger = Ledger(model.geometry, model.config.hidden_size, kv.token_bytes / model.geometry.num_layers)
     model.record_start(ledger)
     for stage in model.program:
         stage.record(ledger, lambda layer: None)
     model.record_head(ledger)
-    return ledger.operations
+    return ledger

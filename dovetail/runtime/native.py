@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from dovetail.ops.template import TemplateError
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
 from dovetail.runtime.ledger import recorded
+from dovetail.runtime.model import Model, Stage
 from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorder import Recorder
 from dovetail.runtime.residency import Tiers
@@ -29,7 +29,7 @@ from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
 from dovetail.runtime.target import RecordedCodec, RecordedSelector
 
 
-def recordable(model: Any, kv: KV) -> bool:
+def recordable(model: Model, kv: KV) -> bool:
     """Whether a native program can run the model: every layer has native operations, and nothing in Python must
     act between two operations of a layer."""
     seams = kv.seams
@@ -40,11 +40,11 @@ def recordable(model: Any, kv: KV) -> bool:
         return False
     if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
         return False
-    if not all(operation.native for operation in recorded(model, kv)):
+    ledger = recorded(model, kv)
+    if not all(operation.native for operation in ledger.operations):
         return False
     try:
-        variants = {id(v): v for v in (block.attention.variant for block in model.blocks())}
-        for variant in variants.values():
+        for variant in ledger.variants:
             kernel_variant(variant, model.geometry.num_heads)
     except TemplateError as error:
         warnings.warn(f"attention runs on the slow reference: {error}", stacklevel=2)
@@ -74,7 +74,7 @@ class NativeExecutor:
     no bit of the result.
     """
 
-    def __init__(self, model: Any, kv: KV, isa: str, threads: int, *, cascade: bool = True) -> None:
+    def __init__(self, model: Model, kv: KV, isa: str, threads: int, *, cascade: bool = True) -> None:
         self.model = model
         self.kv = kv
         self.num_stages = len(model.program)
@@ -104,7 +104,7 @@ class NativeExecutor:
         """The operations of the program with their costs, once for each distinct stage."""
         return self._to.operations
 
-    def _record(self, stage: Any) -> _Stage:
+    def _record(self, stage: Stage) -> _Stage:
         found = _Stage([self.program.mark()])
 
         def cut(layer: int) -> None:

@@ -34,7 +34,7 @@ def fill(**parts: Any) -> Technique:
 
 
 def operations_of(engine: Any) -> list[Any]:
-    return recorded(engine.executor.model, engine.executor.kv)
+    return recorded(engine.executor.model, engine.executor.kv).operations
 
 
 def test_a_step_of_the_reference_costs_its_weights_and_kv() -> None:

@@ -47,7 +47,7 @@ def weight_bytes(llm: LLM) -> int:
 def operations(llm: LLM) -> Sequence[Operation]:
     """What a step of the model does, whichever executor runs it, without what techniques add."""
     executor: Any = llm.engine.executor
-    return recorded(executor.model, executor.kv)
+    return recorded(executor.model, executor.kv).operations
 
 
 def _products(llm: LLM) -> list[Operation]:
