@@ -240,12 +240,13 @@ NB_MODULE(_native, m) {
         .def_prop_ro("format", [](const Packed& p) { return FORMATS[p.format].name; });
 
     nb::class_<LowRankKeys>(m, "LowRankKeys")
-        .def("__init__", [](LowRankKeys* self, const std::string& stored, nb::tuple sizes, std::vector<float> frequencies,
-                            float temper) {
+        .def("__init__", [](LowRankKeys* self, const std::string& stored, nb::tuple sizes,
+                            const std::vector<std::tuple<std::vector<float>, float>>& rotations, std::vector<int> of_layer) {
             const KVType type = choice<KVStored>(stored, {"float32", "bf16"}) == STORE_BF16 ? KV_BF16 : KV_F32;
-            new (self) LowRankKeys({type, nb::cast<int>(sizes[0]), nb::cast<int>(sizes[1]), nb::cast<int>(sizes[2]),
-                                    std::move(frequencies), temper});
-        }, nb::arg("stored"), nb::arg("sizes"), nb::arg("frequencies"), nb::arg("temper"))
+            KeysShape shape{type, nb::cast<int>(sizes[0]), nb::cast<int>(sizes[1]), nb::cast<int>(sizes[2]), {}, std::move(of_layer)};
+            for (const auto& [frequencies, temper] : rotations) shape.rotations.push_back({frequencies, temper});
+            new (self) LowRankKeys(std::move(shape));
+        }, nb::arg("stored"), nb::arg("sizes"), nb::arg("rotations"), nb::arg("of_layer"))
         .def("add", [](LowRankKeys& k, const std::vector<int64_t>& aliases,
                        const std::vector<std::tuple<uintptr_t, uintptr_t, int>>& layers) {
             std::vector<Factors> factors;

@@ -7,15 +7,18 @@ namespace dovetail {
 
 constexpr int KEPT = 16;  // angles are kept for every so many positions
 
-LowRankKeys::LowRankKeys(KeysShape shape) : shape_(std::move(shape)), frequencies_(shape_.frequencies) {
-    frequencies_.resize(half());
-    beyond_.resize((size_t)KEPT * 2 * half());
-    for (int t = 0; t < KEPT; t++) angles_at(t, 1, beyond_.data() + (size_t)t * 2 * half());
+LowRankKeys::LowRankKeys(KeysShape shape) : shape_(std::move(shape)) {
+    for (const Rotation& r : shape_.rotations) {
+        Table& table = tables_.emplace_back();
+        table.frequencies = r.frequencies, table.frequencies.resize(half());
+        table.beyond.resize((size_t)KEPT * 2 * half());
+        for (int t = 0; t < KEPT; t++) angles_at(r, t, 1, table.beyond.data() + (size_t)t * 2 * half());
+    }
 }
 
-void LowRankKeys::angles_at(int position, double factor, float* out) const {
-    for (size_t i = 0; i < shape_.frequencies.size(); i++) {
-        const double angle = (double)position * shape_.frequencies[i];
+void LowRankKeys::angles_at(const Rotation& rotation, int position, double factor, float* out) const {
+    for (size_t i = 0; i < rotation.frequencies.size(); i++) {
+        const double angle = (double)position * rotation.frequencies[i];
         out[i] = (float)(factor * std::cos(angle)), out[half() + i] = (float)(factor * std::sin(angle));
     }
 }
@@ -55,20 +58,26 @@ void LowRankKeys::pack(const Factors& from, Layer& to) const {
 }
 
 void LowRankKeys::extend(int tiles) {
-    const size_t each = 2 * half(), known = at_tiles_.size() / each;
-    if ((size_t)tiles > known) at_tiles_.resize(tiles * each);
-    for (size_t t = known; t < (size_t)tiles; t++) angles_at((int)t * KEPT, shape_.temper, at_tiles_.data() + t * each);
+    const size_t each = 2 * half();
+    for (size_t r = 0; r < tables_.size(); r++) {
+        const Rotation& rotation = shape_.rotations[r];
+        std::vector<float>& at = tables_[r].at_tiles;
+        const size_t known = at.size() / each;
+        if ((size_t)tiles > known) at.resize(tiles * each);
+        for (size_t t = known; t < (size_t)tiles; t++) angles_at(rotation, (int)t * KEPT, rotation.temper, at.data() + t * each);
+    }
 }
 
 void LowRankKeys::rebuild(const Kernels& kernels, const AliasPlace& at, uint8_t* out) const {
     const Page& page = pages_[(size_t)at.alias];
     const Layer& layer = prompts_.at(page.prompt)[(size_t)at.layer];
+    const Table& table = tables_[(size_t)shape_.of_layer[(size_t)at.layer]];
     const int n = padded(), first = page.index * shape_.page_size;
     const size_t tile = KEPT * (size_t)n * element();
     for (int t = 0; t < shape_.page_size; t += KEPT) {
         const int token = first + t;
-        const Angles angles{token, half(), frequencies_.data(), at_tiles_.data() + (size_t)(token / KEPT) * 2 * half(),
-                            beyond_.data()};
+        const Angles angles{token, half(), table.frequencies.data(),
+                            table.at_tiles.data() + (size_t)(token / KEPT) * 2 * half(), table.beyond.data()};
         RebuildArgs args{layer.coefficients + (size_t)token * layer.rank * element(), layer.rank,
                          layer.basis.data() + at.head * head_basis(layer.rank), n, shape_.dim,
                          angles, out + (t / KEPT) * tile};

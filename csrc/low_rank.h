@@ -16,11 +16,17 @@ struct Factors {
     int rank;
 };
 
+// Frequencies [dim / 2], and the factor on cosines and sines.
+struct Rotation {
+    std::vector<float> frequencies;
+    float temper;
+};
+
 struct KeysShape {
     KVType type;
     int heads, dim, page_size;
-    std::vector<float> frequencies;  // of the rotation, and its factor
-    float temper;
+    std::vector<Rotation> rotations;
+    std::vector<int> of_layer;  // the number of each layer's rotation
 };
 
 // A page of a layer, by its alias.
@@ -53,15 +59,18 @@ class LowRankKeys {
     size_t element() const { return shape_.type == KV_F32 ? 4 : 2; }
     size_t head_basis(int rank) const { return (size_t)((rank + 1) / 2 * 2) * padded() * element(); }
     void pack(const Factors& from, Layer& to) const;
-    int half() const { return ((int)shape_.frequencies.size() + 15) / 16 * 16; }
-    void angles_at(int position, double factor, float* out) const;
+    int half() const { return (shape_.dim / 2 + 15) / 16 * 16; }
+    void angles_at(const Rotation& rotation, int position, double factor, float* out) const;
     void extend(int tiles);
 
     const KeysShape shape_;
     int64_t next_ = 0;
     std::unordered_map<int64_t, std::vector<Layer>> prompts_;
     std::vector<Page> pages_;  // by alias
-    std::vector<float> frequencies_, at_tiles_, beyond_;  // see Angles: at_tiles_ for every sixteenth position
+    struct Table {  // of a rotation, see Angles: at_tiles for every sixteenth position
+        std::vector<float> frequencies, at_tiles, beyond;
+    };
+    std::vector<Table> tables_;
 };
 
 }  // namespace dovetail

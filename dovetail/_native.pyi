@@ -25,8 +25,8 @@ class LowRankKeys:
         self,
         stored: str,
         sizes: tuple[int, int, int],  # KV heads, head_dim, page size
-        frequencies: list[float],
-        temper: float,
+        rotations: list[tuple[list[float], float]],  # frequencies, and the factor on cosines and sines
+        of_layer: list[int],  # the number of each layer's rotation
     ) -> None: ...
     def add(
         self, aliases: list[int], layers: list[tuple[int, int, int]], /

@@ -19,7 +19,8 @@ from dovetail.core.seams import Calibration, Executor, Seams, Site
 from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
 from dovetail.layers.linear import Dense, Packed
-from dovetail.models import MODELS, Loader, geometry
+from dovetail.layers.loader import Loader
+from dovetail.models import MODELS, geometry
 from dovetail.ops.cpu import TORCH
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor

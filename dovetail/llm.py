@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.config import Config, Found, Machine, Options, resolve
-from dovetail.core.errors import ConfigError, ModelError, RequestError
+from dovetail.core.errors import ConfigError, RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Probe
@@ -46,17 +46,14 @@ class LLM:
     ) -> None:
         from dovetail.build import build_engine, stored_format
         from dovetail.host.files import home
-        from dovetail.hub import architecture
         from dovetail.hub import resolve as find
-        from dovetail.models import MODELS, facts, geometry, open_checkpoint
+        from dovetail.models import facts, geometry, open_checkpoint
         from dovetail.runtime.kv import bytes_per_token
         from dovetail.techniques import technique
 
         asked = _options(options)
         use = [use] if isinstance(use, (str, Technique)) else use
         parts = [t if isinstance(t, Technique) else technique(t) for t in use]
-        if (kind := architecture(str(model))) not in (None, *MODELS):
-            raise ModelError(f"{model}: architecture '{kind}' cannot be run yet; known: {', '.join(MODELS)}")
         checkpoint = open_checkpoint(find(str(model)))
         offered = facts(checkpoint.config)
         if asked.kv_offloading_size is not None:

@@ -58,6 +58,8 @@ class TinyCheckpoint:
                 f"{p}.mlp.up_proj": (c.intermediate_size, c.hidden_size),
                 f"{p}.mlp.down_proj": (c.hidden_size, c.intermediate_size),
             }
+        for name, shape in self.architecture.tensors(config):  # norms that some models have beside those
+            shapes.setdefault(name.removesuffix(".weight"), shape)
         self._tensors = {}
         for name, shape in shapes.items():
             noise = torch.randn(shape, generator=generator)

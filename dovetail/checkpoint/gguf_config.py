@@ -104,6 +104,18 @@ def window_in_all_layers(keys: Keys, layers: int) -> tuple[int | None, ...]:
     return (window,) * layers if window else ()
 
 
+def sliding_layers(keys: Keys, layers: int, period: int) -> list[bool]:
+    """Which layers slide: a flag for each, or all but every n-th, where n is `period` if the file does not say."""
+    key = f"{keys.prefix}.attention.sliding_window_pattern"
+    if not keys.metadata.is_array(key):
+        n = keys.integer("attention.sliding_window_pattern", period)
+        return [n == 0 or (layer + 1) % n != 0 for layer in range(layers)]
+    flags = keys.metadata.numbers(key)
+    if flags is None or len(flags) != layers:
+        raise ModelError(f"{keys.file.path}: {key} must be a number, or a flag for each of {layers} layers")
+    return [bool(flag) for flag in flags]
+
+
 def gguf_eos_ids(file: GGUFFile) -> tuple[int, ...]:
     """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for
     it.

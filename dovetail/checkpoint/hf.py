@@ -150,7 +150,7 @@ class HFCheckpoint:
         return self._find(name).shape
 
     def format(self, name: str) -> str:
-        return self._find(name).dtype
+        return "F32" if self._offset(name) else self._find(name).dtype
 
     def tensor(self, name: str) -> StoredTensor:
         found = self._find(name)
@@ -161,14 +161,18 @@ class HFCheckpoint:
             values: torch.Tensor = self._handles[found.shard].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
-        if self.architecture.norm_offset and name.endswith(NORM_SUFFIX):
-            values = values.to(torch.float32) + self.architecture.norm_offset
+        if offset := self._offset(name):
+            values = values.to(torch.float32) + offset
             found = replace(found, dtype="F32")
         rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
         return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+
+    def _offset(self, name: str) -> float:
+        """What the file leaves out of a tensor's values."""
+        return self.architecture.norm_offset if name.endswith(NORM_SUFFIX) else 0.0
 
     def _find(self, name: str) -> _Location:
         if name not in self._locations:

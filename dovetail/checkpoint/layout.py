@@ -20,11 +20,6 @@ BLOCK_NAMES = {  # GGUF -> Hugging Face, of one layer
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-BLOCK_NAMES_WITH_POST_NORMS = BLOCK_NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 NORM_SUFFIX = "norm.weight"  # of the weights of all norms
 
 

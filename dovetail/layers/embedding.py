@@ -10,33 +10,44 @@ from dovetail.runtime.target import Target
 
 
 class Embedding:
-    """Rows of a matrix [vocabulary, width] in the compute type."""
+    """Rows of a matrix [vocabulary, width] in the compute type, times `scale` rounded to that type."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, scale: float = 1.0) -> None:
         self.weight = weight
+        self.scale = _rounded(scale, weight.dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [rows] -> [rows, width]."""
-        return self.weight.index_select(0, tokens)
+        return _scaled(self.weight.index_select(0, tokens), self.scale)
 
     def record(self, to: Target) -> None:
         """For a ledger only: as rows of 16 or 32 bits."""
         rows = self.weight.contiguous()
         name = "F32" if rows.element_size() == 4 else "BF16"
-        to.embed(StoredTensor("embedding", name, tuple(rows.shape), rows.view(torch.uint8)), 1.0)
+        to.embed(StoredTensor("embedding", name, tuple(rows.shape), rows.view(torch.uint8)), self.scale)
 
 
 class StoredEmbedding:
-    """Rows are expanded when they are asked for, so the matrix takes no memory but the file's."""
+    """The same; rows are expanded when they are asked for, so the matrix takes no memory but the file's."""
 
-    def __init__(self, stored: StoredTensor, dtype: torch.dtype) -> None:
+    def __init__(self, stored: StoredTensor, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.stored = stored
         self.dtype = dtype
+        self.scale = _rounded(scale, dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         rows = self.stored.data.index_select(0, tokens)
         shape = (len(rows), self.stored.shape[1])
-        return StoredTensor(self.stored.name, self.stored.format, shape, rows).dequantize(self.dtype)
+        found = StoredTensor(self.stored.name, self.stored.format, shape, rows).dequantize(self.dtype)
+        return _scaled(found, self.scale)
 
     def record(self, to: Target) -> None:
-        to.embed(self.stored, 1.0)
+        to.embed(self.stored, self.scale)
+
+
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(scale, dtype=dtype))
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    return rows if scale == 1 else rows * scale

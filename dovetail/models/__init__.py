@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from dovetail.checkpoint import Architecture, Checkpoint, read_checkpoint
-from dovetail.models.llama import LLAMA, Llama, Loader, Stage, facts, geometry
+from dovetail.models.decoder import Decoder, facts, geometry
+from dovetail.models.gemma3 import GEMMA3
+from dovetail.models.llama import LLAMA
 from dovetail.models.mistral import MISTRAL
 from dovetail.models.qwen2 import QWEN2
 from dovetail.models.qwen3 import QWEN3
@@ -17,6 +19,7 @@ MODELS: dict[str, Architecture] = {
         MISTRAL,
         QWEN2,
         QWEN3,
+        GEMMA3,
     )
 }
 
@@ -26,4 +29,4 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return read_checkpoint(path, MODELS)
 
 
-__all__ = ["MODELS", "Llama", "Loader", "Stage", "facts", "geometry", "open_checkpoint"]
+__all__ = ["MODELS", "Decoder", "facts", "geometry", "open_checkpoint"]

@@ -11,7 +11,7 @@ from dovetail.checkpoint.gguf_config import decoder_config as gguf_config
 from dovetail.checkpoint.gguf_config import window_in_all_layers
 from dovetail.checkpoint.hf_config import Defaults, decoder_config, decoder_json, layer_windows, windows_json
 from dovetail.core.model import ModelConfig
-from dovetail.models.llama import Llama
+from dovetail.models.decoder import Decoder
 
 DEFAULTS = Defaults(max_positions=131072, kv_heads=8)
 
@@ -32,5 +32,5 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 MISTRAL = Architecture(
-    "mistral", "MistralForCausalLM", _from_hf, _from_gguf, _to_hf, program=Llama, interleaved=True
+    "mistral", "MistralForCausalLM", _from_hf, _from_gguf, _to_hf, program=Decoder, interleaved=True
 )

@@ -10,7 +10,7 @@ from dovetail.checkpoint.fields import Fields, Keys
 from dovetail.checkpoint.gguf_config import decoder_config as gguf_config
 from dovetail.checkpoint.hf_config import Defaults, decoder_config, decoder_json, layer_windows, windows_json
 from dovetail.core.model import ModelConfig
-from dovetail.models.llama import Llama
+from dovetail.models.decoder import Decoder
 
 DEFAULTS = Defaults(max_positions=32768, kv_heads=32)
 
@@ -42,4 +42,4 @@ def _from_gguf(keys: Keys) -> ModelConfig:
     return replace(gguf_config(keys), qkv_bias=True)
 
 
-QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM", _from_hf, _from_gguf, qwen_json, program=Llama)
+QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM", _from_hf, _from_gguf, qwen_json, program=Decoder)

@@ -10,7 +10,7 @@ from dovetail.checkpoint.fields import Fields, Keys
 from dovetail.checkpoint.gguf_config import decoder_config as gguf_config
 from dovetail.checkpoint.hf_config import Defaults, decoder_config
 from dovetail.core.model import ModelConfig
-from dovetail.models.llama import Llama
+from dovetail.models.decoder import Decoder
 from dovetail.models.qwen2 import qwen_json, qwen_windows
 
 DEFAULTS = Defaults(max_positions=32768, kv_heads=32, head_dim=128)
@@ -30,4 +30,4 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
     return qwen_json(config) | {"attention_bias": config.o_bias}
 
 
-QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", _from_hf, _from_gguf, _to_hf, program=Llama)
+QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", _from_hf, _from_gguf, _to_hf, program=Decoder)

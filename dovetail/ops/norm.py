@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d], weight [d] -> [..., d]. The mean is computed in float32, or in float64 for float64 x."""
+    """x [..., d], weight [d] -> [..., d] in the type of x; the statistic in float32, or float64 for float64 x.
+
+    The row is rounded to the type of x before it is multiplied, unless the weight's is wider.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * scaled.to(x.dtype)
+    return (weight * scaled.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)

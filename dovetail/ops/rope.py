@@ -72,10 +72,11 @@ def _yarn_temper(p: Mapping[str, float], factor: float) -> float:
 
 
 class Rope:
-    """cos and sin for a batch, and their application."""
+    """cos and sin for a batch. `rotates` is false where every angle is 0, so that nobody needs to apply them."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
         freqs, self.temper = frequencies(rope, head_dim)
+        self.rotates = rope.kind != "none"
         self.freqs = freqs.to(device)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dovetail.core.cost import Cost, Load, Operation
@@ -105,7 +105,7 @@ class Ledger:
         self.note("turn", lambda load: Cost({"float32": each * load.rows}))
         return self.slot("turned", shape.num_heads * keys.width)
 
-    def rebuild(self, rope: Rope) -> Any:
+    def rebuild(self, ropes: Sequence[Rope]) -> Any:
         raise TypeError("a ledger runs nothing, so it rebuilds no keys")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,13 +115,14 @@ class Recorder(Ledger):
         self.program.turn(slots, self.shape, turning.scale, weights, eps, basis, keys.width)
         return to
 
-    def rebuild(self, rope: Rope) -> Any:
+    def rebuild(self, ropes: Sequence[Rope]) -> Any:
         tiers = tiers_of(self.kv.k)
         assert tiers is not None
-        kv = self.kv
+        kv, distinct = self.kv, list(dict.fromkeys(ropes))
         keys = cpu.native().LowRankKeys(
-            kv.k.kind, (kv.num_kv_heads, kv.head_dim, kv.page_size), rope.freqs.tolist(), rope.temper
-        )
+            kv.k.kind, (kv.num_kv_heads, kv.head_dim, kv.page_size),
+            [(rope.freqs.tolist(), rope.temper) for rope in distinct], [distinct.index(rope) for rope in ropes],
+        )  # fmt: skip
         tiers.native.set_keys(keys)
         return keys
 

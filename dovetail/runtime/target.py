@@ -159,9 +159,9 @@ class Target(Protocol):
     def turn(self, source: int, layer: int, turning: Turning, keys: TurnedKeys) -> int:
         """Prepare and turn the projected queries in `source` (`ops.skew`). Returns a slot of partial queries."""
 
-    def rebuild(self, rope: Rope) -> Any:
-        """Native `LowRankKeys`, which rebuild keys of aliases and rotate them by `rope`. Prompts are added to them
-        as requests come."""
+    def rebuild(self, ropes: Sequence[Rope]) -> Any:
+        """Native `LowRankKeys`, which rebuild keys of aliases and rotate them by the rope of their layer. ropes:
+        one for each layer of all stages. Prompts are added to them as requests come."""
 
 
 class RecordedSelector(Selector):

@@ -95,6 +95,13 @@ def test_core_imports_no_torch(path: Path) -> None:
     assert not {m for m in imports(path) if m.split(".")[0] == "torch"}
 
 
+def test_what_describes_architectures_imports_no_torch() -> None:
+    names = ("architecture", "fields", "geometry", "gguf_config", "hf_config", "layout")
+    records = [p for p in (ROOT / "models").glob("*.py") if p.stem != "decoder"]
+    files = [*(ROOT / "checkpoint" / f"{name}.py" for name in names), *records]
+    assert not {p.name for p in files if "torch" in imports(p)}
+
+
 @pytest.mark.parametrize("path", TECHNIQUE_FILES, ids=lambda p: str(p.relative_to(TECHNIQUES)))
 def test_techniques_never_import_each_other(path: Path) -> None:
     others = {m for m in imports(path) if m.startswith("dovetail.techniques.")}

@@ -105,6 +105,12 @@ def test_sliding_window_key(tmp_path: Path) -> None:
     assert checkpoint.config.sliding_windows == (16, 16)
 
 
+def test_a_pattern_of_another_length_is_refused(tmp_path: Path) -> None:
+    changes = {"llama.attention.sliding_window": 16, "llama.attention.sliding_window_pattern": [True] * 3}
+    with pytest.raises(ModelError, match="sliding_window_pattern must be a number, or a flag for each of 2"):
+        open_checkpoint(write(tmp_path / "m.gguf", changes, architecture="gemma3"))
+
+
 LLAMA3 = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
@@ -159,12 +165,27 @@ def test_export_round_trip(dtype: torch.dtype, shard: int, tmp_path: Path) -> No
     assert model.generation_config.eos_token_id == 2
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+ROPE = {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+LOCAL = {"rope_theta": 50.0, "rope_type": "default"}
+WINDOWS = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+EXPORTED: dict[str, dict[str, Any]] = {  # by model_type
+    "llama": {"rope_parameters": ROPE, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"rope_parameters": ROPE},
+    "qwen2": {"rope_parameters": ROPE, **WINDOWS},
+    "qwen3": {"rope_parameters": ROPE, **WINDOWS},
+    "gemma3_text": {
+        "rope_parameters": {"full_attention": ROPE, "sliding_attention": LOCAL},
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+        "head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_exported_config_means_the_same_to_transformers(kind: str, tmp_path: Path) -> None:
-    windows: dict[str, Any] = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
-    extra = windows if kind in ("qwen2", "qwen3") else {}
-    rope = {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    model = save_model(tmp_path / "m", kind, rope_parameters=rope, **extra)
+    model = save_model(tmp_path / "m", kind, **EXPORTED[kind])
     source = open_checkpoint(tmp_path / "m")
     assert open_checkpoint(export(source, tmp_path / "out", torch.float32)).config == source.config
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -16,9 +16,10 @@ from hf_models import edit_json, save_model
 
 from dovetail.checkpoint.architecture import read_hf_config
 from dovetail.core.errors import ModelError
+from dovetail.core.model import RopeConfig
 from dovetail.models import MODELS, open_checkpoint
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +55,19 @@ def test_reads_what_transformers_wrote(kind: str, tied: bool, tmp_path: Path) ->
     reference = save_model(tmp_path / "m", kind, tie_word_embeddings=tied, **extra)
     checkpoint = open_checkpoint(tmp_path / "m")
     config = checkpoint.config
-    assert config.architecture == kind and config.tie_word_embeddings is tied
-    assert config.qkv_bias is (kind == "qwen2" or bool(extra)) and config.qk_norm is (kind == "qwen3")
+    assert config.architecture == kind.removesuffix("_text") and config.tie_word_embeddings is tied
+    assert config.qkv_bias is (kind == "qwen2" or bool(extra)) and config.qk_norm is (
+        kind in ("qwen3", "gemma3_text")
+    )
     assert config.o_bias is config.mlp_bias is bool(extra)
-    assert config.head_dim == (128 if kind == "qwen3" else 8)
+    assert config.head_dim == {"qwen3": 128, "gemma3_text": 256}.get(kind, 8)
     expected = {
         name: value for name, value in reference.state_dict().items() if not tied or name != "lm_head.weight"
     }
     assert set(checkpoint.names()) == set(expected)
     for name, value in expected.items():
+        if kind == "gemma3_text" and "norm" in name:
+            value = value + 1  # what rows are multiplied by
         stored = checkpoint.tensor(name)
         assert stored.data.dtype == torch.uint8 and stored.data.numel() == value.nbytes
         assert torch.equal(stored.dequantize(), value), name
@@ -174,6 +179,23 @@ def test_sliding_windows() -> None:
     assert parse(**qwen, layer_types=types).sliding_windows == (None, 9, None, 9)
 
 
+GEMMA: dict[str, Any] = {"model_type": "gemma3_text", "num_key_value_heads": 4, "num_hidden_layers": 7}
+
+
+def test_gemma_of_old_files_and_by_default() -> None:
+    plain = parse(**GEMMA)
+    assert plain.sliding_windows == (4096,) * 5 + (None, 4096)
+    assert plain.tie_word_embeddings and plain.query_scale is None and plain.embedding_scale == 8.0
+    assert [r.theta for r in plain.layer_ropes] == [1e4] * 5 + [1e6, 1e4]
+    old = parse(
+        **GEMMA, rope_theta=2e6, rope_local_base_freq=300.0, sliding_window=8, sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, query_pre_attn_scalar=100,
+    )  # fmt: skip
+    assert old.sliding_windows == (8, 8, None, 8, 8, None, 8) and old.query_scale == 0.1
+    assert old.rope_of(2) == old.rope == RopeConfig(2e6, "linear", {"factor": 8.0})
+    assert old.rope_of(0) == RopeConfig(300.0)
+
+
 CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt_neox"}, "'gpt_neox' is not known; known are llama, mistral, qwen2, qwen3"),
     ({"model_type": "absent"}, "not known"),
@@ -213,6 +235,11 @@ CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": "x"}, "eos_token_id must be"),
     ({"tie_word_embeddings": "yes"}, "true or false"),
     ({"model_type": "gemma3", "text_config": {}}, "'gemma3' holds more than text"),
+    (GEMMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported"),
+    (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    (GEMMA | {"sliding_window_pattern": 0}, "sliding_window_pattern must be at least 1"),
+    (GEMMA | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+    (GEMMA | {"rope_parameters": {"rope_type": "default"}}, "must be by full_attention and sliding_attention"),
     ({"rope_parameters": {"rope_type": "factors"}}, "'factors' is not known"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]

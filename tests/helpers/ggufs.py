@@ -12,6 +12,7 @@ import numpy as np
 from dovetail.text.detokenizer import BYTE_ALPHABET
 
 HIDDEN, HEADS, KV_HEADS, WIDE, LAYERS = 32, 4, 2, 64, 2
+INTERLEAVED = ("llama", "smollm3")  # architectures whose writers reorder rows of q and k
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = SPECIAL + list(BYTE_ALPHABET) + ["he", "ll", "hell", "hello", "Ġhello", "12"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2"]
@@ -96,7 +97,7 @@ def write(
             writer.add_array(key, value)
     for name, weight in (tensors() if weights is None else weights).items():
         heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-2])
-        if heads is not None and architecture == "llama":
+        if heads is not None and architecture in INTERLEAVED:
             weight = permuted(weight, heads)
         kind = (formats or {}).get(name)
         if kind is None:
@@ -104,6 +105,53 @@ def write(
         else:
             dtype = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(name, gguf.quants.quantize(weight, dtype), raw_dtype=dtype)
+    return _close(writer, path)
+
+
+def write_model(path: Path, model: Any, architecture: str, **changes: Any) -> Path:
+    """A transformers model as GGUF writers store it: tensors under the gguf package's names.
+
+    `changes` adds metadata under the architecture's prefix; None leaves a key out. Where the architecture's writer
+    does so, rows of q and k are interleaved, and weights of norms get what they lack.
+    """
+    c, arch = model.config, {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    keys = {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+    }
+    writer = gguf.GGUFWriter(str(path), architecture)
+    for key, value in (keys | changes).items():
+        if isinstance(value, float):
+            writer.add_float32(f"{architecture}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{architecture}.{key}", value)
+        elif value is not None:
+            writer.add_uint32(f"{architecture}.{key}", value)
+    names = gguf.get_tensor_name_map(arch, c.num_hidden_layers)
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_word_embeddings:
+            continue
+        value, part = tensor.float().numpy(), name.split(".")[-2]
+        if part in heads and architecture in INTERLEAVED:
+            value = permuted(value, heads[part])
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        writer.add_tensor(stored, np.ascontiguousarray(value))
+    return _close(writer, path)
+
+
+def _close(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -31,8 +31,8 @@ def save_model(directory: Path, kind: str = "llama", shard: str = "5GB", **chang
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+    for parameter in model.parameters():
+        if not parameter.any():  # biases, and weights of norms that are stored less 1
             torch.nn.init.normal_(parameter)
     model.save_pretrained(directory, max_shard_size=shard)
     ByteTokenizer().backend.save(str(directory / "tokenizer.json"))

@@ -27,7 +27,6 @@ TINY = Alias(
     hashlib.sha256(WHOLE).hexdigest(),
     tuple(Part(f"tiny-part{number}", "1.0", f"tiny/part{number}", 4000) for number in (0, 1)),
     "a model for tests",
-    architecture="llama",
 )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from dovetail.checkpoint import Checkpoint
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Span
 from dovetail.models import open_checkpoint
 from dovetail.ops.cpu import isas
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.native import NativeExecutor
+from tests.helpers.ggufs import write_model
 from tests.tiny import VOCAB, make_request, run_all, tiny_engine
 
 SHAPE = dict(
@@ -24,6 +27,10 @@ SHAPE = dict(
 LLAMA3 = dict(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+LOCAL_AND_GLOBAL = {
+    "full_attention": dict(rope_type="linear", factor=4.0, rope_theta=5e5),
+    "sliding_attention": dict(rope_type="default", rope_theta=500.0),
+}
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 T = transformers
 CASES = {
@@ -41,13 +48,22 @@ CASES = {
     "qwen2": T.Qwen2Config(**SHAPE),
     "qwen2-window": T.Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3": T.Qwen3Config(**SHAPE, head_dim=24),
+    "gemma3": T.Gemma3TextConfig(
+        **SHAPE, head_dim=24, sliding_window=9, sliding_window_pattern=2, query_pre_attn_scalar=40
+    ),
+    "gemma3-linear": T.Gemma3TextConfig(
+        **{**SHAPE, "num_key_value_heads": 1},
+        head_dim=16,
+        sliding_window=11,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        rope_parameters=LOCAL_AND_GLOBAL,
+    ),
     "qwen3-tied": T.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
 }
 
 
-def save(name: str, directory: Path) -> transformers.PreTrainedModel:
+def save(config: transformers.PretrainedConfig, directory: Path) -> transformers.PreTrainedModel:
     torch.manual_seed(3)
-    config = CASES[name]
     model = T.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or parameter_name.endswith("bias"):
@@ -64,31 +80,63 @@ RUNS = [(name, kernels) for name in sorted(CASES) for kernels in ("torch", *isas
 
 @pytest.mark.parametrize(("name", "kernels"), RUNS)
 def test_logits_and_greedy_tokens(name: str, kernels: str, tmp_path: Path) -> None:
-    model = save(name, tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
+    model = save(CASES[name], tmp_path)
+    compare(model, open_checkpoint(tmp_path), kernels)
+
+
+# The same from GGUF files: what they leave out, and the order of rows.
+GGUFS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (T.LlamaConfig(**SHAPE), {"rope.freq_base": 10000.0}),
+    "qwen2": (T.Qwen2Config(**SHAPE), {"rope.freq_base": 10000.0}),
+    "qwen3": (T.Qwen3Config(**SHAPE, head_dim=24), {"rope.freq_base": 10000.0}),
+    "gemma3": (
+        T.Gemma3TextConfig(
+            **{**SHAPE, "num_hidden_layers": 7}, head_dim=24, sliding_window=9, query_pre_attn_scalar=24
+        ),
+        {"rope.freq_base": 1e6, "attention.sliding_window": 9},
+    ),
+    "gemma3-pattern": (
+        T.Gemma3TextConfig(
+            **SHAPE, head_dim=16, sliding_window=5, sliding_window_pattern=3, query_pre_attn_scalar=16,
+            rope_parameters=LOCAL_AND_GLOBAL,
+        ),
+        {
+            "rope.freq_base": 5e5, "rope.freq_base_swa": 500.0, "rope.scale_linear": 4.0,
+            "attention.sliding_window": 5, "attention.sliding_window_pattern": [True, True, False],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["torch", *isas()[:1]])
+@pytest.mark.parametrize("name", sorted(GGUFS))
+def test_gguf_logits_and_greedy_tokens(name: str, kernels: str, tmp_path: Path) -> None:
+    config, keys = GGUFS[name]
+    model = save(config, tmp_path / "hf")
+    path = write_model(tmp_path / "m.gguf", model, name.partition("-")[0], **keys)
+    compare(model, open_checkpoint(path), kernels)
+
+
+def compare(model: transformers.PreTrainedModel, checkpoint: Checkpoint, kernels: str) -> None:
+    """Logits of prompts of mixed lengths, and 64 greedy tokens after each."""
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (1, 2, 17, 40, 33)]
 
     page_size = 4 if kernels == "torch" else 16
     engine = tiny_engine(
         checkpoint=checkpoint, dtype="float32", kv_cache_dtype="float32", pages=200, kernels=kernels,
-        page_size=page_size, threads=2,
+        page_size=page_size, threads=1 if kernels == "torch" else 2,
     )  # fmt: skip
     kind, see = (ModelExecutor, logits_of_every_row) if kernels == "torch" else (NativeExecutor, native_logits)
     assert isinstance(engine.executor, kind)
     seen = see(engine, prompts)
-    for prompt, ours in zip(prompts, seen, strict=True):
+    outputs = run_all(engine, prompts, SamplingParams(temperature=0, max_tokens=64))
+    for prompt, ours, output in zip(prompts, seen, outputs, strict=True):
         with torch.no_grad():
-            theirs = model(torch.tensor([prompt])).logits[0]
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-    params = SamplingParams(temperature=0, max_tokens=64)
-    outputs = run_all(engine, prompts, params)
-    for prompt, ours in zip(prompts, outputs, strict=True):
-        generated = model.generate(
-            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        assert ours == generated[0, len(prompt) :].tolist()
+            theirs = model(torch.tensor([prompt + output])).logits[0]
+        torch.testing.assert_close(ours, theirs[: len(prompt)], atol=1e-4, rtol=0)
+        # What they would choose after each prefix of the output is its next token, so it is what they would write.
+        assert output == theirs[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def logits_of_every_row(engine, prompts) -> list[torch.Tensor]:

@@ -93,7 +93,9 @@ def test_native_kernels_rotate_as_models_do_however_far(isa: str, rope: RopeConf
     shown = [0, 1, 63, 3999]
     factors = low_rank.LowRank(random(0, pages * size, rank + 1).float(), random(1, rank + 1, 2 * dim).float())
     rotation = Rope(rope, dim, torch.device("cpu"))
-    keys = cpu.native().LowRankKeys("float32", (2, dim, size), rotation.freqs.tolist(), rotation.temper)
+    other = Rope(RopeConfig(theta=100.0), dim, torch.device("cpu"))
+    rotations = [(r.freqs.tolist(), r.temper) for r in (other, rotation)]
+    keys = cpu.native().LowRankKeys("float32", (2, dim, size), rotations, [1])
     keys.add(list(range(pages)), [(factors.coefficients.data_ptr(), factors.basis.data_ptr(), rank + 1)])
     kept, _ = TiledStore.pair((1, size, 1, dim), torch.float32, size)
     for page in shown:

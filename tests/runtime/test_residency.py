@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.errors import CapacityError
+from dovetail.core.model import NO_ROPE, RopeConfig
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import Geometry
-from dovetail.models.llama import geometry
+from dovetail.models import geometry
 from dovetail.ops.cpu import isas, native
 from dovetail.runtime.native import NativeExecutor
 from dovetail.runtime.residency import Offload, TieredStore, Tiers, TierShape
@@ -129,6 +131,27 @@ LOSSY = [
     "infinigen:alpha=1,partial=0.5,budget=96,skip_layers=1",
     "infinigen:alpha=4,partial=0.3,skip_layers=2,norm=same",
 ]
+
+
+MIXED = TinyCheckpoint(tiny_config(
+    num_layers=4, hidden_size=64, intermediate_size=96, head_dim=16, qk_norm=True, post_norms=True,
+    query_scale=0.3, embedding_scale=3.0, layer_ropes=(RopeConfig(), RopeConfig(100.0), NO_ROPE, RopeConfig()),
+    sliding_windows=(None, 24, None, None),
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["", LOSSY[0], LOSSY[3], LOSSY[6]])
+def test_layers_that_differ_are_read_as_the_reference_reads_them(spec: str) -> None:
+    use, batch = [spec] if spec else [], [tuple((i * 3 + a) % 11 for i in range(190)) for a in range(2)]
+    shape: dict[str, Any] = dict(
+        checkpoint=MIXED, pages=40, page_size=16, dtype="float32", kv_cache_dtype="float32"
+    )
+    engine = tiny_engine(*use, kernels=BEST, num_kv_cells=40 + 4 * 8, **shape)
+    assert isinstance(engine.executor, NativeExecutor)
+    found, expected = run_all(engine, batch, GREEDY), run_all(tiny_engine(*use, **shape), batch, GREEDY)
+    assert found == expected
+    if spec:
+        assert engine.seams.selector.dropped > 0
 
 
 @given(

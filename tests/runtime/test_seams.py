@@ -16,7 +16,7 @@ from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Policy, Residency, Ro
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import PageSet
 from dovetail.layers.linear import Dense
-from dovetail.models import MODELS, Llama
+from dovetail.models import MODELS, Decoder
 from dovetail.ops.cpu import isas
 from tests.tiny import TinyCheckpoint, break_token, finish, make_request, run_all, tiny_config, tiny_engine
 
@@ -286,7 +286,7 @@ def test_a_tied_program_batches_requests_at_different_depths(
     native: dict[str, Any] = dict(kernels=kernels, dtype="float32", kv_cache_dtype="bf16")
 
     def looped(loops: int, **more: Any):
-        class Looped(Llama):
+        class Looped(Decoder):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
                 self.program *= loops
@@ -314,7 +314,7 @@ def test_a_tied_program_batches_requests_at_different_depths(
 
 
 def test_aliases_of_a_tied_program_are_offset_by_its_stage(monkeypatch) -> None:
-    class Looped(Llama):
+    class Looped(Decoder):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.program *= 3

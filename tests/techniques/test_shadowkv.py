@@ -10,11 +10,11 @@ import torch
 
 from dovetail.core.engine import Engine
 from dovetail.core.errors import ConfigError
-from dovetail.core.model import RopeConfig
+from dovetail.core.model import NO_ROPE, RopeConfig
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import compose
 from dovetail.core.types import PageSet
-from dovetail.models import MODELS, Llama
+from dovetail.models import MODELS, Decoder
 from dovetail.ops.cpu import isas
 from dovetail.techniques import technique
 from dovetail.techniques.shadowkv.codec import SCORES
@@ -41,9 +41,13 @@ def prompts_of(engine: Engine) -> Any:
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"rope": YARN}, {"num_kv_heads": 4}, {"sliding_windows": (None, 12, None), "num_layers": 3}],
-    ids=["plain", "yarn", "no groups", "sliding"],
-)
+    [
+        {}, {"rope": YARN}, {"num_kv_heads": 4}, {"sliding_windows": (None, 12, None), "num_layers": 3},
+        {"layer_ropes": (RopeConfig(), NO_ROPE, RopeConfig(50.0)), "num_layers": 3},
+        {"post_norms": True, "qk_norm": True, "query_scale": 0.5, "embedding_scale": 3.0},
+    ],
+    ids=["plain", "yarn", "no groups", "sliding", "ropes", "norms"],
+)  # fmt: skip
 def test_keys_of_full_rank_are_the_keys(config: dict[str, Any]) -> None:
     checkpoint = TinyCheckpoint(tiny_config(**config))
     full = FULL.replace("16", "0")
@@ -151,7 +155,7 @@ def test_a_follow_up_reads_its_whole_prompt_from_the_prefix_cache_and_its_own_ke
 
 
 def test_a_tied_program_keeps_keys_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Looped(Llama):
+    class Looped(Decoder):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.program *= 3

@@ -20,7 +20,6 @@ from dovetail.core.seams import Geometry, Site
 from dovetail.layers.linear import Dense, Linear, PackedLinear
 from dovetail.layers.norm import Norm
 from dovetail.ops.quant import q8_0
-from dovetail.ops.rope import rotate
 from dovetail.ops.skew import skew
 from dovetail.ops.stored import StoredTensor
 from dovetail.show.progress import counter
@@ -68,9 +67,9 @@ class Guesser:
     def rotated(self, index: int, q: Tensor, positions: Tensor) -> Tensor:
         """q [rows, heads x head_dim] at `positions` [rows] -> [rows, heads, head_dim]."""
         attention = self.blocks[index].attention
-        q = q.unflatten(1, (-1, attention.head_dim))
-        q = q if attention.q_norm is None else attention.q_norm(q)
-        return rotate(q, attention.rope.angles(positions, q.dtype))
+        angles = attention.rope.angles(positions, q.dtype)
+        found: Tensor = attention.queries(q.unflatten(1, (-1, attention.head_dim)), angles)
+        return found
 
     @property
     def width(self) -> int:

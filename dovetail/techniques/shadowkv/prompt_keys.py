@@ -156,7 +156,7 @@ class PromptKeys:
 
     def record(self, to: Any) -> None:
         """Have a native program rebuild the keys."""
-        self._native = to.rebuild(self.site.model.blocks()[0].attention.rope)
+        self._native = to.rebuild([block.attention.rope for block in self.site.model.blocks()])
 
     def _tell(self, prompt: Prompt) -> None:
         """Tell the native program of a prompt's aliases."""
