@@ -11,6 +11,7 @@ from dovetail.models.llama import LLAMA
 from dovetail.models.mistral import MISTRAL
 from dovetail.models.qwen2 import QWEN2
 from dovetail.models.qwen3 import QWEN3
+from dovetail.models.smollm3 import SMOLLM3
 
 MODELS: dict[str, Architecture] = {
     record.name: record
@@ -20,6 +21,7 @@ MODELS: dict[str, Architecture] = {
         QWEN2,
         QWEN3,
         GEMMA3,
+        SMOLLM3,
     )
 }
 

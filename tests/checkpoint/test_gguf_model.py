@@ -168,11 +168,13 @@ def test_export_round_trip(dtype: torch.dtype, shard: int, tmp_path: Path) -> No
 ROPE = {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
 LOCAL = {"rope_theta": 50.0, "rope_type": "default"}
 WINDOWS = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPORTED: dict[str, dict[str, Any]] = {  # by model_type
     "llama": {"rope_parameters": ROPE, "attention_bias": True, "mlp_bias": True},
     "mistral": {"rope_parameters": ROPE},
     "qwen2": {"rope_parameters": ROPE, **WINDOWS},
     "qwen3": {"rope_parameters": ROPE, **WINDOWS},
+    "smollm3": {"rope_parameters": ROPE, "no_rope_layers": [1, 0, 1], "mlp_bias": True, **TOKENS},
     "gemma3_text": {
         "rope_parameters": {"full_attention": ROPE, "sliding_attention": LOCAL},
         "sliding_window": 4,

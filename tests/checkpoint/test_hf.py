@@ -16,7 +16,7 @@ from hf_models import edit_json, save_model
 
 from dovetail.checkpoint.architecture import read_hf_config
 from dovetail.core.errors import ModelError
-from dovetail.core.model import RopeConfig
+from dovetail.core.model import NO_ROPE, RopeConfig
 from dovetail.models import MODELS, open_checkpoint
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -196,6 +196,18 @@ def test_gemma_of_old_files_and_by_default() -> None:
     assert old.rope_of(0) == RopeConfig(300.0)
 
 
+SMOLLM3: dict[str, Any] = {"model_type": "smollm3", "num_hidden_layers": 9}
+
+
+def test_smollm3_leaves_out_rotations() -> None:
+    by_default = parse(**SMOLLM3)
+    assert [by_default.rope_of(i) == NO_ROPE for i in range(9)] == [i in (3, 7) for i in range(9)]
+    assert by_default.rope == RopeConfig(2e6) and by_default.num_kv_heads == 4
+    every_third = parse(**SMOLLM3, no_rope_layer_interval=3, use_sliding_window=True, sliding_window=5)
+    assert every_third.sliding_windows == (None, None, 5) * 3
+    assert parse(**SMOLLM3, no_rope_layers=[1] * 9).layer_ropes == ()
+
+
 CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt_neox"}, "'gpt_neox' is not known; known are llama, mistral, qwen2, qwen3"),
     ({"model_type": "absent"}, "not known"),
@@ -240,6 +252,9 @@ CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     (GEMMA | {"sliding_window_pattern": 0}, "sliding_window_pattern must be at least 1"),
     (GEMMA | {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
     (GEMMA | {"rope_parameters": {"rope_type": "default"}}, "must be by full_attention and sliding_attention"),
+    (SMOLLM3 | {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 0 or 1 for each of 9 layers"),
+    (SMOLLM3 | {"no_rope_layers": [2] * 9}, "no_rope_layers must be"),
+    (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
     ({"rope_parameters": {"rope_type": "factors"}}, "'factors' is not known"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]

@@ -58,6 +58,10 @@ CASES = {
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         rope_parameters=LOCAL_AND_GLOBAL,
     ),
+    "smollm3": T.SmolLM3Config(**{**SHAPE, "num_hidden_layers": 5}),
+    "smollm3-window": T.SmolLM3Config(
+        **SHAPE, no_rope_layers=[0, 1, 0], use_sliding_window=True, sliding_window=7, attention_bias=True
+    ),
     "qwen3-tied": T.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True),
 }
 
@@ -95,6 +99,7 @@ GGUFS: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         {"rope.freq_base": 1e6, "attention.sliding_window": 9},
     ),
+    "smollm3": (T.SmolLM3Config(**{**SHAPE, "num_hidden_layers": 5}), {"rope.freq_base": 2e6}),
     "gemma3-pattern": (
         T.Gemma3TextConfig(
             **SHAPE, head_dim=16, sliding_window=5, sliding_window_pattern=3, query_pre_attn_scalar=16,
