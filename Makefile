@@ -1,4 +1,4 @@
-# `make run` answers a prompt, `make test` checks everything; both set up what they need first.
+# `make run` answers a prompt, `make check` tests the core, `make test` everything; they set up what they need first.
 MODEL ?= smollm2-135m
 PROMPT ?= Name the capital of France.
 ARGS ?=
@@ -13,7 +13,10 @@ export CUDA TORCH_INDEX_URL PYTHON
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lint setup setup-test clean
+.PHONY: help run serve test check lint setup setup-test clean
+
+# What `make check` tests: the parts that everything else stands on.
+CHECKED := $(addprefix tests/,core techniques runtime text architecture) $(wildcard tests/layers tests/test_session*.py) tests/test_outputs.py
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +35,9 @@ serve: setup ## set up and serve MODEL over the OpenAI API
 
 test: setup-test lint ## set up, then lint, types and tests
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: setup-test lint ## in a minute: lint, types and the tests of the core, with fewer examples
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not slow' --hypothesis-profile=fast $(CHECKED)
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/python -m ruff check .

@@ -315,7 +315,7 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
     cell = sizes.page_bytes // sizes.num_layers
     tokens = positive("max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS)
     seqs = _seqs(options)
-    written = _most_written(tokens, seqs, sizes.block_size)
+    written = most_written(tokens, seqs, sizes.block_size)
     needed = min(pages + written * sizes.num_layers, pages * sizes.num_layers)
     left = max(0, memory - pages * sizes.beside.page - seqs * sizes.beside.request)
     cells = min(left // cell, pages * sizes.num_layers)
@@ -329,7 +329,7 @@ def _with_slow_tier(options: Options, sizes: KVSizes, memory: int) -> KVBudget:
     return KVBudget(sizes.block_size, pages, cells * cell, length, cells)
 
 
-def _most_written(tokens: int, seqs: int, size: int) -> int:
+def most_written(tokens: int, seqs: int, size: int) -> int:
     """The most pages that `tokens` tokens of at most `seqs` sequences can lie in. Even two tokens of one sequence
     can lie in two pages."""
     across = min(tokens // 2, seqs)

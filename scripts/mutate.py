@@ -37,8 +37,8 @@ TESTS = {  # a file or folder -> its tests; one of the same name goes first
     "dovetail/core": ["tests/core"],
     "dovetail/text/detokenizer.py": ["tests/text/test_detokenizer.py"],
     "dovetail/runtime/sampler.py": ["tests/runtime/test_sampler.py", "tests/runtime/test_native_sampler.py"],
-    "dovetail/session.py": ["tests/test_session.py"],
-    "dovetail/outputs.py": ["tests/test_session.py"],
+    "dovetail/session.py": ["tests/test_session_host.py"],
+    "dovetail/outputs.py": ["tests/test_outputs.py", "tests/test_session_host.py"],
 }
 CPU_SECONDS = 30  # a mutant that needs more, or many times what the tests take, is in an endless loop
 WALL_SECONDS = 240  # one that waits for ever
@@ -208,6 +208,11 @@ class Forks:
                 seconds = min(seconds, 2 + 3 * int(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime))
         return True
 
+    def pytest_runtest_makereport(self, item: object, call: Any) -> None:
+        """The first failure is enough, and nobody reads how it came about."""
+        if call.excinfo is not None and call.excinfo.typename != "Skipped":
+            os._exit(1)
+
 
 class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Gives one module the mutant's code when it is imported."""
@@ -239,7 +244,7 @@ def pytest_in_fork(tests: Sequence[str], log: Path, *plugins: object) -> int:
         limit()
     with log.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]
-        options += ["--tb=no", "--hypothesis-profile=mutants"]
+        options += ["--tb=no", "--hypothesis-profile=mutants", "-p", "no:timeout", "-o", "markers=timeout"]
         code = pytest.main([*options, *tests], plugins=plugins)
         out.flush()
     os._exit(code)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.config import Found, KVSizes, Machine, Options, _most_written, resolve
+from dovetail.config import Found, KVSizes, Machine, Options, most_written, resolve
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.technique import Beside, Composition, Technique
 from dovetail.models import geometry
@@ -175,7 +175,7 @@ def test_the_most_pages_that_a_step_can_write(tokens: int, seqs: int, size: int)
             for start in range(size)
         )
 
-    assert _most_written(tokens, seqs, size) == most(tokens, seqs)
+    assert most_written(tokens, seqs, size) == most(tokens, seqs)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])

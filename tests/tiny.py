@@ -79,6 +79,10 @@ class TinyCheckpoint:
     def tensor(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
+    def put(self, tensor: StoredTensor) -> None:
+        """Add a tensor, or take it in the place of the one with its name."""
+        self._tensors[tensor.name] = tensor
+
 
 CHECKPOINT = TinyCheckpoint(tiny_config())
 OFFERED = frozenset(

@@ -88,7 +88,7 @@ async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str)
     return code
 
 
-def _settings(config: Config) -> str:
+def settings_text(config: Config) -> str:
     """The resolved configuration for people, a value a line."""
     shown = {"use": " ".join(config.use) or "none", "kv_memory": format_size(config.kv_memory)}
     return "\n".join(f"{name}: {value}" for name, value in (config.to_dict() | shown).items())
@@ -99,6 +99,6 @@ def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"model": options.names[0], "messages": messages, "temperature": 0}
     note(
-        f"{_settings(llm.config)}\n\nServing {options.names[0]} at {address}\n\n"
+        f"{settings_text(llm.config)}\n\nServing {options.names[0]} at {address}\n\n"
         f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
     )

@@ -76,10 +76,11 @@ class Engine:
             self.scheduler.commit(request, span.stop)
             scored = result.prompt_logprobs
             return Progress(request, prompt_logprobs=scored) if scored else None
-        failed = result.error is not None and request.drafts[: len(result.tokens)] == list(result.tokens)
+        # A row that failed counts only if the drafts before it were right, and no token before it was the last.
+        error = result.error if request.drafts[: len(result.tokens)] == list(result.tokens) else None
         tokens = self._accept(request, result.tokens)
-        if failed and request.finish_reason is None:  # a failed row behind a wrong draft does not count
-            return self._fail(request, result.error or "", tokens)
+        if error is not None and request.finish_reason is None:
+            return self._fail(request, error, tokens)
         self.scheduler.commit(request, len(request.tokens) - 1)
         if request.finish_reason is not None:
             self._end(request, request.finish_reason)

@@ -24,6 +24,11 @@ class Turns:
         self._process = os.getpid()
 
     @property
+    def queued(self) -> int:
+        """Threads that have the turn or wait for it."""
+        return len(self._line)
+
+    @property
     def mine(self) -> bool:
         """Whether this thread has the turn, or waits for it further up its stack."""
         return threading.get_ident() in self._threads

@@ -65,7 +65,7 @@ def cached(reference: Reference) -> Path | None:
         )
     except (OSError, ValueError):
         return None
-    return folder if _complete(folder) else None
+    return folder if is_complete(folder) else None
 
 
 def fetch(reference: Reference) -> Path:
@@ -73,17 +73,17 @@ def fetch(reference: Reference) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     directory = Path(constants.HF_HUB_CACHE)
-    info = _asking(reference, lambda: HfApi().model_info(reference.repo, files_metadata=True, timeout=20))
+    info = ask_hub(reference, lambda: HfApi().model_info(reference.repo, files_metadata=True, timeout=20))
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
-    reference = _choose(reference, sizes)
+    reference = choose_file(reference, sizes)
     needed = _missing_bytes(reference, sizes, info.sha)
     with explaining(directory, needed, reference.repo):
         require_space(directory, needed, reference.repo)
         if file := reference.file:
-            return Path(_asking(reference, lambda: hf_hub_download(reference.repo, file, revision=info.sha)))
+            return Path(ask_hub(reference, lambda: hf_hub_download(reference.repo, file, revision=info.sha)))
         # Weights last: where they are complete, everything else is.
         for patterns in (_SMALL, _WEIGHTS):
-            folder = _asking(
+            folder = ask_hub(
                 reference,
                 lambda patterns=patterns: snapshot_download(  # type: ignore[misc]
                     reference.repo, allow_patterns=list(patterns), ignore_patterns=list(_NEVER)
@@ -129,7 +129,7 @@ def remove(repo: str) -> int | None:
     return int(strategy.expected_freed_size)
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
@@ -142,7 +142,7 @@ def _complete(folder: Path) -> bool:
     return all((folder / str(shard)).exists() for shard in shards)
 
 
-def _choose(reference: Reference, files: dict[str, int]) -> Reference:
+def choose_file(reference: Reference, files: dict[str, int]) -> Reference:
     """Check that the repository has what is asked for; a repository of one GGUF file needs no file name."""
     ggufs = sorted(name for name in files if name.endswith(".gguf"))
     listed = ", ".join(ggufs[:12]) + (f" and {len(ggufs) - 12} more" if len(ggufs) > 12 else "")
@@ -178,7 +178,7 @@ def _missing_bytes(reference: Reference, sizes: dict[str, int], revision: str | 
     )
 
 
-def _asking(reference: Reference, question: Callable[[], Result]) -> Result:
+def ask_hub(reference: Reference, question: Callable[[], Result]) -> Result:
     """Run one call to the hub, its failures turned into ModelError; a full disk passes through."""
     try:
         return question()

@@ -32,13 +32,13 @@ def native() -> Any:
     try:
         from dovetail import _native
     except ImportError as error:
-        if (file := _extension()) is not None:
+        if (file := extension_file()) is not None:
             warnings.warn(f"the slow torch reference runs, because {file} does not load: {error}", stacklevel=2)
         return None
     return _native
 
 
-def _extension() -> str | None:
+def extension_file() -> str | None:
     """The file of the extension module, whether it is for this Python or for another one."""
     spec = importlib.util.find_spec("dovetail._native")
     if spec is not None:

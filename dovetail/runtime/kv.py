@@ -149,7 +149,7 @@ class KV:
             dense = attend_dense(q, KVReader(self, layer, batch), variant, layout)
             out[batch.dense_rows] = dense[batch.dense_rows]
         rows = batch.sparse_rows
-        logical = self._always_read(pages.pages, batch)
+        logical = self.pages_read(pages.pages, batch)
         physical = self._numbers(batch.tables, logical, batch)
         both = self._read_heads(self.k, layer, physical), self._read_heads(self.v, layer, physical)
         seen, last = physical.clone(), pages.pages.shape[2]  # what every row reads is exact
@@ -169,7 +169,7 @@ class KV:
         slots = self._slots(pages)
         return store.read_heads(layer, slots.flatten(2)).unflatten(2, slots.shape[2:])
 
-    def _always_read(self, chosen: Tensor, batch: Batch) -> Tensor:
+    def pages_read(self, chosen: Tensor, batch: Batch) -> Tensor:
         """The chosen pages and those that are always read, as page numbers of the sequence.
 
         chosen [rows, KV heads, k]; -1 where there is none. These become the number of a page that no query may

@@ -93,7 +93,7 @@ class NativeExecutor:
                 recorded[id(stage)] = self._record(stage)
         self._stages = [recorded[id(stage)] for stage in model.program]
         first = program.mark()
-        self._logits = model.record_head(to)
+        self.logits: int = model.record_head(to)  # the slot of the sampled rows' logits
         self._head = (first, program.mark())
         program.tune()
         self._carry: dict[str, Tensor] = {}
@@ -198,10 +198,10 @@ class NativeExecutor:
         results = [SpanResult()] * len(spans)
         if rows:
             if all(r.plain for r in rows):
-                tokens = self.program.argmax(self._logits)
+                tokens = self.program.argmax(self.logits)
                 about: list[TokenLogprobs | None] = [None] * len(tokens)
             else:
-                tokens = choose(self.program, self._logits, rows)
+                tokens = choose(self.program, self.logits, rows)
                 about = known(self._view(len(rows)), rows, tokens)
             results = by_span(counts, tokens, about, [t >= 0 for t in tokens])
         at = 0
@@ -214,7 +214,7 @@ class NativeExecutor:
 
     def _view(self, rows: int) -> Tensor:
         """Logits [rows, vocabulary] of the last head."""
-        view = torch.from_numpy(self.program.view(self._logits, rows))
+        view = torch.from_numpy(self.program.view(self.logits, rows))
         return view[:, : self.model.config.vocab_size]
 
     def _logits_of(self, first: int, rows: list[int]) -> Tensor:

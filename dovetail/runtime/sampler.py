@@ -60,7 +60,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLo
     sound: list[bool] = torch.isfinite(best).tolist()
     if all(r.plain for r in rows):
         return index.tolist(), [None] * len(rows), sound
-    shaped = _shape(logits, rows)
+    shaped = shape_logits(logits, rows)
     highest, tokens = shaped.max(dim=-1)
     sound = [s and h for s, h in zip(sound, torch.isfinite(highest).tolist(), strict=True)]
     random = [i for i, r in enumerate(rows) if not r.request.params.greedy and sound[i]]
@@ -82,7 +82,7 @@ def uniform(seed: int, position: int) -> float:
 # -- shaping the logits ---------------------------------------------------------------------------------
 
 
-def _shape(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """The logits with penalties, bias and forbidden ends, as a new tensor."""
     out = logits.clone()
     for i, row in enumerate(rows):

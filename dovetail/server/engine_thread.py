@@ -101,6 +101,11 @@ class EngineThread:
             self._thread.join(timeout)
 
     @property
+    def pending(self) -> int:
+        """Commands that the engine's thread has not begun to carry out."""
+        return self._commands.qsize()
+
+    @property
     def healthy(self) -> bool:
         """False if the loop has failed, or makes no progress."""
         stalled = self.session.busy and time.monotonic() - self._beat > STALL_SECONDS

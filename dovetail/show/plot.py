@@ -13,7 +13,7 @@ from dovetail.core.errors import ConfigError
 KINDS = (".png", ".svg", ".pdf")
 
 
-def _checked(destination: Path | None) -> Path | None:
+def checked_destination(destination: Path | None) -> Path | None:
     """`destination`, refused before any work is done for a plot that could not be drawn or written."""
     if destination is None:
         return None
@@ -28,7 +28,9 @@ def _checked(destination: Path | None) -> Path | None:
 
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE.png", callback=_checked, help="Draw the result as a png, svg or pdf."),
+    typer.Option(
+        "--plot", metavar="FILE.png", callback=checked_destination, help="Draw the result as a png, svg or pdf."
+    ),
 ]
 
 

@@ -210,3 +210,18 @@ def test_every_technique_can_be_named_by_the_spec_it_prints(name: str) -> None:
 def test_wrong_specs_say_what_is_known(spec: str, words: str) -> None:
     with pytest.raises(dovetail.ConfigError, match=words):
         technique(spec)
+
+
+def test_tests_use_what_everybody_may_use() -> None:
+    """No test reaches into what a class or a module keeps to itself."""
+    found = []
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+                owner = ast.unparse(node.value)
+                if owner not in ("self", "cls", "os") and (owner, node.attr) != ("dovetail", "_native"):
+                    found.append(f"{path.name}:{node.lineno}: {owner}.{node.attr}")
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dovetail"):
+                names = [a.name for a in node.names if re.match("_[a-z]", a.name) and a.name != "_native"]
+                found += [f"{path.name}:{node.lineno}: {name} of {node.module}" for name in names]
+    assert not found, "\n".join(found)

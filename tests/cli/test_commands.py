@@ -195,7 +195,7 @@ def test_json_to_a_pipe_does_not_replace_it(home, tmp_path):
 
 def test_serve_shows_sizes_and_no_techniques_for_reading(tiny_model):
     llm = LLM(tiny_model, kv_memory=4 << 20, threads=1)
-    shown = serve._settings(llm.config).splitlines()
+    shown = serve.settings_text(llm.config).splitlines()
     assert "use: none" in shown
     assert f"kv_memory: {format_size(llm.config.kv_memory)}" in shown
 

@@ -223,6 +223,23 @@ def test_aborting_says_why_once_and_keeps_what_was_computed() -> None:
     assert other.finish_reason == "abort" and other.cached_tokens == -1
 
 
+def test_what_was_generated_can_be_used_again_too() -> None:
+    engine = build(pages=16, budget=16, seqs=1)
+    first = make(engine, "first", [1, 2, 0, 1], 10)
+    engine.add(first)
+    finish(engine)
+    again = make(engine, "again", [*first.tokens, 2], 2)
+    engine.add(again)
+    finish(engine)
+    assert again.cached_tokens == 12  # of 13 that were computed, in whole pages
+    assert again.output == expected(again.prompt, 2)
+
+
+def test_time_is_the_executors() -> None:
+    engine = build(pages=16, budget=16, seqs=1)
+    assert engine.clock is engine.executor.clock
+
+
 def test_an_executor_that_answers_for_other_spans_is_an_error() -> None:
     engine = build(pages=16, budget=16, seqs=1)
     engine.add(make(engine, "r", [1, 2], 3))

@@ -1,11 +1,11 @@
-"""The nouns: what a request, a plan and a cost say about themselves."""
+"""The nouns: what a request and a plan say about themselves."""
 
 from __future__ import annotations
 
 from dovetail.core.errors import RequestError
 from dovetail.core.pages import PagePool, PageTable
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.types import UNLIMITED, Cost, Probe, Request, Sealed, Span, StepPlan
+from dovetail.core.types import UNLIMITED, Probe, Request, Sealed, Span, StepPlan
 
 
 def request(prompt: list[int], **more: int) -> Request:
@@ -31,23 +31,19 @@ def test_rows_read_everything_to_the_end_of_the_prompt_unless_another_place_is_g
 
 def test_a_plan_counts_its_tokens_and_describes_itself() -> None:
     r = request([5, 6, 7])
-    spans = (Span(r, 0, 3, 1, 1), Span(r, 3, 4))
+    spans = (Span(r, 0, 3, 1, 1), Span(r, 3, 4), Span(r, 4, 9, rows=(4, 7)))
     plan = StepPlan(spans, ((1, 2),), (Sealed("r", 0, (4,)),), (5, 6), ("gone",))
-    assert plan.num_tokens == 4
+    assert [s.num_rows for s in spans] == [3, 1, 2] and plan.num_tokens == 6
+    assert [list(s.positions) for s in spans] == [[0, 1, 2], [3], [4, 7]]
     assert StepPlan(()).num_tokens == 0
     assert plan.describe() == {
         "spans": [
             {"request": "r", "start": 0, "stop": 3, "stage": 1, "sample": 1},
             {"request": "r", "start": 3, "stop": 4, "stage": 0, "sample": 0},
+            {"request": "r", "start": 4, "stop": 9, "stage": 0, "sample": 0, "rows": [4, 7]},
         ],
         "sealed": plan.sealed, "reopened": (5, 6), "copies": ((1, 2),), "released": ("gone",),
     }  # fmt: skip
-
-
-def test_costs_add_up_tier_by_tier() -> None:
-    assert Cost() == Cost(0.0, {})
-    assert Cost(2, {"device": 3}) + Cost(5, {"device": 4, "host": 1}) == Cost(7, {"device": 7, "host": 1})
-    assert Cost(2, {"disk": 3}) + Cost() == Cost(2, {"disk": 3})
 
 
 def test_unlimited_is_beyond_every_context() -> None:

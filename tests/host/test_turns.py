@@ -88,14 +88,16 @@ def test_turns_are_taken_in_order() -> None:
         for i, thread in enumerate(threads):
             thread.start()
             ready.acquire()
-            while len(turns._line) < i + 2:
+            while turns.queued < i + 2:
                 time.sleep(0)
         with pytest.raises(RuntimeError, match="already"), turns:
             pass
     for thread in threads:
         thread.join()
     assert order == [0, 1, 2, 3]
-    assert not turns._line and not turns._threads
+    assert turns.queued == 0 and not turns.mine
+    with turns:
+        assert turns.queued == 1 and turns.mine
 
 
 def test_an_abandoned_stream_may_be_collected_in_the_midst_of_a_step(llm: LLM) -> None:

@@ -358,7 +358,7 @@ def test_hub_names(name, expected):
 
 
 def test_what_a_repository_offers():
-    choose, whole = huggingface._choose, huggingface.Reference("o/n")
+    choose, whole = huggingface.choose_file, huggingface.Reference("o/n")
     assert choose(whole, {"model.safetensors": 1, "a.gguf": 1}) == whole
     assert choose(whole, {"a.gguf": 1}) == huggingface.Reference("o/n", "a.gguf")
     with pytest.raises(ModelError, match=r"name one as o/n:FILE, of a\.gguf, b\.gguf"):
@@ -388,7 +388,7 @@ def test_hub_failures(kind, status, message):
         raise error
 
     with pytest.raises(ModelError, match=message):
-        huggingface._asking(huggingface.Reference("o/n"), ask)
+        huggingface.ask_hub(huggingface.Reference("o/n"), ask)
 
 
 def test_hub_snapshot(home, tmp_path, monkeypatch):
@@ -428,11 +428,11 @@ def test_sharded_snapshots_are_whole_or_not(tmp_path):
         '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
     )
     (tmp_path / "1.safetensors").write_text("")
-    assert not huggingface._complete(tmp_path)
+    assert not huggingface.is_complete(tmp_path)
     (tmp_path / "2.safetensors").write_text("")
-    assert huggingface._complete(tmp_path)
+    assert huggingface.is_complete(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert not huggingface._complete(tmp_path)
+    assert not huggingface.is_complete(tmp_path)
 
 
 def test_importing_is_cheap():

@@ -171,7 +171,7 @@ def native_logits(engine, prompts) -> list[torch.Tensor]:
     program.plan()
     program.run(0, program.mark())
     rows = sum(map(len, prompts))
-    logits = torch.from_numpy(program.view(engine.executor._logits, rows)[:, :VOCAB].copy())
+    logits = torch.from_numpy(program.view(engine.executor.logits, rows)[:, :VOCAB].copy())
     for r in requests:
         r.table.clear()
     return list(logits.split([len(p) for p in prompts]))

@@ -22,14 +22,14 @@ def absent(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_extension_that_was_not_built_is_no_news(absent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_extension", lambda: None)
+    monkeypatch.setattr(cpu, "extension_file", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert absent() is None
 
 
 def test_an_extension_that_does_not_load_is_told_of(absent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_extension", lambda: "/somewhere/_native.so")
+    monkeypatch.setattr(cpu, "extension_file", lambda: "/somewhere/_native.so")
     with pytest.warns(UserWarning, match=r"because /somewhere/_native.so does not load: .*_native"):
         assert absent() is None
 

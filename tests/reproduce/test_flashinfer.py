@@ -22,7 +22,7 @@ from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.flashinfer import Effort, experiments
 from dovetail.reproduce.flashinfer.balance import busiest, loads
 from dovetail.reproduce.flashinfer.effort import Prefix
-from dovetail.reproduce.flashinfer.variants import _build
+from dovetail.reproduce.flashinfer.variants import compile_all
 from dovetail.reproduce.runner import measure
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
@@ -151,7 +151,7 @@ def test_the_step_in_torch_is_the_same_step(pages: Pages) -> None:
 def test_compiled_variants_come_from_an_empty_folder(tmp_path: Path) -> None:
     """And leave nothing in the cache of the user."""
     before = sorted(p.name for p in (home() / "kernels").glob("*.so"))
-    builds = _build(tmp_path)
+    builds = compile_all(tmp_path)
     assert len(builds.first) == len(builds.again) == 2 and set(builds.built) == {
         "soft cap",
         "ALiBi",

@@ -16,7 +16,7 @@ from dovetail.ops.cpu import isas
 from tests.runtime.test_residency import BEST, LAYERS, engine_of, tight, unreadable, unwritable
 from tests.tiny import TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
 
-pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not isas(), reason="the native kernels were not built")]
 SHADOWKV = "shadowkv:rank=8,budget=128,outliers=0"
 LONG, OTHER, SHORT = (tuple((i * i * k + i // 3) % 61 for i in range(n)) for k, n in ((7, 300), (5, 150), (3, 9)))
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -92,8 +92,8 @@ def test_a_prompt_that_cannot_be_read_keeps_its_keys_and_the_others_go_on(
     assert engine.pool.num_free == 48
     codec: Any = engine.seams.codec
     codec.drop(list(prompts))  # as the next plan would say
-    assert sorted(codec.prompts._free) == list(range(48))
-    assert not codec.prompts._by_pages and not codec.prompts._by_alias
+    codec.prompts.check()
+    assert codec.prompts.num_free == 48 and not codec.prompts.prompts
 
 
 NARROW = TinyCheckpoint(tiny_config(hidden_size=64, intermediate_size=96, head_dim=12, num_layers=LAYERS))

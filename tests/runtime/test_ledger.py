@@ -77,9 +77,9 @@ class Halved:
         self.inner, self.chosen, self.seen = inner, chosen, 0
 
     def linear(self, weights: Any, bias: Any) -> Any:
-        return self.inner.linear([self._coded(w) if self.chosen in w.name else w for w in weights], bias)
+        return self.inner.linear([self.coded(w) if self.chosen in w.name else w for w in weights], bias)
 
-    def _coded(self, weight: StoredTensor) -> StoredTensor:
+    def coded(self, weight: StoredTensor) -> StoredTensor:
         self.seen += 1
         values = weight.dequantize(torch.float32)
         scale = values.abs().amax(1) / 127
@@ -101,7 +101,7 @@ def test_weights_of_several_parts_in_some_layers_stay_native(chosen: str) -> Non
 
 
 def test_rows_of_several_parts_are_permuted_together() -> None:
-    stored = Halved(None, "")._coded(CHECKPOINT.tensor("model.layers.0.mlp.down_proj.weight"))
+    stored = Halved(None, "").coded(CHECKPOINT.tensor("model.layers.0.mlp.down_proj.weight"))
     index = torch.arange(64).flip(0)
     assert torch.equal(stored.permute_rows(index).dequantize(), stored.dequantize()[index])
 

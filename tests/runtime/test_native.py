@@ -123,8 +123,8 @@ def test_a_broken_row_ends_its_own_request_only() -> None:
     values = weight.dequantize().clone()
     values[50] = float("nan")
     broken = TinyCheckpoint(replace(CHECKPOINT.config, tie_word_embeddings=False))
-    broken._tensors["lm_head.weight"] = replace(weight, name="lm_head.weight")
-    broken._tensors[weight.name] = replace(weight, data=values.view(torch.uint8).view(len(values), -1))
+    broken.put(replace(weight, name="lm_head.weight"))
+    broken.put(replace(weight, data=values.view(torch.uint8).view(len(values), -1)))
     engine = tiny_engine(
         checkpoint=broken, dtype="float32", kernels=BEST, kv_cache_dtype="bf16", page_size=16, pages=32, threads=2
     )

@@ -140,6 +140,7 @@ MIXED = TinyCheckpoint(tiny_config(
 ))  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["", LOSSY[0], LOSSY[3], LOSSY[6]])
 def test_layers_that_differ_are_read_as_the_reference_reads_them(spec: str) -> None:
     use, batch = [spec] if spec else [], [tuple((i * 3 + a) % 11 for i in range(190)) for a in range(2)]
@@ -154,6 +155,7 @@ def test_layers_that_differ_are_read_as_the_reference_reads_them(spec: str) -> N
         assert engine.seams.selector.dropped > 0
 
 
+@pytest.mark.slow
 @given(
     prompts,
     st.sampled_from(["", *LOSSY[:3]]),
@@ -174,6 +176,7 @@ def test_text_does_not_depend_on_where_pages_lie(batch, spec, budget, caching, a
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 @given(
     prompts,
     st.sampled_from(LOSSY),
@@ -201,6 +204,7 @@ def alone(spec: str, prompt: tuple[int, ...]) -> list[int]:
     return run_all(engine, [prompt], GREEDY)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", LOSSY)
 def test_native_text_is_the_definition_s(spec: str) -> None:
     """In float32, where rounding decides nothing in these texts."""
@@ -209,6 +213,7 @@ def test_native_text_is_the_definition_s(spec: str) -> None:
     assert native_engine.seams.selector.dropped > 0 and reference.seams.selector.dropped > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("kernels", [BEST, "torch"])
 def test_what_is_fetched_ahead_is_what_was_stored_byte_for_byte(disk: bool, kernels: str, tmp_path) -> None:
@@ -243,6 +248,7 @@ def test_what_is_fetched_ahead_is_what_was_stored_byte_for_byte(disk: bool, kern
     assert moved and engine.seams.selector.dropped > 0
 
 
+@pytest.mark.slow
 def test_pools_of_limited_size_work_operation_by_operation() -> None:
     spec, params = "infinigen:alpha=6,budget=48,skip_layers=1", SamplingParams(temperature=0, max_tokens=60)
     small, large = (engine_of(f"{spec},pool=48", **sizes) for sizes in (tight(), {"num_kv_cells": 40 * LAYERS}))
@@ -252,6 +258,7 @@ def test_pools_of_limited_size_work_operation_by_operation() -> None:
     assert found != run_all(engine_of(spec), PROMPTS[2:3], params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [BEST, "torch"])
 @pytest.mark.parametrize("kv", ["float32", "bf16"])
 def test_the_device_is_too_small_and_the_text_the_same(kv: str, kernels: str) -> None:

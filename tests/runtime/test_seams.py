@@ -124,7 +124,8 @@ def test_a_residency_that_takes_pages_away_is_asked_to_bring_them_back() -> None
 
         def slots(self, page):
             kv = self.site.kv
-            return [kv._slots(torch.tensor([page])).flatten() + layer * kv.k.slots for layer in range(2)]
+            tokens = page * kv.page_size + torch.arange(kv.page_size)
+            return [tokens + layer * kv.k.slots for layer in range(2)]
 
         def put(self, pages):
             for p in pages.tolist():

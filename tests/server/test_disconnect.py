@@ -25,7 +25,7 @@ def body(prompt: str, stream: bool, **fields) -> bytes:
 def leave(running: Running, connection: socket.socket) -> None:
     """Close it while a step is held, and wait until the engine's thread has been told."""
     connection.close()
-    until(lambda: running.service.engine._commands.qsize() > 0, "the abort")
+    until(lambda: running.service.engine.pending > 0, "the abort")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -57,7 +57,7 @@ def test_in_the_queue(running: Running, stream: bool) -> None:
         assert running.throttle.inside.wait(SECONDS)
         third = running.raw(body("three", stream))
         until(lambda: running.service.gate.requests == 3)
-        until(lambda: running.service.engine._commands.qsize() > 0)
+        until(lambda: running.service.engine.pending > 0)
         third.close()
         until(lambda: running.service.gate.requests == 2)
     for connection in (one, two):

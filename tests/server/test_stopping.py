@@ -49,7 +49,7 @@ def test_what_outlives_the_grace_period_ends_with_an_error(start) -> None:
             assert running.throttle.inside.wait(SECONDS)
             until(lambda: running.service.gate.requests == 2)
             running.drain()
-            until(lambda: running.service.engine._commands.qsize() > 0, "the abort")
+            until(lambda: running.service.engine.pending > 0, "the abort")
         *_, error, done = events(stream.result(SECONDS))
         assert done == "[DONE]" and json.loads(error)["error"]["code"] == 503
         assert whole.result(SECONDS).status_code == 503

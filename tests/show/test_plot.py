@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.core.errors import ConfigError
-from dovetail.show.plot import _checked, figure, save
+from dovetail.show.plot import checked_destination, figure, save
 
 
 @pytest.mark.parametrize("name", ["heat.png", "heat.svg", "heat.pdf"])
@@ -22,7 +22,7 @@ def test_a_plot_is_written_whole(tmp_path: Path, name: str):
 @pytest.mark.parametrize(("name", "why"), [("heat.txt", "must end in"), ("missing/heat.png", "no folder")])
 def test_impossible_files_are_refused_first(tmp_path: Path, name: str, why: str):
     with pytest.raises(ConfigError, match=why):
-        _checked(tmp_path / name)
+        checked_destination(tmp_path / name)
 
 
 def test_without_matplotlib_the_way_to_get_it_is_named():

@@ -83,7 +83,7 @@ def test_landmarks_and_prompts_of_shadowkv(
     shape = geometry(checkpoint.config)
     engine = engine_of(spec, kernels, kv, checkpoint)
     prompts, kept = engine.seams.codec.prompts, engine.seams.selector.summaries
-    prompt = prompts._of["r"]
+    prompt = prompts.of("r")
     held = len(PROMPT) // SIZE  # pages
     assert len(prompt.aliases) == held == prompt.outliers.shape[2]
     rows = 2 * prompt.outliers.nbytes + sum(k.coefficients.nbytes for k in prompt.keys.values())

@@ -103,11 +103,13 @@ def test_victims_are_distinct_never_chosen_again_and_what_the_policy_says(
 
 
 def test_counts_are_halved_when_one_is_full() -> None:
-    pool = Evictions(1, 4 * FULL, 2, "counter")
-    for row in range(4 * FULL, 8 * FULL):  # page 0 is read every time
-        pool.chose(row, np.array([[0, -1]]))
-    pool.given_up(2)
-    assert 0 < pool._key[0, 0] < FULL
+    """So that old reads weigh less: page 0 is read first and more often, page 1 after it."""
+    size = 4 * FULL
+    for reads, victim in ((50, 1), (FULL - 2, 0)):  # of page 1
+        pool = Evictions(1, size, 2, "counter")
+        for row in range(2 * size, 3 * size):
+            pool.chose(row, np.array([[int(row >= 3 * size - reads)]]))
+        assert pool.given_up(3)[0].tolist() == [victim == 0, victim == 1, False]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

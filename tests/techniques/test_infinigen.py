@@ -86,7 +86,7 @@ def test_with_all_columns_and_the_true_input_the_rule_sees_true_scores() -> None
     still = TinyCheckpoint(config)
     for i in range(3):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            still._tensors[f"model.layers.{i}.{name}.weight"].data.zero_()
+            still.tensor(f"model.layers.{i}.{name}.weight").data.zero_()
     engine = tiny_engine("infinigen:partial=1,skip_layers=1,fit=none", checkpoint=still)
     selector: Any = engine.seams.selector
     seen = []
@@ -243,6 +243,7 @@ def test_missing_facts_are_named() -> None:
         compose(technique("infinigen"), facts=(known | OFFERED) - {"rotary positions"})
 
 
+@pytest.mark.slow
 def test_text_to_measure_on_is_read_from_a_file(tiny_model: Path, tmp_path: Path) -> None:
     plain = replace(technique("infinigen:skip_layers=1"), needs=frozenset())
     text = tmp_path / "text"

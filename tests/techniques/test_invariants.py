@@ -102,13 +102,13 @@ def test_outliers_chosen_and_recent_pages_are_disjoint_and_tile_what_the_budget_
     pages = max(pages, -(-outliers * chunk // size) + (4 * chunk - 1) // size + 3)  # the least that is accepted
     engine = tiny_engine(f"shadowkv:rank=5,budget={pages * size},chunk={chunk},outliers={outliers}")
     kv, prompts = engine.executor.kv, engine.seams.codec.prompts  # type: ignore[attr-defined]
-    always, seen = kv._always_read, []
+    always, seen = kv.pages_read, []
 
     def watched(chosen: torch.Tensor, batch: Any) -> torch.Tensor:
         logical = always(chosen, batch)
         for i, row in enumerate(batch.sparse_rows.tolist()):
             position, eligible = int(batch.positions[row]), int(batch.eligible[row])
-            apart = prompts._of[batch.spans[batch.row_spans[row]].request.id].outliers  # [layers, heads, pages]
+            apart = prompts.of(batch.spans[batch.row_spans[row]].request.id).outliers  # [layers, heads, pages]
             for head, read in enumerate(logical[i].tolist()):
                 mine = [p for p in read if p != NEVER]
                 last = position // size
@@ -120,7 +120,7 @@ def test_outliers_chosen_and_recent_pages_are_disjoint_and_tile_what_the_budget_
                 seen.append(len(mine) == last + 1)
         return logical
 
-    kv._always_read = watched
+    kv.pages_read = watched
     more = {"dense_until": dense} if dense < n else {}
     scored(engine, make_request(engine, "r", text(n), SCORED, **more))
     assert seen or n + NEW <= 5 * size + 4 * chunk
@@ -219,7 +219,8 @@ def test_text_depends_neither_on_which_pages_hold_it_nor_on_the_order_of_request
 ) -> None:
     prompts = [text(30 + 5 * i, 7 + i) for i in range(4)]
     engine = tiny_engine(spec, pages=48, enable_prefix_caching=False)
-    engine.pool._free[:] = order
+    engine.pool.allocate(48)
+    engine.pool.release(order)  # and so they are handed out from its end
     requests = [make_request(engine, f"r{i}", p, GREEDY) for i, p in enumerate(prompts)]
     run_staggered(engine, [requests[i] for i in place], range(4))
     want = tiny_engine(spec, pages=48, enable_prefix_caching=False)

@@ -108,7 +108,7 @@ def test_outliers_and_generated_pages_keep_exact_keys() -> None:
     engine.add(request)
     while len(request.tokens) < 50:
         engine.step()
-    prompt = prompts._of["r"]
+    prompt = prompts.of("r")
     for layer in range(2):
         aliases = torch.from_numpy(prompt.aliases)[None, None].expand(1, 2, -1)
         marks = torch.randn(1, 2, len(prompt.aliases), 4, 8).double()
@@ -134,13 +134,14 @@ def test_requests_of_one_prompt_share_what_is_kept_and_all_of_it_goes() -> None:
     while not all(r.num_output for r in (*requests, other)):
         engine.step()
     engine.step()
-    assert len(prompts._of) == 4 and len(prompts._by_pages) == 2
-    assert len(prompts._free) == 80 - 45 // 4 - (32 + 50) // 4
+    prompts.check()
+    assert sorted(p.users for p in prompts.prompts) == [1, 3]
+    assert prompts.num_free == 80 - 45 // 4 - (32 + 50) // 4
     finish(engine)
     assert len({tuple(r.output) for r in requests}) == 1
     run_all(engine, [(1, 2)], PARAMS)
-    assert sorted(prompts._free) == list(range(80))
-    assert not prompts._by_alias and len(prompts._of) <= 1
+    prompts.check()
+    assert prompts.num_free == 80 and len(prompts.prompts) <= 1
 
 
 def test_a_follow_up_reads_its_whole_prompt_from_the_prefix_cache_and_its_own_keys() -> None:

@@ -15,7 +15,7 @@ from vocabularies import TEXTS, byte_level_keys, sentencepiece_keys
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
 from dovetail.text.byte_tokenizer import ByteTokenizer
-from dovetail.text.detokenizer import Detokenizer
+from dovetail.text.detokenizer import Detokenizer, Vocabulary, byte_fallback, byte_level
 from dovetail.text.tokenizer import Tokenizer
 from tests.helpers.examples import examples
 
@@ -37,8 +37,8 @@ def tokenizers_(tmp_path_factory: pytest.TempPathFactory) -> None:
         BUILT[name] = build_tokenizer(GGUFFile(file), count)
 
 
-def stream(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> list[str]:
-    detokenizer = tokenizer.detokenizer(skip)
+def stream(tokenizer: Vocabulary, ids: list[int], skip: bool = True) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, skip)
     return [detokenizer.push(token) for token in ids] + [detokenizer.finish()]
 
 
@@ -87,6 +87,23 @@ def test_characters_appear_with_their_last_byte() -> None:
     assert stream(BUILT["bytes"], [0xF0, 97, 0x9F]) == ["", "\ufffda", "\ufffd", ""]
 
 
+def test_what_a_piece_adds_to_the_text() -> None:
+    assert [byte_level(p) for p in ("a", "Ġb", "Ã©", "Ã", "<｜x｜>")] == ["a", " b", "é", b"\xc3", "<｜x｜>"]
+    assert [byte_fallback(p) for p in ("<0x41>", "<0xC3>", "▁a▁", "<0xZZ>", "<0x4>", "<0x411>", "x0x41>")] == [
+        b"A", b"\xc3", " a ", "<0xZZ>", "<0x4>", "<0x411>", "x0x41>",
+    ]  # fmt: skip
+
+
+def test_a_run_of_bytes_is_text_or_as_many_replacements() -> None:
+    tokenizer = BUILT["sentencepiece"]
+    pieces = {tokenizer.piece(i): i for i in range(300)}
+    one, two, other = pieces["<0xC3>"], pieces["<0xA9>"], tokenizer.encode("a", add_special_tokens=False)[-1]
+    assert "".join(stream(tokenizer, [one, two, other])) == tokenizer.decode([one, two, other]) == "é a"
+    assert stream(tokenizer, [one, one])[:2] == ["", ""] and stream(tokenizer, [one, one])[2] == "\ufffd" * 2
+    again = Detokenizer(tokenizer)
+    assert again.push([one, two]) == "" and again.finish() == "é" and again.finish() == ""
+
+
 def test_ids_outside_the_vocabulary() -> None:
     assert stream(BUILT["bytes"], [97, 100000, 98]) == ["a", "", "b", ""]
 
@@ -113,15 +130,60 @@ def test_streams_of_one_tokenizer_do_not_disturb_each_other() -> None:
 
 
 def test_other_decoders_use_a_window() -> None:
-    tokenizer = ByteTokenizer()
-    tokenizer.backend.decoder = decoders.Sequence([decoders.ByteLevel()])
-    tokenizer.__dict__.pop("decoder", None)
-    assert tokenizer.decoder == ""
+    tokenizer = windowed_bytes()
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         parts = stream(tokenizer, ids, skip=False)
         assert "".join(parts) == text
     assert len("".join(stream(tokenizer, [0x80] * 1000))) > 900
+
+
+class Words:
+    """A decoder of no known kind: id n is a word, 0 is nothing, and a text does not begin with a space."""
+
+    decoder, special_ids, longest = "", frozenset({50}), 0
+
+    def piece(self, token: int) -> str | None:
+        return None if token >= 100 else f" w{token}" if token else ""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.longest = max(self.longest, len(ids))
+        return "".join(self.piece(t) or "" for t in ids).removeprefix(" ")
+
+
+def test_a_window_keeps_what_the_next_id_depends_on() -> None:
+    assert stream(Words(), [1, 2, 0, 0, 3, 0, 100, 4, 50, 5], skip=False) == [
+        "w1", " w2", "", "", " w3", "", "", " w4", " w50", " w5", "",
+    ]  # fmt: skip
+    assert stream(Words(), [0, 50, 1, 50, 2]) == ["", "", "w1", "", " w2", ""]
+    for prompt in ([7], [7, 8, 9, 10, 11, 12], [0, 0, 0, 7]):
+        detokenizer = Detokenizer(Words(), prompt_ids=prompt)
+        assert [detokenizer.push(3), detokenizer.push([4, 5])] == [" w3", " w4 w5"]
+
+
+def test_a_window_is_as_long_as_it_must_be() -> None:
+    words = Words()
+    detokenizer = Detokenizer(words, prompt_ids=range(1, 50))
+    for token in range(1, 50):
+        assert detokenizer.push(token) == f" w{token}"
+    assert words.longest == 5  # four of the prompt
+
+
+def test_a_window_holds_what_may_become_a_character_for_a_while() -> None:
+    tokenizer = windowed_bytes()
+    assert stream(tokenizer, list("aé🎉".encode())) == ["a", "", "é", "", "", "", "🎉", ""]
+    assert stream(tokenizer, [97, 0xC3]) == ["a", "", "\ufffd"]
+    assert stream(tokenizer, [0xC3, 97]) == ["", "\ufffda", ""]
+    lost = stream(tokenizer, [0x80] * 40)
+    assert lost == [*[""] * 31, "\ufffd" * 32, *[""] * 8, "\ufffd" * 8]
+
+
+def windowed_bytes() -> Tokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    tokenizer.__dict__.pop("decoder", None)
+    assert tokenizer.decoder == ""
+    return tokenizer
 
 
 @pytest.mark.timeout(30)  # it would take hours if the work grew

@@ -41,7 +41,7 @@ class Timed(Side):
     def __init__(self, setting: Setting, asked: Asked) -> None:
         super().__init__(setting, asked.model)
         self.skipped: list[dict[str, str]] = []
-        self._waits: list[float] = []  # seconds of every token in all rounds at LATENCY_CONTEXT
+        self.waits: list[float] = []  # seconds of every token in all rounds at LATENCY_CONTEXT
         self.facts = {"skipped": self.skipped, **{name: {} for name in _TABLES}, "read_bandwidth": None}
         self.points = points(asked.quick)
         for at in self.points:
@@ -82,7 +82,7 @@ class Timed(Side):
     def figures(self) -> dict[str, Any]:
         """Medians of the rounds. Latencies are over the tokens of all rounds, because one round has too few for a
         p99."""
-        pooled = {"latency_ms": _latency(self._waits)} if self._waits else {}
+        pooled = {"latency_ms": _latency(self.waits)} if self.waits else {}
         return super().figures() | pooled
 
     def _read_off(self, at: Point, timing: Timing) -> None:
@@ -90,7 +90,7 @@ class Timed(Side):
         if at.figure != DECODE:
             return
         if at.size == LATENCY_CONTEXT:
-            self._waits += timing.waits
+            self.waits += timing.waits
             for name, value in _latency(timing.waits).items():
                 self.read(("latency_ms", name), value)
         if self.llm.config.device != "cpu":

@@ -49,7 +49,7 @@ def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     """The time to compile, then each variant against torch and against the kernel without it."""
     torch.set_num_threads(kernels.threads)
     with tempfile.TemporaryDirectory(prefix="dovetail-") as folder:
-        builds = _build(Path(folder))
+        builds = compile_all(Path(folder))
     yield _compiled(builds)
     requests, tokens = decodes([effort.context // 2] * BATCH)
     pool = KVPool(HEADS, "float32", tokens, effort.cold)
@@ -69,7 +69,7 @@ def _name(variant: str) -> str:
     return f"variant, {variant}"
 
 
-def _build(folder: Path) -> Builds:
+def compile_all(folder: Path) -> Builds:
     """Compile into an empty folder. A window needs no compiler."""
     builds = Builds(
         [], [], {name: kernel_variant(v, HEADS.query) for name, (v, _) in VARIANTS.items() if _native(v)}

@@ -79,6 +79,35 @@ class PromptKeys:
         prompt.users += 1
         return prompt.aliases
 
+    def of(self, request_id: str) -> Prompt | None:
+        """What is kept of a request's dense part, if anything is."""
+        return self._of.get(request_id)
+
+    @property
+    def num_free(self) -> int:
+        """Aliases that no prompt has."""
+        return len(self._free)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What is kept, each once, however many requests share it."""
+        return list({id(p): p for p in self._of.values()}.values())
+
+    def check(self) -> None:
+        """Raise RuntimeError if an alias leaked, or users are counted wrongly."""
+        kept = self.prompts
+        named = [a - self.site.kv.num_pages for p in kept for a in p.aliases.tolist()]
+        if sorted([*self._free, *named]) != list(range(self.capacity)):
+            raise RuntimeError(
+                f"{self.num_free} free and {len(named)} aliases in use of {self.capacity}: some leaked"
+            )
+        if any(p.users != sum(o is p for o in self._of.values()) for p in kept):
+            raise RuntimeError("a prompt has another number of users than it says")
+        if {id(p) for p in self._by_pages.values()} != {id(p) for p in kept if p.whole}:
+            raise RuntimeError("prompts can be found that no request has, or the other way round")
+        if {id(p) for p in self._by_alias.values()} != {id(p) for p in kept if len(p.aliases)}:
+            raise RuntimeError("aliases can be found whose prompt no request has, or the other way round")
+
     def remove(self, request_id: str) -> None:
         prompt = self._of.pop(request_id, None)
         if prompt is None:

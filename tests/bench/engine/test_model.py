@@ -76,9 +76,9 @@ def test_figures_lie_within_their_spread_and_fit_each_other(plain):
 
 def test_latencies_are_of_the_tokens_of_all_rounds():
     side = object.__new__(model.Timed)
-    side.samples, side._waits = {("latency_ms", "p99"): [2.0, 4.0], ("x",): [1.0]}, []
+    side.samples, side.waits = {("latency_ms", "p99"): [2.0, 4.0], ("x",): [1.0]}, []
     assert side.figures() == {"latency_ms": {"p99": 3.0}, "x": 1.0}
-    side._waits = [0.001] * 98 + [0.1] * 2
+    side.waits = [0.001] * 98 + [0.1] * 2
     latency = side.figures()["latency_ms"]
     assert (latency["p50"], latency["p90"], latency["p99"]) == pytest.approx((1, 1, 100))
 

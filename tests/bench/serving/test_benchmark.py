@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dovetail.bench.serving.load import Load
+from dovetail.bench.serving.client import Client
 from tests.bench.serving.fake_server import FakeServer, chunk, event, ordinary, stream, usage, whole
 from tests.helpers.program import SMALL, argv, call
 
@@ -370,13 +370,13 @@ def test_answers_that_end_early_are_noticed(fake) -> None:
 
 
 def test_a_load_that_is_late_is_said_to_be(fake, monkeypatch) -> None:
-    judge = Load._judge
+    send = Client.send
 
-    def late(self, record):
+    async def late(self, body, record, clock):
+        await send(self, body, record, clock)
         record.sent += 1.0
-        judge(self, record)
 
-    monkeypatch.setattr(Load, "_judge", late)
+    monkeypatch.setattr(Client, "send", late)
     found, result = serve(fake.url, *FAST)
     assert found["points"][0]["lateness_ms"]["max"] >= 1000
     assert "not open loop" in result.stderr
