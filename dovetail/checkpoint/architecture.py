@@ -1,4 +1,4 @@
-"""The record that says all a reader of checkpoints needs to know of one model architecture."""
+"""The record of one model architecture: everything that a reader of checkpoints must know about it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class Architecture:
     """One model architecture: how its files are read, written back, and run.
 
-    name: what GGUF's general.architecture and `ModelConfig.architecture` call it.
+    name: its name in GGUF's general.architecture and in `ModelConfig.architecture`.
     hf_class, hf_type: `architectures` and `model_type` in config.json; hf_type "" means the name.
-    from_hf, from_gguf: the config of a file; what they leave out, or contradict, is checked afterwards.
-    to_hf: config.json's object, without architectures, model_type and the number format.
-    program: called with a loader, a row filter and a variant, it gives the model that runs.
+    from_hf, from_gguf: read the config of a file. Whether its numbers agree is checked afterwards.
+    to_hf: makes config.json's object, without architectures, model_type and the number format.
+    program: makes the model that runs from a loader, a row filter and a variant.
     tensors: (name, shape) of every tensor, embedding first, in the order in which a forward pass needs them.
     gguf_names: the part of a GGUF tensor's name behind `blk.0.` -> of the Hugging Face name behind
     `model.layers.0.`.
-    interleaved: GGUF writers reorder rows of q and k, so that neighbours are rotated together.
-    norm_offset: what Hugging Face files leave out of the weights of norms; it is added when they are read.
+    interleaved: whether GGUF writers reorder rows of q and k, so that neighbours are rotated together.
+    norm_offset: what Hugging Face files subtract from the weights of norms. It is added when they are read.
     """
 
     name: str

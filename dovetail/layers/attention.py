@@ -14,9 +14,10 @@ from dovetail.runtime.target import Fused, Target, Turning
 
 
 class Attention:
-    """Of one layer: projections, norms of heads where the model has them, rotation, attention over paged KV.
+    """Attention of one layer: projections, norms of heads if the model has them, rotation, attention over paged
+    KV.
 
-    rope and variant may differ from layer to layer. scale: what scores q . k are multiplied by.
+    rope and variant may differ from layer to layer. scale: the factor on scores q . k.
     """
 
     def __init__(self, load: Loader, prefix: str, rope: Rope, variant: Variant) -> None:
@@ -50,7 +51,7 @@ class Attention:
         return Turning(self.rope if self.rope.rotates else None, self.q_norm, self.k_norm, self.scale)
 
     def record(self, to: Target, layer: int, norm: Norm, post: Norm | None) -> None:
-        """x += post(attention(norm(x))), on the program's buffers."""
+        """Record x += post(attention(norm(x))) on the program's buffers."""
         qkv = to.slot("qkv", sum(self.sizes))
         self.qkv.record(to, to.x, qkv, Fused(norm=norm))
         to.rope(qkv, layer, self.turning)

@@ -21,14 +21,14 @@ class Embedding:
         return _scaled(self.weight.index_select(0, tokens), self.scale)
 
     def record(self, to: Target) -> None:
-        """For a ledger only: as rows of 16 or 32 bits."""
+        """For a ledger only: rows of 16 or 32 bits a value."""
         rows = self.weight.contiguous()
         name = "F32" if rows.element_size() == 4 else "BF16"
         to.embed(StoredTensor("embedding", name, tuple(rows.shape), rows.view(torch.uint8)), self.scale)
 
 
 class StoredEmbedding:
-    """The same; rows are expanded when they are asked for, so the matrix takes no memory but the file's."""
+    """The same, but rows are expanded when they are needed. So the matrix takes no memory but the file's."""
 
     def __init__(self, stored: StoredTensor, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.stored = stored

@@ -28,7 +28,7 @@ class Loader:
         return self.checkpoint.tensor(name).dequantize(dtype).to(self.device)
 
     def embedding(self, name: str) -> Embedding | StoredEmbedding:
-        """On a CPU rows are expanded as they are looked up."""
+        """The embedding. On a CPU, rows are expanded as they are looked up."""
         scale = self.config.embedding_scale
         if self.device.type == "cpu":
             return StoredEmbedding(self.checkpoint.tensor(f"{name}.weight"), self.dtype, scale)

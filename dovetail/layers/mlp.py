@@ -34,7 +34,7 @@ class MLP:
         return self.down(ACTIVATIONS[self.activation](gate) * up)
 
     def record(self, to: Target, norm: Norm, post: Norm | None) -> None:
-        """x += post(mlp(norm(x))), on the program's buffers."""
+        """Record x += post(mlp(norm(x))) on the program's buffers."""
         gated = to.slot("gated", self.width)
         self.gate_up.record(to, to.x, gated, Fused(norm=norm, gate=self.activation))
         added(to, gated, self.down, post)

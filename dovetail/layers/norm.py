@@ -1,4 +1,4 @@
-"""RMSNorm with its weight, and where a model has one."""
+"""RMSNorm with its weight, and a norm of what is added to the hidden rows, for models that have one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normed(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def added(to: Target, source: int, linear: Linear, post: Norm | None) -> None:
-    """Record x += linear(source), or x += post(linear(source)) where the model has such a norm."""
+    """Record x += linear(source), or x += post(linear(source)) if the model has such a norm."""
     if post is None:
         linear.record(to, source, to.x, Fused(add=True))
         return

@@ -1,7 +1,7 @@
 """The program of decoders: norm, attention, residual, norm, gated MLP, residual.
 
-They differ in facts that a checkpoint states (`core.model.ModelConfig`): biases, norms of queries and keys, norms
-behind attention and MLP, each layer's rotation and window, scales. So one block serves all of them.
+Decoders differ in facts that a checkpoint states (`core.model.ModelConfig`): biases, norms of queries and keys,
+norms behind attention and MLP, the rotation and window of each layer, scales. So one block serves all of them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Blocks:
     def __init__(self, blocks: list[Block], rows: RowFilter) -> None:
         self.blocks = blocks
         self.rows = rows
-        self.cuts = frozenset(rows.cuts).intersection(range(len(blocks) - 1))  # behind the last nothing is saved
+        # A cut behind the last layer would save nothing.
+        self.cuts = frozenset(rows.cuts).intersection(range(len(blocks) - 1))
 
     def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor:
         last = len(self.blocks) - 1
@@ -79,7 +80,7 @@ class Blocks:
         return hidden
 
     def record(self, to: Target, cut: Callable[[int], None]) -> None:
-        """All layers; `cut` is told of each layer after which rows may be dropped."""
+        """Record all layers. `cut` is called with each layer after which rows may be dropped."""
         for i, block in enumerate(self.blocks):
             to.layer = i
             block.record(to, i)
@@ -116,14 +117,14 @@ class Decoder:
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def record_start(self, to: Target) -> None:
-        """What comes before every stage: hidden rows from tokens, and angles."""
+        """Record what comes before every stage: hidden rows from tokens, and angles."""
         self.embedding.record(to)
         for rope in (block.attention.rope for block in self.blocks()):
             if rope.rotates:
                 to.angles(rope)
 
     def record_head(self, to: Target) -> int:
-        """The buffer of logits of the rows to sample from."""
+        """Record the head. Returns the slot of logits of the rows to sample from."""
         logits = to.slot("logits", self.config.vocab_size, sampled=True)
         self.head.record(to, to.x, logits, Fused(norm=self.norm, sampled=True))
         return logits
@@ -149,7 +150,7 @@ def _variants(c: ModelConfig, variant: Variant) -> list[Variant]:
 
 
 def facts(c: ModelConfig) -> frozenset[str]:
-    """What a technique may need, or exclude, of a model."""
+    """The facts that this model offers to techniques."""
     found = {f"{c.architecture} architecture"}
     if any(c.rope_of(layer).kind != "none" for layer in range(c.num_layers)):
         found.add("rotary positions")
@@ -163,6 +164,6 @@ def facts(c: ModelConfig) -> frozenset[str]:
 
 
 def geometry(c: ModelConfig) -> Geometry:
-    """What core and techniques may know of the model."""
+    """The shape of the model, as far as core and techniques may know it."""
     sliding = tuple(i for i, w in enumerate(c.sliding_windows) if w is not None)
     return Geometry(c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, c.vocab_size, sliding)

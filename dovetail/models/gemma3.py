@@ -1,7 +1,7 @@
 """Gemma 3, its text models: local and global layers, norms before and behind attention and MLP, scaled embeddings.
 
-Local layers read a window and rotate by a base of their own; every sixth layer is global. Hugging Face files store
-weights of norms less 1.
+Local layers read a window and have their own rotary base; every sixth layer is global. In Hugging Face files the
+weights of norms are stored minus 1.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dovetail.models.decoder import Decoder
 DEFAULTS = Defaults(max_positions=131072, kv_heads=4, head_dim=256, theta=1e6, tied=True)
 THETAS = {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)}  # fields of old files, defaults
 PERIOD = 6  # layers from one global layer to the next
-WINDOW = 4096  # of config.json without one
+WINDOW = 4096  # if config.json has none
 ACTIVATION = "gelu_pytorch_tanh"
 LARGEST = 62  # layers of the one published model whose queries are not scaled by the size of a head
 
 
 def _gemma(config: ModelConfig, local: RopeConfig, windows: Sequence[int | None]) -> ModelConfig:
-    """What all files leave unsaid, and each layer's rotation by its window."""
+    """Add what no file says, and each layer's rotation, which follows from its window."""
     some = any(window is not None for window in windows)
     return replace(
         config,
@@ -53,7 +53,7 @@ def _gemma(config: ModelConfig, local: RopeConfig, windows: Sequence[int | None]
 
 
 def _query_scale(scalar: float, head_dim: int, source: str) -> float | None:
-    """scalar^-0.5, or None where that is what queries are scaled by anyway."""
+    """scalar^-0.5, or None if queries are scaled by that anyway."""
     if scalar <= 0:
         raise ModelError(f"{source}: query_pre_attn_scalar is {scalar}, not a positive number")
     return None if scalar == head_dim else scalar**-0.5
@@ -98,7 +98,7 @@ def _rope(fields: Fields, kind: str) -> RopeConfig:
 
 
 def _from_gguf(keys: Keys) -> ModelConfig:
-    """Some files lack the pattern of the layers; they mean the published one."""
+    """The config of a GGUF file. Some files lack the pattern of the layers and mean the published one."""
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if keys.number(name, 0.0):
             raise ModelError(f"{keys.file.path}: {keys.prefix}.{name} is not supported")

@@ -1,4 +1,4 @@
-"""Llama 1 to 3, SmolLM2, and what is Llama under another name."""
+"""Llama 1 to 3, SmolLM2, and other models with the same program."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _from_hf(fields: Fields) -> ModelConfig:
 
 
 def _from_gguf(keys: Keys) -> ModelConfig:
-    """Files of other models that are Llama but for a window say so by a key."""
+    """The config of a GGUF file. Files of models that add a window to Llama say so by a key."""
     config = gguf_config(keys)
     return replace(config, sliding_windows=window_in_all_layers(keys, config.num_layers))
 

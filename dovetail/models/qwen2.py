@@ -16,14 +16,14 @@ DEFAULTS = Defaults(max_positions=32768, kv_heads=32)
 
 
 def qwen_windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """Qwen's layers from max_window_layers on have a window, if use_sliding_window says so."""
+    """The windows of Qwen's layers. Layers from max_window_layers on have one, if use_sliding_window says so."""
     used = fields.values.get("sliding_window") is not None and fields.flag("use_sliding_window")
     first = fields.integer("max_window_layers", 28) if used else layers
     return layer_windows(fields, [layer >= first for layer in range(layers)])
 
 
 def qwen_json(config: ModelConfig) -> dict[str, Any]:
-    """What `qwen_windows` reads, and what all decoders say."""
+    """config.json's object: what all decoders have, and what `qwen_windows` reads."""
     windows = config.sliding_windows
     return {
         **decoder_json(config),

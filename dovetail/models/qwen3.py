@@ -1,4 +1,4 @@
-"""Qwen3: heads of a size of their own, and norms on queries and keys."""
+"""Qwen3: the size of heads is a setting of its own, and queries and keys have norms."""
 
 from __future__ import annotations
 

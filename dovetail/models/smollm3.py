@@ -18,7 +18,7 @@ INTERVAL = 4
 
 
 def _with_ropes(config: ModelConfig, rotates: Sequence[object]) -> ModelConfig:
-    """The layers whose entry in `rotates` is true rotate, the others do not."""
+    """The config with a rotation only for layers whose entry in `rotates` is true."""
     ropes = tuple(config.rope if r else NO_ROPE for r in rotates)
     return config if NO_ROPE not in ropes else replace(config, layer_ropes=ropes)
 
@@ -57,7 +57,7 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
         "no_rope_layers": [int(config.rope_of(layer) != NO_ROPE) for layer in range(config.num_layers)],
         "attention_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,
-        "pad_token_id": None,  # left out, it would be one that a small vocabulary does not have
+        "pad_token_id": None,  # the default is an id that a small vocabulary does not have
     }
 
 
