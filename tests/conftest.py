@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import Phase, settings
+
+# Before anybody imports torch: with a worker per core, threads of torch wait for each other longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # `make check` takes --hypothesis-profile=fast: a fifth of the examples, the same ones every time.
 # scripts/mutate.py takes the same, and does not look for a simpler one.
