@@ -68,6 +68,7 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     for (int i = 0; i < count; i++)
         s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GET_ITEM(pages.ptr(), i)) + first_page));
     const int n = rows.empty() ? stop - start : (int)rows.size();
+    if (n <= 0) throw std::invalid_argument("a span must have a row");
     for (int i = 0; i < n; i++) {
         const int at = rows.empty() ? start + i : rows[i];
         if (at < start || at >= stop || (i && at <= s.positions.back()))

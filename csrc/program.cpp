@@ -254,7 +254,7 @@ class FetchOp : public Op {
         const int64_t first = on_.layer * kv_.pages_per_layer;
         const bool chosen = chosen_ && chosen_->active;
         for (const Sequence& s : chosen ? chosen_->selection.sequences() : work.step->sequences) {
-            if (ahead_ && s.lists == 1 && !s.cut) continue;  // reads everything: no guess
+            if (!s.rows || (ahead_ && s.lists == 1 && !s.cut)) continue;  // nobody reads it, or without a guess
             const int32_t* list = s.pages + (s.lists == 1 ? 0 : (size_t)head * s.num_pages);
             const int skip = on_.window && !s.page_positions ? std::max(0, s.start - on_.window + 1) / kv_.page_size : 0;
             const int count = s.num_pages - (s.cut ? *s.cut / kv_.page_size : 0) - skip;
@@ -622,6 +622,7 @@ void Program::keep(std::vector<int> rows, std::vector<int> slots) {
 
 void Program::restore() {
     const Alone alone(running_);
+    if (left_.empty()) return;
     while (!left_.empty()) {
         Left& left = left_.back();
         Slot& s = slots_.at(left.slot);
@@ -631,6 +632,7 @@ void Program::restore() {
         step = std::move(left.step);
         left_.pop_back();
     }
+    lay();  // plans point into the step
 }
 
 void Program::run(int first, int last) {

@@ -13,6 +13,7 @@ from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
 from dovetail.config import Config
 from dovetail.core.engine import Engine
+from dovetail.core.errors import ConfigError
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
 from dovetail.core.seams import Calibration, Executor, Seams, Site
@@ -29,6 +30,7 @@ from dovetail.runtime.native import NativeExecutor, recordable
 from dovetail.runtime.residency import Offload, tiers_of
 
 Text = Callable[[str], Sequence[int]]
+DEVICE_SIDE = frozenset({"rows", "codec", "selector", "residency", "variant", "format"})  # seams that a model asks
 
 
 def stored_format(checkpoint: Checkpoint) -> str:
@@ -61,12 +63,24 @@ def build_engine(
     if text is not None:
         site.calibration = Calibration(text, partial(numbers, checkpoint, config, composition))
     seams = composition.build(site)
+    _check_asked(composition, seams)
     executor = seams.executor or _load(checkpoint, config, site, seams)
     limits = Limits(
         config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
         shape.vocab_size,
     )  # fmt: skip
     return Engine(executor, pool, seams, limits)
+
+
+def _check_asked(composition: Composition, seams: Seams) -> None:
+    """ConfigError for a technique that an executor of another technique would never ask."""
+    asked = DEVICE_SIDE if seams.executor is None else getattr(seams.executor, "asks", frozenset())
+    runs = next((t.name for t in composition.techniques if "executor" in t.fills), "")
+    for t in composition.techniques:
+        if unasked := DEVICE_SIDE.intersection(t.fills) - asked:
+            raise ConfigError(
+                f"{t.name} fills {', '.join(sorted(unasked))}, which {runs} never asks; leave one of them out"
+            )
 
 
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams) -> Executor:

@@ -119,9 +119,6 @@ class Session:
         """
         answer.unread = []
         self.submit(answer)
-        return self._follow(answer, show)
-
-    def _follow(self, answer: Answer, show: Callable[[list[Delta]], T]) -> Generator[T]:
         ended = False
         try:
             while not ended:

@@ -94,9 +94,10 @@ def total(operations: Iterable[Operation], load: Load) -> Cost:
 @dataclass(frozen=True)
 class Speeds:
     """What a machine does in a second: operations by arithmetic, bytes by tier. start: seconds that even the
-    smallest operation takes. All are measured, never taken from a data sheet."""
+    smallest operation takes. All are measured, never taken from a data sheet. flops None: arithmetic takes no
+    time, which leaves the time that memory sets."""
 
-    flops: Mapping[str, float]
+    flops: Mapping[str, float] | None
     bytes: Mapping[str, float]
     start: float = 0.0
 
@@ -105,7 +106,9 @@ class Speeds:
 
         ConfigError names an arithmetic or a tier whose speed is unknown.
         """
-        compute = sum(n / _known(self.flops, kind, "arithmetic") for kind, n in cost.flops.items() if n)
+        compute = 0.0
+        if self.flops is not None:
+            compute = sum(n / _known(self.flops, kind, "arithmetic") for kind, n in cost.flops.items() if n)
         memory = sum(n / _known(self.bytes, tier, "tier") for tier, n in cost.bytes.items() if n)
         return self.start + max(compute, memory)
 

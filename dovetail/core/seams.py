@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.pages import IntArray
+from dovetail.core.pages import IntArray, PagePool
 from dovetail.core.types import (
     ALL,
     UNLIMITED,
@@ -237,7 +237,8 @@ WALL_CLOCK = WallClock()
 class Executor(Protocol):
     """Who runs a plan. Default: `runtime.executor.ModelExecutor`. `num_stages` is the program's length.
 
-    `clock` is the time in which plans run. All times of requests are read from it.
+    `clock` is the time in which plans run. All times of requests are read from it. An executor of a technique may
+    have `asks`, the seams of the model's side (`build.DEVICE_SIDE`) that it asks too; others are then refused.
     """
 
     num_stages: int
@@ -291,7 +292,7 @@ class Site:
 
     geometry: Geometry
     page_size: int
-    pool: Any
+    pool: PagePool
     model: Any = None
     kv: Any = None
     device: Any = "cpu"

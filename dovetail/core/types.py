@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dovetail.core.pages import PageTable
@@ -73,6 +74,10 @@ class Request:
 # Records built for every request in every step are not frozen: freezing makes building them four times as slow.
 
 
+def _ascend(rows: Sequence[int], start: int, stop: int) -> bool:
+    return len(rows) > 0 and rows[0] >= start and rows[-1] < stop and all(a < b for a, b in pairwise(rows))
+
+
 @dataclass(slots=True)
 class Span:
     """Advance tokens [start, stop) of a request by one stage of the program.
@@ -88,6 +93,13 @@ class Span:
     stage: int = 0
     sample: int = 0
     rows: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not _ascend(self.rows, self.start, self.stop):
+            raise ValueError(
+                f"the rows of a span must ascend and lie in [{self.start}, {self.stop}), and there must be one at "
+                f"least; got {list(self.rows)}"
+            )
 
     @property
     def num_rows(self) -> int:

@@ -34,7 +34,7 @@ class Bound:
     def decide(self, suite: Suite, result: Result) -> Decision:
         bar = self.bar
         if self.key not in result:
-            return Decision(bar.needs, Verdict.UNDECIDED, "the context leaves no room to measure it")
+            return Decision(bar.needs, Verdict.MISSED, "it was not measured: the context leaves no room")
         if self.key == SPEED:
             return judge(bar, result["decode_rates"], LOOKS.confidence)
         if (share := suite.share(result, self.key)) is not None:

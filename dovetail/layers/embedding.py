@@ -36,10 +36,7 @@ class StoredEmbedding:
         self.scale = _rounded(scale, dtype)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        rows = self.stored.data.index_select(0, tokens)
-        shape = (len(rows), self.stored.shape[1])
-        found = StoredTensor(self.stored.name, self.stored.format, shape, rows).dequantize(self.dtype)
-        return _scaled(found, self.scale)
+        return _scaled(self.stored.rows(tokens).dequantize(self.dtype), self.scale)
 
     def record(self, to: Target) -> None:
         to.embed(self.stored, self.scale)

@@ -29,14 +29,17 @@ class Linear(Protocol):
 class Unrecorded:
     """A layer of a Format that cannot record. Its model runs operation by operation."""
 
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, call: Callable[[Tensor], Tensor], weights: Sequence[StoredTensor]) -> None:
+        """weights: of which the Format made it. They say what a product costs, as they are stored."""
         self.call = call
+        rows, size = sum(w.shape[0] for w in weights), sum(w.nbytes for w in weights)
+        self.weights = Weights(weights[0].shape[1], rows, size, "exact")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
 
     def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
-        to.linear(source, destination, Weights(0, 0, 0, "exact"), fused)
+        to.linear(source, destination, self.weights, fused)
 
 
 class Dense:
@@ -57,7 +60,7 @@ def _stack(weights: Sequence[StoredTensor], dtype: torch.dtype) -> Tensor:
     first = weights[0]
     if len(weights) == 1:
         return first.dequantize(dtype)
-    if any(w.format != first.format or w.parts for w in weights):
+    if any(w.format != first.format or w.parts or w.shared for w in weights):
         return torch.cat([w.dequantize(dtype) for w in weights])
     rows = sum(w.shape[0] for w in weights)
     data = torch.cat([w.data for w in weights])
@@ -136,7 +139,7 @@ class PackedLinear:
             program = cpu.native().Program(self.format.isa, self.format.threads, False, False)
             source, target = program.slot(w.width_in), program.slot(w.width_out)
             program.linear(
-                source, target, list(w.parts), w.activation, norm=[], eps=0.0, bias=list(w.bias),
+                source, target, list(w.packed), w.activation, norm=[], eps=0.0, bias=list(w.bias),
                 add=False, gate="", sampled=False,
             )  # fmt: skip
             self._alone = program, source, target

@@ -41,7 +41,6 @@ class Loader:
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One layer of several weights that share an input: its rows are theirs, one after the other."""
         read = self.checkpoint.tensor
-        layer: Any = self.format.linear(
-            [read(f"{n}.weight") for n in names], [read(f"{n}.bias") for n in names] if bias else []
-        )
-        return layer if hasattr(layer, "record") else Unrecorded(layer)
+        weights = [read(f"{n}.weight") for n in names]
+        layer: Any = self.format.linear(weights, [read(f"{n}.bias") for n in names] if bias else [])
+        return layer if hasattr(layer, "record") else Unrecorded(layer, weights)

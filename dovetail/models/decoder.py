@@ -7,19 +7,20 @@ norms behind attention and MLP, the rotation and window of each layer, scales. S
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dovetail.core.errors import ConfigError
 from dovetail.core.model import ModelConfig
-from dovetail.core.seams import EVERY_ROW, Geometry, RowFilter, SlidingWindow, Variant
+from dovetail.core.seams import Geometry, RowFilter, SlidingWindow, Variant
 from dovetail.layers.attention import Attention
 from dovetail.layers.loader import Loader
 from dovetail.layers.mlp import MLP
 from dovetail.layers.norm import normed
 from dovetail.ops.rope import Rope
-from dovetail.runtime.batch import Batch
+from dovetail.runtime.batch import Batch, kept_rows
 from dovetail.runtime.kv import KV
 from dovetail.runtime.target import Fused, Target
 
@@ -59,7 +60,9 @@ class Blocks:
         self.blocks = blocks
         self.rows = rows
         # A cut behind the last layer would save nothing.
-        self.cuts = frozenset(rows.cuts).intersection(range(len(blocks) - 1))
+        if wrong := [cut for cut in rows.cuts if not 0 <= cut < len(blocks)]:
+            raise ConfigError(f"there is no layer {wrong[0]} to cut behind: the layers are 0 to {len(blocks) - 1}")
+        self.cuts = frozenset(rows.cuts) - {len(blocks) - 1}  # behind the last nothing is saved
 
     def __call__(self, hidden: Tensor, batch: Batch, kv: KV) -> Tensor:
         last = len(self.blocks) - 1
@@ -69,8 +72,8 @@ class Blocks:
             if i < last:
                 kv.ahead(i + 1, hidden, batch)
             hidden = block(hidden, i, batch, kv)
-            keep: Any = self.rows.keep(i, hidden, batch) if i in self.cuts else EVERY_ROW
-            if keep is not EVERY_ROW:
+            keep = kept_rows(self.rows.keep(i, hidden, batch), len(hidden)) if i in self.cuts else None
+            if keep is not None:
                 done.append((index, hidden))
                 index, hidden, batch = index[keep], hidden[keep], batch.take(keep)
         for rows, earlier in reversed(done):

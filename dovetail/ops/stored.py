@@ -22,8 +22,9 @@ class StoredTensor:
     """`shape` values in `format` (a key of `ops.dequant.BLOCKS` or of `PARTED`).
 
     `data` is uint8 [rows, row_bytes]. Rows run over all but the last dimension. `data` is usually a view of a
-    mapped file: do not write to it. `parts`: what a format keeps beside its codes (scales, zero points, a
-    permutation), by name; their first dimension runs over the rows.
+    mapped file: do not write to it. A format may keep more than codes. `parts` are by name what belongs to a row
+    (scales, zero points): their first dimension runs over the rows. `shared` is what all rows have in common (a
+    permutation of the columns).
     """
 
     name: str
@@ -31,6 +32,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: torch.Tensor
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is
@@ -65,14 +67,29 @@ class StoredTensor:
             rows = self.data.reshape(self.shape[0], -1)
         if index.shape != (rows.shape[0],):
             raise ModelError(f"{self.name}: {tuple(index.shape)} row numbers for {rows.shape[0]} rows")
+        return self._with(rows.index_select(0, index).view(self.data.shape), index, self.shape)
+
+    def rows(self, index: torch.Tensor) -> StoredTensor:
+        """Rows `index` (int64 [n]) of a matrix, which need not be all of them."""
+        return self._with(self.data.index_select(0, index), index, (len(index), *self.shape[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts together."""
+        return sum(t.nbytes for t in (self.data, *self.parts.values(), *self.shared.values()))
+
+    def _with(self, data: torch.Tensor, index: torch.Tensor, shape: tuple[int, ...]) -> StoredTensor:
         parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
-        return replace(self, data=rows.index_select(0, index).view(self.data.shape), parts=parts)
+        return replace(self, data=data, shape=shape, parts=parts)
 
 
 def _by_channel(stored: StoredTensor) -> torch.Tensor:
-    """int8 codes, and a float scale for each row."""
+    """int8 codes and a float scale for each row; `order`, if there is one, says of which column each code is."""
     codes = stored.data.view(torch.int8).view(stored.shape).float()
-    return codes * stored.parts["scale"].float().view(-1, *[1] * (len(stored.shape) - 1))
+    values = codes * stored.parts["scale"].float().view(-1, *[1] * (len(stored.shape) - 1))
+    if "order" not in stored.shared:
+        return values
+    return torch.empty_like(values).index_copy_(-1, stored.shared["order"], values)
 
 
 # Formats of several parts: how their values come about, in float32.

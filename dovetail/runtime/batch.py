@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.core.pages import pages_for
+from dovetail.core.seams import EVERY_ROW
 from dovetail.core.types import UNLIMITED, Span
 
 T = TypeVar("T")
@@ -154,3 +155,21 @@ def _tokens(span: Span) -> Sequence[int]:
     if span.stop <= n:
         return r.tokens[span.start : span.stop]
     return r.tokens[span.start : n] + r.drafts[max(0, span.start - n) : span.stop - n]
+
+
+def kept_rows(chosen: Any, count: int) -> Tensor | None:
+    """What a row filter chose of `count` rows, checked: int64 [n], ascending; None for every row.
+
+    ValueError for anything else than that or EVERY_ROW: executors would differ in what they make of it.
+    """
+    if isinstance(chosen, slice):
+        if chosen == EVERY_ROW:
+            return None
+        raise ValueError(f"a row filter gives EVERY_ROW or the rows that go on, not {chosen}")
+    rows = torch.as_tensor(chosen)
+    right = rows.dtype is torch.int64 and rows.dim() == 1
+    if right and len(rows):
+        right = bool((rows.diff() > 0).all()) and int(rows[0]) >= 0 and int(rows[-1]) < count
+    if not right:
+        raise ValueError(f"a row filter's rows must be int64, ascend and lie below {count}, got {rows}")
+    return rows

@@ -14,7 +14,6 @@ from dovetail.runtime.kv import KV
 from dovetail.runtime.model import Model
 from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, Weights
 
-FLOAT = 4  # bytes of a value in a slot
 DEVICE = "device"  # the tier that a model's weights and KV lie in
 
 
@@ -57,7 +56,7 @@ class Ledger:
         self.operations.append(Operation(name, self.layer, cost, native))
 
     def embed(self, stored: StoredTensor, scale: float) -> None:
-        row = stored.data.shape[-1] * stored.data.element_size()
+        row = stored.nbytes / stored.shape[0]
         self.note("embed", lambda load: Cost(bytes={DEVICE: load.rows * row}))
 
     def angles(self, rope: Rope) -> None:

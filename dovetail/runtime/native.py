@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dovetail.core.cost import Operation
 from dovetail.core.pages import IntArray
-from dovetail.core.seams import EVERY_ROW, WALL_CLOCK, Clock, Codec, Residency, Selector
+from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Residency, Selector
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult, TokenLogprobs
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.template import TemplateError
-from dovetail.runtime.batch import BatchBuilder
+from dovetail.runtime.batch import BatchBuilder, kept_rows
 from dovetail.runtime.kv import KV
 from dovetail.runtime.ledger import recorded
 from dovetail.runtime.model import Model, Stage
@@ -40,6 +40,8 @@ def recordable(model: Model, kv: KV) -> bool:
         return False
     if not (type(seams.selector) is Selector or isinstance(seams.selector, RecordedSelector)):
         return False
+    if seams.rows.cuts and isinstance(seams.selector, RecordedSelector) and seams.selector.guesses:
+        return False  # what was chosen ahead for rows that a cut drops would have to be dropped too
     ledger = recorded(model, kv)
     if not all(operation.native for operation in ledger.operations):
         return False
@@ -59,6 +61,7 @@ class _Stage:
 
     marks: list[int]
     cuts: list[int] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -87,25 +90,27 @@ class NativeExecutor:
             kv.seams.codec.record(to)
         model.record_start(to)
         self._start = (0, program.mark())
-        recorded: dict[int, _Stage] = {}  # tied stages are the same callable, recorded once
+        self._before = list(to.operations)
+        stages: dict[int, _Stage] = {}  # tied stages are the same callable, recorded once
         for stage in model.program:
-            if id(stage) not in recorded:
-                recorded[id(stage)] = self._record(stage)
-        self._stages = [recorded[id(stage)] for stage in model.program]
-        first = program.mark()
+            if id(stage) not in stages:
+                stages[id(stage)] = self._record(stage)
+        self._stages = [stages[id(stage)] for stage in model.program]
+        first, behind = program.mark(), len(to.operations)
         self.logits: int = model.record_head(to)  # the slot of the sampled rows' logits
         self._head = (first, program.mark())
+        self._behind = to.operations[behind:]
         program.tune()
         self._carry: dict[str, Tensor] = {}
         self._builder = BatchBuilder(kv.page_size, kv.seams.selector.window, kv.stage_pages, kv.device)
 
     @property
-    def operations(self) -> Sequence[Operation]:
-        """The operations of the program with their costs, once for each distinct stage."""
-        return self._to.operations
+    def operations(self) -> list[Operation]:
+        """What a step through all stages does, with what techniques add, and what each operation costs."""
+        return [*self._before, *(o for stage in self._stages for o in stage.operations), *self._behind]
 
     def _record(self, stage: Stage) -> _Stage:
-        found = _Stage([self.program.mark()])
+        found, first = _Stage([self.program.mark()]), len(self._to.operations)
 
         def cut(layer: int) -> None:
             found.marks.append(self.program.mark())
@@ -113,6 +118,7 @@ class NativeExecutor:
 
         stage.record(self._to, cut)
         found.marks.append(self.program.mark())
+        found.operations = self._to.operations[first:]
         return found
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -142,7 +148,7 @@ class NativeExecutor:
             r = s.request
             program.add(
                 s.start, s.stop, r.tokens, r.drafts, r.table.ids, s.stage * offset, s.sample, r.dense_until,
-                _address(aliases(r.id)), rows=list(s.rows or ()),
+                _address(aliases(r.id)), rows=[] if s.rows is None else list(s.rows),
             )  # fmt: skip
         program.plan()
         stage = self._stages[spans[0].stage]
@@ -165,8 +171,9 @@ class NativeExecutor:
             program.run(*part)
             if layer is None or batch is None:
                 break
-            kept = filter_.keep(layer, self._hidden(), batch)
-            if kept is not EVERY_ROW:
+            # A copy, because the filter may keep it, and the program's rows change.
+            kept = kept_rows(filter_.keep(layer, self._hidden().clone(), batch), program.num_rows())
+            if kept is not None:
                 program.keep(kept.tolist(), self._to.moving)
                 batch = batch.take(kept)
         program.restore()

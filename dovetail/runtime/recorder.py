@@ -16,7 +16,7 @@ from dovetail.ops.rope import Rope
 from dovetail.ops.skew import TurnedKeys
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.kv import KV
-from dovetail.runtime.ledger import Ledger
+from dovetail.runtime.ledger import DEVICE, Ledger
 from dovetail.runtime.residency import TieredStore, tiers_of
 from dovetail.runtime.store import TiledStore
 from dovetail.runtime.target import (
@@ -83,7 +83,7 @@ class Recorder(Ledger):
             raise TypeError("only packed weights can be recorded")
         norm, eps = _numbers(fused.norm)
         self.program.linear(
-            source, destination, list(weights.parts), weights.activation, norm=norm, eps=eps,
+            source, destination, list(weights.packed), weights.activation, norm=norm, eps=eps,
             bias=list(weights.bias), add=fused.add, gate=fused.gate, sampled=fused.sampled, )  # fmt: skip
 
     def norm_add(self, source: int, destination: int, norm: Normed) -> None:
@@ -169,7 +169,7 @@ class Recorder(Ledger):
 
     def _note_pick(self, name: str, page_bytes: int) -> None:
         each = page_bytes / self.kv.page_size
-        self.note(name, lambda load: Cost(bytes={"device": each * load.read()}))
+        self.note(name, lambda load: Cost(bytes={DEVICE: each * load.read()}))
 
 
 def _numbers(norm: Normed | None) -> tuple[list[float], float]:

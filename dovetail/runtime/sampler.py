@@ -191,6 +191,8 @@ def prompt_logprobs(span: Span, logits: Callable[[list[int]], Tensor]) -> list[T
     a few rows at a time.
     """
     request = span.request
+    if span.rows is not None:
+        raise ValueError("a span that lists its rows scores no prompt: the rows between them are not computed")
     first, stop = max(span.start, request.scored), min(span.stop, len(request.prompt) - 1)
     out: list[TokenLogprobs] = []
     for at in range(first, stop, LOGIT_ROWS):

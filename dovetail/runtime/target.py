@@ -40,12 +40,12 @@ class Weights:
     width_out: int
     bytes: int
     activation: str
-    parts: Sequence[Any] = ()
+    packed: Sequence[Any] = ()
     bias: Sequence[float] = ()
 
     @property
     def native(self) -> bool:
-        return bool(self.parts)
+        return bool(self.packed)
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ class Target(Protocol):
 
 class RecordedSelector(Selector):
     """A selector that can express `select` as operations of a native program."""
+
+    guesses = False  # whether `choice_ahead` gives choices
 
     def choice(self, layer: int, to: Target) -> PageChoice | None:
         """How the rows of `layer` choose pages, just before its attention. None: they read everything."""

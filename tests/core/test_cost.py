@@ -43,6 +43,8 @@ def test_each_operation_takes_what_is_longer_of_its_arithmetic_and_its_bytes() -
     predict = StepTime(program, Speeds({"int8": 10.0}, {"device": 10.0}, start=0.5))
     assert predict(Load(((1, 1),))) == 0.5 + 10.0 + 0.5 + 10.0
     assert predict(Load(((2, 2),))) == 0.5 + 10.0 + 0.5 + 20.0
+    memory = StepTime(program, Speeds(None, {"device": 10.0}))
+    assert memory(Load(((2, 2),))) == 10.0 + 0.1
 
 
 @given(spans, spans)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import EVERY_ROW, RowFilter
 from dovetail.core.technique import Technique
@@ -50,7 +51,9 @@ def engine_of(kernels: str, rows: RowFilter, *use: str, **changes: Any):
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1, 2), (0, 1, 2)])
-@pytest.mark.parametrize("use", [(), ("ngram:min_n=1",), ("sink-window:sink=4,window=16",)])
+@pytest.mark.parametrize(
+    "use", [(), ("ngram:min_n=1",), ("sink-window:sink=4,window=16",), ("quest:budget=48,skip_layers=0",)]
+)
 def test_dropped_rows_give_the_same_text_in_both_executors(cuts: tuple[int, ...], use: tuple[str, ...]) -> None:
     # What a dropped row does not write stays zero, in both: no page is used twice here.
     plain = run_all(engine_of("torch", RowFilter(), *use), PROMPTS, GREEDY)
@@ -65,7 +68,7 @@ def test_dropped_rows_give_the_same_text_in_both_executors(cuts: tuple[int, ...]
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_filter_is_asked_at_its_cuts_alone_and_never_behind_the_last_layer(kernels: str) -> None:
-    rows = Every((0, 2, 3, 9), 1000)
+    rows = Every((0, 2, 3), 1000)
     engine = engine_of(kernels, rows)
     run_all(engine, [(1, 2, 3)], SamplingParams(temperature=0, max_tokens=2))
     assert rows.asked == [0, 2] * engine.steps
@@ -119,14 +122,71 @@ def test_a_span_computes_the_rows_that_it_lists(kernels: str, use: tuple[str, ..
     assert beside[2:] == tokens(Span(other, 0, 37, sample=1))
 
 
-@pytest.mark.skipif(not NATIVE, reason="not built")
-@pytest.mark.parametrize("rows", [[5, 4], [4, 4], [1, 40], [-1]])
+@pytest.mark.parametrize("rows", [[5, 4], [4, 4], [1, 40], [-1], []])
 def test_rows_out_of_order_or_out_of_their_span_are_refused(rows: list[int]) -> None:
-    engine = engine_of(NATIVE, RowFilter())
-    request = make_request(engine, "r", PROMPTS[0], GREEDY)
-    request.table.grow(0, 40)
+    request = make_request(engine_of("torch", RowFilter()), "r", PROMPTS[0], GREEDY)
     with pytest.raises(ValueError, match="ascend"):
-        engine.executor.run(StepPlan((Span(request, 0, 40, sample=1, rows=rows),)))
+        Span(request, 0, 40, sample=1, rows=rows)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_span_that_lists_rows_scores_no_prompt(kernels: str) -> None:
+    engine = engine_of(kernels, RowFilter())
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=0)
+    request = make_request(engine, "r", PROMPTS[0], params)
+    request.table.grow(0, 40)
+    with pytest.raises(ValueError, match="scores no prompt"):
+        engine.executor.run(StepPlan((Span(request, 0, 40, sample=1, rows=[3, 39]),)))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    "chosen", [slice(1, 2), torch.tensor([2, 1]), torch.tensor([1, 1]), torch.tensor([3]), torch.tensor([True])]
+)
+def test_a_filter_that_gives_something_else_than_rows_is_told_so(kernels: str, chosen: Any) -> None:
+    class Wrong(RowFilter):
+        cuts = (0,)
+
+        def keep(self, layer: int, hidden: Any, batch: Any) -> Any:
+            return chosen
+
+    engine = engine_of(kernels, Wrong())
+    engine.add(make_request(engine, "r", (1, 2, 3), GREEDY))
+    with pytest.raises(ValueError, match="row filter"):
+        engine.step()
+
+
+@pytest.mark.parametrize("cut", [-1, 4])
+def test_a_cut_behind_no_layer_is_refused_at_load(cut: int) -> None:
+    with pytest.raises(ConfigError, match=f"no layer {cut} to cut behind: the layers are 0 to 3"):
+        engine_of("torch", Every((1, cut), 3))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_a_filter_keeps_of_hidden_rows_stays(kernels: str) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Keeps(RowFilter):
+        cuts = (0, 1)
+
+        def keep(self, layer: int, hidden: Any, batch: Any) -> Any:
+            seen.extend([hidden, hidden.clone()])
+            return EVERY_ROW
+
+    run_all(engine_of(kernels, Keeps()), PROMPTS[:1], GREEDY)
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+@pytest.mark.skipif(not NATIVE, reason="not built")
+def test_cuts_and_guesses_run_operation_by_operation() -> None:
+    """What was chosen ahead for a row that a cut drops would be read by others; the torch side drops it too."""
+    use = "infinigen:alpha=1,budget=48,skip_layers=1,fit=none"
+    changes: dict[str, Any] = dict(dtype="float32", kv_cache_dtype="float32", page_size=16)
+    rows = Technique("filter", ("rows",), lambda site: {"rows": Every((1,), 3)})
+    engine = tiny_engine(use, rows, checkpoint=CHECKPOINT, kernels=NATIVE, **changes)
+    assert isinstance(engine.executor, ModelExecutor)
+    plain = tiny_engine(use, checkpoint=CHECKPOINT, kernels=NATIVE, **changes)
+    assert isinstance(plain.executor, NativeExecutor)
 
 
 def test_a_plan_counts_and_describes_listed_rows() -> None:

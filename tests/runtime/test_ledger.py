@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dovetail.core.cost import Load, total
+from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import WALL_CLOCK
 from dovetail.core.technique import Technique
@@ -104,6 +106,14 @@ def test_rows_of_several_parts_are_permuted_together() -> None:
     stored = Halved(None, "").coded(CHECKPOINT.tensor("model.layers.0.mlp.down_proj.weight"))
     index = torch.arange(64).flip(0)
     assert torch.equal(stored.permute_rows(index).dequantize(), stored.dequantize()[index])
+    some = torch.tensor([3, 3, 60])
+    assert torch.equal(stored.rows(some).dequantize(), stored.dequantize()[some])
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    codes = stored.data.view(torch.int8).view(64, 96)[:, order].view(torch.uint8)
+    shuffled = replace(stored, data=codes.contiguous(), shared={"order": order})
+    assert torch.equal(shuffled.dequantize(), stored.dequantize())
+    assert torch.equal(shuffled.permute_rows(index).dequantize(), stored.dequantize()[index])
+    assert shuffled.nbytes == 64 * 96 + 64 * 4 + 96 * 8
 
 
 @native
@@ -114,6 +124,9 @@ def test_a_format_that_knows_of_no_programs_runs_operation_by_operation() -> Non
             return lambda x: x @ matrix.T
 
     engine = tiny_engine(fill(format=Plain()), kernels=isas()[0], **FLOAT)
+    linear = [o for o in operations_of(engine) if o.name == "linear"]
+    assert not any(o.native for o in linear)
+    assert total(linear, Load(((1, 1),), 1)).bytes == {"device": VALUES * 4.0}
     assert isinstance(engine.executor, ModelExecutor)
     assert run_all(engine, PROMPTS, GREEDY) == run_all(tiny_engine(**FLOAT), PROMPTS, GREEDY)
 
@@ -137,5 +150,8 @@ def test_an_executor_of_a_technique_is_chosen_before_any_weight_is_read() -> Non
         site.ready.append(unready)
         return {"executor": Sevens()}
 
-    engine = tiny_engine(Technique("sevens", ("executor",), build), checkpoint=Untouchable(CONFIG))
+    sevens = Technique("sevens", ("executor",), build)
+    engine = tiny_engine(sevens, checkpoint=Untouchable(CONFIG))
     assert run_all(engine, PROMPTS, GREEDY) == [[7] * 12] * 2
+    with pytest.raises(ConfigError, match="sink-window fills selector, which sevens never asks"):
+        tiny_engine(sevens, "sink-window", checkpoint=Untouchable(CONFIG))

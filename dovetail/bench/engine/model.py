@@ -98,9 +98,13 @@ class Timed(Side):
         bandwidth = read_bandwidth(self.llm.config.threads)
         self.read(("read_bandwidth",), bandwidth)
         if self.counted:
-            size = roofline.step_bytes(self.llm, at.prompt + at.tokens // 2)  # the context grows by the answer
+            context = at.prompt + at.tokens // 2  # it grows by the answer
+            size, least = (
+                roofline.step_bytes(self.llm, context),
+                roofline.step_seconds(self.llm, context, bandwidth * 1e9),
+            )
             self.read(("bytes_per_token", str(at.size)), size / timing.tokens_per_step)
-            self.read(("roofline_fraction", str(at.size)), size / (bandwidth * 1e9) / timing.step)
+            self.read(("roofline_fraction", str(at.size)), least / timing.step)
 
 
 def _latency(waits: Sequence[float]) -> dict[str, float]:

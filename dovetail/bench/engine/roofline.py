@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dovetail.core.cost import Load, Operation, total
-from dovetail.runtime.ledger import recorded
+from dovetail.core.cost import Load, Operation, Speeds, StepTime, total
+from dovetail.runtime.ledger import DEVICE, recorded
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -32,6 +32,11 @@ def step_bytes(llm: LLM, context: int) -> float:
     Nearly all are the weights of products, as they are kept (`weights_kept`), and K and V of the context.
     """
     return total(operations(llm), Load(((1, context),), 1)).all_bytes
+
+
+def step_seconds(llm: LLM, context: int, bandwidth: float) -> float:
+    """The least time of that step in seconds, at `bandwidth` in bytes per second."""
+    return StepTime(operations(llm), Speeds(None, {DEVICE: bandwidth}))(Load(((1, context),), 1))
 
 
 def weights_kept(llm: LLM) -> str:

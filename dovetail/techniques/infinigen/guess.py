@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.core.errors import ConfigError
 from dovetail.core.seams import Geometry, Site
-from dovetail.layers.linear import Dense, Linear, PackedLinear
+from dovetail.layers.linear import Dense, DenseLinear, Linear, PackedLinear, Unrecorded
 from dovetail.layers.norm import Norm
 from dovetail.ops.quant import q8_0
 from dovetail.ops.skew import skew
@@ -45,6 +46,12 @@ class Guesser:
     def __init__(self, site: Site, how: How, fitted: dict[str, Tensor] | None = None) -> None:
         """fitted: what `calibrate` returned. Without it nothing is added to guesses."""
         self.blocks = site.model.blocks()
+        for qkv in (block.attention.qkv for block in self.blocks):
+            if not isinstance(qkv, (PackedLinear, DenseLinear, Unrecorded)):
+                raise ConfigError(
+                    f"infinigen guesses by a part of each projection, and layers of this weight format "
+                    f"({type(qkv).__name__}) cannot be divided; leave infinigen or the format out"
+                )
         self.layers = site.geometry.num_layers
         self.how = how
         self._linear = [self._corrected(i, fitted) if fitted else self._plain(i) for i in range(self.layers)]
@@ -88,7 +95,7 @@ class Guesser:
     def _plain(self, layer: int) -> Linear:
         qkv = self.blocks[layer].attention.qkv
         if isinstance(qkv, PackedLinear):
-            return PackedLinear(qkv.weights.parts[:1], qkv.weights.bias[: self.width], qkv.format)
+            return PackedLinear(qkv.weights.packed[:1], qkv.weights.bias[: self.width], qkv.format)
         found: Linear = qkv
         return found
 
@@ -98,10 +105,11 @@ class Guesser:
         if "weight" not in fitted and isinstance(qkv, PackedLinear):
             own = qkv.weights.bias[: self.width] or [0.0] * self.width
             both = [a + b for a, b in zip(own, bias.tolist(), strict=True)]
-            return PackedLinear(qkv.weights.parts[:1], both, qkv.format)
+            return PackedLinear(qkv.weights.packed[:1], both, qkv.format)
         weight, own_bias = _matrix(qkv, self.width, self._inputs)
         weight = weight + fitted["weight"][layer] if "weight" in fitted else weight
-        form = qkv.format if isinstance(qkv, PackedLinear) else Dense(qkv.weight.dtype, qkv.weight.device)
+        dense = qkv.weight if isinstance(qkv, DenseLinear) else weight
+        form = qkv.format if isinstance(qkv, PackedLinear) else Dense(dense.dtype, dense.device)
         name = f"guesses of layer {layer}"
         stored = _stored(name, weight)
         if isinstance(qkv, PackedLinear) and qkv.weights.activation == "int8" and weight.shape[1] % 32 == 0:

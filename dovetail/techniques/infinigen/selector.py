@@ -146,6 +146,8 @@ class Speculation(Selector):
 class RecordedSpeculation(Speculation, RecordedSelector):
     """The same as operations of a native program."""
 
+    guesses = True
+
     def __init__(self, site: Site, rule: Rule) -> None:
         super().__init__(site, rule)
         self._native: TurnedKeys | None = None
