@@ -153,6 +153,16 @@ def test_a_stop_string_is_not_found_in_what_least_tokens_have_shown() -> None:
     assert (answer.streams[0].text, answer.streams[0].stop_reason) == ("abc", "ab")
 
 
+def test_a_text_may_begin_with_a_stop_string() -> None:
+    answer = answer_of(stop="ab")
+    assert [push(answer, c).text for c in "ab"] == ["", ""] and answer.streams[0].stop_reason == "ab"
+
+
+def test_text_that_was_shown_is_not_held_again() -> None:
+    answer = answer_of(stop="abcd", min_tokens=2)
+    assert [push(answer, c).text for c in "abcdabx"] == ["a", "b", "c", "d", "", "", "abx"]
+
+
 def test_tokens_behind_a_stop_string_are_dropped_with_what_is_known_of_them() -> None:
     answer = answer_of(stop="b", logprobs=0)
     delta = push(answer, "abc", logprobs=[about("a"), about("b"), about("c")])
@@ -239,6 +249,29 @@ def test_times_of_an_answer() -> None:
     push(answer, "", 15.0, end="length")
     assert answer.metrics() == Metrics(10.0, 2.0, 4.0, 3 / 2.0)
     assert [d.time for d in answer.whole()] == [14.0, 12.5]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate"),
+    [([("a", 12.0, 0), ("x", 12.5, 1)], None), ([("a", 12.0, 0), ("bx", 12.25, 0), ("c", 12.5, 1)], 2 / 0.5)],
+)
+def test_a_rate_is_of_tokens_after_the_first_of_each_choice(
+    steps: list[tuple[str, float, int]], rate: float | None
+) -> None:
+    answer = answer_of(2)
+    for text, now, index in steps:
+        push(answer, text, now, index)
+    assert answer.metrics().tokens_per_s == rate
+    one = answer_of()
+    push(one, "a", 12.0)
+    push(one, "b", 12.5)
+    assert one.metrics().tokens_per_s == 2.0
+
+
+def test_an_answer_scores_its_whole_prompt_and_is_the_only_one_unless_told() -> None:
+    given = answer_of()
+    plain = Answer("r", None, PROMPT, given.params, given.streams, TOKENIZER, 10.0)
+    assert (plain.score_from, plain.first_choice) == (1, 0)
 
 
 def test_all_tokens_at_once_have_no_rate() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +16,8 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Seams
-from dovetail.core.types import Probe, SpanResult
+from dovetail.core.seams import Policy, Seams
+from dovetail.core.types import Probe, SpanResult, TokenLogprobs
 from dovetail.session import Session, mix, token_ids
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.core.test_scheduler import FakeExecutor, expected
@@ -33,10 +36,10 @@ class Clock:
         return self.time
 
 
-def session(pages: int = 64, seed: int = 7, vocab: int = 260) -> Session:
+def session(pages: int = 64, seed: int = 7, vocab: int = 260, seams: Seams | None = None) -> Session:
     executor = FakeExecutor(4, 16)
     executor.clock = Clock()
-    engine = Engine(executor, PagePool(pages, 4), Seams(), Limits(60, 16, 8, vocab_size=vocab))
+    engine = Engine(executor, PagePool(pages, 4), seams or Seams(), Limits(60, 16, 8, vocab_size=vocab))
     config: Any = SimpleNamespace(seed=seed, max_model_len=60)
     return Session(engine, TOKENIZER, config, vocab)
 
@@ -253,6 +256,39 @@ def test_what_is_aborted_in_the_midst_of_a_step_ends_with_the_next_one() -> None
     assert not s.busy and not s.answers and s.step() == []
 
 
+def test_a_request_that_shows_nothing_does_not_hide_what_the_next_ones_gained() -> None:
+    class Slow(Policy):
+        def share(self, request: Any, left: int) -> int:
+            return min(left, 4)
+
+    s = session(seams=Seams(policy=Slow()))
+    long = s.submit(s.prepare([1] * 10, SamplingParams(max_tokens=2, prompt_logprobs=0, **GREEDY)))
+    short = s.submit(s.prepare([2, 1], SamplingParams(max_tokens=2, **GREEDY)))
+    executor: Any = s.engine.executor
+    result = executor.result
+    executor.result = lambda span: replace(result(span), prompt_logprobs=[TokenLogprobs(1, -1.0, 1)])
+    assert [d.answer for d in s.step()] == [short] and len(long.prompt_scores) == 1
+    assert [d.token_ids for d in finish(s) if d.answer is short] == [expected([2, 1], 2)[1:]]
+
+
+@pytest.mark.parametrize("end", ["finished", "aborted", "refused"])
+def test_what_has_ended_is_forgotten(end: str) -> None:
+    s = session()
+    answer = s.prepare([1, 2, 0], SamplingParams(n=2, max_tokens=3, **GREEDY))
+    s.submit(answer)
+    s.step()
+    if end == "aborted":
+        s.abort(answer)
+    elif end == "refused":
+        with pytest.raises(RequestError):
+            s.submit(s.prepare([1], SamplingParams(), answer.request_id))
+    finish(s)
+    seen = weakref.ref(answer)
+    del answer
+    gc.collect()
+    assert seen() is None
+
+
 # -- following
 
 
@@ -263,23 +299,24 @@ def test_following_shows_each_step_and_aborts_when_the_reader_leaves() -> None:
     assert list(s.follow(s.prepare([1, 2, 0], params), show)) == [[t] for t in expected([1, 2, 0], 4)]
     left = s.prepare([2, 1], params)
     reader = s.follow(left, show)
-    assert s.answers == {left.request_id: left}  # it is queued at once
-    assert next(reader) == expected([2, 1], 1)
+    assert s.answers == {}  # nothing is queued for who never reads
+    assert next(reader) == expected([2, 1], 1) and s.answers == {left.request_id: left}
     reader.close()
     assert left.streams[0].finish_reason == "abort" and not s.busy
 
 
 def test_steps_of_others_serve_a_reader_too() -> None:
     s = session()
-    answer = s.prepare([1, 2, 0], SamplingParams(max_tokens=5, **GREEDY))
+    answer = s.prepare([1, 2, 0], SamplingParams(max_tokens=6, **GREEDY))
     reader = s.follow(answer, lambda gained: [t for d in gained for t in d.token_ids])
-    want = expected([1, 2, 0], 5)
+    want = expected([1, 2, 0], 6)
+    assert next(reader) == want[:1]
     s.step()
-    assert next(reader) == want[:2]
+    assert next(reader) == want[1:3]
     s.step()
     s.step()
     s.step()
-    assert next(reader) == want[2:] and next(reader, None) is None
+    assert next(reader) == want[3:] and next(reader, None) is None
     assert answer.streams[0].finish_reason == "length"
 
 
@@ -294,8 +331,8 @@ def test_an_answer_that_somebody_aborts_ends_its_reader() -> None:
     assert s.engine.steps == steps
 
 
-def test_a_refusal_comes_before_anything_is_read() -> None:
+def test_who_follows_is_told_of_a_refusal() -> None:
     s = session(pages=4)
     with pytest.raises(CapacityError):
-        s.follow(s.prepare([1] * 10, SamplingParams(max_tokens=20)), lambda gained: gained)
+        next(s.follow(s.prepare([1] * 10, SamplingParams(max_tokens=20)), lambda gained: gained))
     assert not s.busy and Probe() == module.SERVING

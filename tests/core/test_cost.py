@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.cost import Cost, Load, Operation, Speeds, StepTime, total
 from dovetail.core.errors import ConfigError
+from dovetail.core.types import Span, StepPlan
 
 spans = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
 
@@ -25,6 +28,20 @@ def test_keys_are_counted_as_rows_read_them(spans: list[tuple[int, int]], window
     assert load.pairs(window) == pairs
     assert load.read(window) == seen
     assert load.rows == sum(rows for rows, _ in spans)
+
+
+def test_the_load_of_a_plan_is_its_rows_keys_and_samples() -> None:
+    r: Any = None
+    plan = StepPlan((Span(r, 0, 4), Span(r, 6, 9, sample=2), Span(r, 2, 9, sample=1, rows=(3, 8))))
+    load = Load.of(plan)
+    assert load == Load(((4, 4), (3, 9), (2, 9)), 3)
+    assert Load.of(StepPlan(())) == Load(()) and Load(()).sampled == 0
+    assert (load.read(), load.pairs()) == (4 + 9 + 9, (1 + 2 + 3 + 4) + (7 + 8 + 9) + (8 + 9))
+
+
+def test_an_operation_is_native_and_starts_at_once_unless_it_is_said_otherwise() -> None:
+    assert Operation("a", 0, lambda load: Cost()).native
+    assert Speeds({}, {}).seconds(Cost()) == 0.0
 
 
 def by_rows(name: str, arithmetic: str, each: float, size: float) -> Operation:

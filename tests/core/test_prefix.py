@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,6 +119,84 @@ def test_least_recently_used_goes_first() -> None:
     assert tree.evict(1) == 1
     assert len(tree.match(request(pool, [1, 1, 2, 2]), 4).pages) == 2
     assert len(tree.match(request(pool, [1, 1, 3, 3]), 4).pages) == 1
+
+
+def touch(pool: PagePool, tree: RadixPrefix, text: list[int], limit: int = 99) -> int:
+    """Look a text up; how many pages of it are stored."""
+    found = tree.match(request(pool, text), min(limit, len(text))).pages
+    pool.release(found)
+    return len(found)
+
+
+def keep(pool: PagePool, tree: RadixPrefix, text: list[int]) -> None:
+    r = request(pool, text)
+    r.table.grow(0, len(text))
+    tree.store(r, len(text))
+    r.table.clear()
+
+
+A, B, C = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("use", "order"),
+    [
+        (lambda pool, tree: None, "ABC"),
+        (lambda pool, tree: touch(pool, tree, A), "BCA"),
+        (lambda pool, tree: touch(pool, tree, A, 2), "BCA"),  # in part
+        (lambda pool, tree: touch(pool, tree, [1, 1, 9, 9]), "BCA"),  # as far as it goes
+        (lambda pool, tree: touch(pool, tree, [1, 9, 9, 9]), "ABC"),  # not at all
+        (lambda pool, tree: touch(pool, tree, A, 1), "ABC"),
+        (lambda pool, tree: keep(pool, tree, A), "BCA"),
+        (lambda pool, tree: (touch(pool, tree, B), touch(pool, tree, A)), "CBA"),
+        (lambda pool, tree: (touch(pool, tree, A), tree.evict(0), touch(pool, tree, B)), "CAB"),
+    ],
+)
+def test_what_was_used_last_stays_longest(use: Callable[[PagePool, RadixPrefix], object], order: str) -> None:
+    pool, tree = tree_of([A, B, C])
+    use(pool, tree)
+    names, gone = {"A": A, "B": B, "C": C}, ""
+    while len(gone) < 3:
+        assert tree.evict(2) == 2
+        gone += "".join(n for n, text in names.items() if n not in gone and not stored(tree, text))
+    assert gone == order
+    assert tree.evict(1) == 0 and tree.roots == {}
+
+
+def stored(tree: RadixPrefix, text: list[int]) -> int:
+    """How many pages of a text are stored, without using them."""
+    node, at = tree.roots.get(""), 0
+    while node is not None and at < len(text):
+        node = node.children.get(tuple(text[at : at + SIZE]))
+        at += len(node.tokens) if node is not None else 0
+    return min(at, len(text)) // SIZE
+
+
+def test_a_prefix_goes_after_what_hangs_on_it_and_in_its_own_time() -> None:
+    pool, tree = tree_of([[1, 1], [1, 1, 2, 2], [5, 5], [1, 1, 3, 3]])
+    touch(pool, tree, [5, 5])
+    texts = [[1, 1, 2, 2], [1, 1, 3, 3], [1, 1], [5, 5]]
+    for n, text in enumerate(texts):  # the stem was used for its last branch, before [5, 5] was looked up
+        assert [stored(tree, t) == len(t) // SIZE for t in texts] == [i >= n for i in range(4)], text
+        assert tree.evict(1) == 1
+    assert tree.roots == {}
+
+
+def test_each_salt_has_its_own_tree_for_as_long_as_it_holds_anything() -> None:
+    pool = PagePool(16, SIZE)
+    tree = RadixPrefix(pool)
+    for salt in ("a", "b"):
+        r = request(pool, A, salt)
+        r.table.grow(0, 4)
+        tree.store(r, 1)  # not a page
+        assert salt not in tree.roots
+        tree.store(r, 4)
+        r.table.clear()
+    assert set(tree.roots) == {"a", "b"}
+    assert tree.evict(request(pool, A, "c")) == 0 == tree.evict(request(pool, B, "a"))
+    assert tree.evict(2) == 2 and set(tree.roots) == {"b"}
+    assert tree.evict(request(pool, A, "b")) == 2 and tree.roots == {}
+    pool.check([])
 
 
 def test_the_limit_cuts_a_match() -> None:

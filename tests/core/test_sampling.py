@@ -90,6 +90,8 @@ def test_stop_strings() -> None:
         refused("stop", value, "stop must be non-empty strings, got")
     for value in (3, b"ab", {"ab": 1}):
         refused("stop", value, "stop must be a list, got")
+    with pytest.raises(TypeError, match="stops"):
+        SamplingParams(stops=("ab",))  # type: ignore[call-arg]
 
 
 def test_stop_token_ids() -> None:
