@@ -272,9 +272,9 @@ def test_few_trials_leave_a_high_bar_undecided_and_miss_a_hopeless_one():
     assert (high["meets"], hopeless["meets"], hit["meets"]) == (None, False, True)
 
 
-def test_a_figure_that_was_not_measured_is_undecided():
+def test_a_figure_that_was_not_measured_is_missed():
     (bar,) = decided(Fake(), {"good": 1.0}, [Bound.least("decode_tokens_per_s", 5)])
-    assert bar["verdict"] == "undecided" and bar["value"] is None and "no room" in bar["verdict_why"]
+    assert bar["verdict"] == "missed" and bar["value"] is None and "no room" in bar["verdict_why"]
 
 
 @pytest.mark.parametrize(
