@@ -107,7 +107,9 @@ def tiny_engine(
         max_model_len=pages * page_size, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True,
         seed=0,
     )  # fmt: skip
-    return build_engine(checkpoint, Config(**(base | changes)), composition, calibration)
+    engine = build_engine(checkpoint, Config(**(base | changes)), composition, calibration)
+    torch.set_num_threads(1)  # `threads` are those of the kernels: on a busy machine two of torch wait for each other
+    return engine
 
 
 def calibration(file: str) -> list[int]:
