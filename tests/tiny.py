@@ -108,7 +108,7 @@ def tiny_engine(
         seed=0,
     )  # fmt: skip
     engine = build_engine(checkpoint, Config(**(base | changes)), composition, calibration)
-    torch.set_num_threads(1)  # `threads` are those of the kernels: on a busy machine two of torch wait for each other
+    torch.set_num_threads(1)  # `threads` are the kernels'; on a busy machine two of torch wait for each other
     return engine
 
 
