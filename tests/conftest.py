@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
-# Before anybody imports torch: with a worker per core, threads of torch wait for each other longer than they work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anybody imports torch. A worker per core leaves no core for threads that spin while they wait for each other:
+# a test that takes 6 seconds of one core took over a minute of two, and minutes beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # where nobody asks for more
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # `make check` takes --hypothesis-profile=fast: a fifth of the examples, the same ones every time.
 # scripts/mutate.py takes the same, and does not look for a simpler one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dovetail.core.model import NO_ROPE, ModelConfig, RopeConfig
+from dovetail.core.model import ACTIVATIONS, NO_ROPE, PLAIN_FORMATS, ModelConfig, RopeConfig
 
 
 def config(**more: object) -> ModelConfig:
@@ -18,6 +18,8 @@ def test_what_a_checkpoint_need_not_say() -> None:
     rope = {"theta": 10000.0, "kind": "default", "parameters": {}, "factors": ()}
     found = dataclasses.asdict(config())
     assert found | told | {"rope": rope} == found
+    assert PLAIN_FORMATS == {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of safetensors
+    assert {"silu", "gelu", "gelu_pytorch_tanh", "relu"} <= set(ACTIVATIONS)  # HF's names
 
 
 def test_what_may_differ_by_layer() -> None:

@@ -182,6 +182,45 @@ def test_a_prefix_goes_after_what_hangs_on_it_and_in_its_own_time() -> None:
     assert tree.roots == {}
 
 
+def test_what_leads_to_a_stored_text_was_used_with_it() -> None:
+    pool, tree = tree_of([[1, 1]])
+    reader = request(pool, [5, 5])
+    reader.table.grow(0, 2)
+    tree.store(reader, 2)  # and it goes on reading
+    keep(pool, tree, [1, 1, 3, 3])
+    assert tree.evict(1) == 1 and stored(tree, [1, 1, 3, 3]) == 1
+    reader.table.clear()
+    assert tree.evict(1) == 1
+    assert [stored(tree, [1, 1]), stored(tree, [5, 5])] == [1, 0]
+
+
+def test_a_text_is_one_run_of_pages_until_another_branches_off() -> None:
+    pool, tree = tree_of([[1, 2, 3, 4, 5, 6, 7, 8]])
+    assert sorted(map(len, tree.held)) == [0, 4]  # the root, and the text
+    assert [touch(pool, tree, t) for t in ([1, 2, 3, 4, 9, 9], [1, 2, 5, 6, 7, 8])] == [2, 1]
+    keep(pool, tree, [1, 2, 3, 4, 9, 9])
+    assert sorted(map(len, tree.held)) == [0, 1, 2, 2]  # the common part, and two ways on
+    keep(pool, tree, [1, 2, 3, 4, 5, 6, 7, 8, 0, 0])
+    assert sorted(map(len, tree.held)) == [0, 1, 1, 2, 2]
+    assert touch(pool, tree, [1, 2, 3, 4, 0, 0]) == 2  # 0, 0 hangs on 7, 8 only
+
+
+def test_a_match_ends_where_the_text_leaves_an_edge() -> None:
+    pool, tree = tree_of([[1, 1, 2, 2], [1, 1, 2, 2, 3, 3]])
+    assert touch(pool, tree, [1, 1, 3, 3]) == 1
+
+
+def test_a_tree_that_was_cleared_holds_nothing() -> None:
+    pool, tree = tree_of([A, B])
+    tree.clear()
+    assert pages(tree) == [] and touch(pool, tree, A) == 0 and tree.evict(4) == 0
+    pool.check([])
+    keep(pool, tree, C)
+    assert tree.evict(1) == 1 and touch(pool, tree, C) == 1
+    pool.check(pages(tree))
+    assert tree.evict(4) == 1
+
+
 def test_each_salt_has_its_own_tree_for_as_long_as_it_holds_anything() -> None:
     pool = PagePool(16, SIZE)
     tree = RadixPrefix(pool)

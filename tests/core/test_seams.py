@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.seams import Drafter, Policy, Seams, Selector, SlidingWindow, Variant
+from dovetail.core.seams import (
+    EVERY_ROW,
+    WALL_CLOCK,
+    Drafter,
+    Geometry,
+    Policy,
+    Seams,
+    Selector,
+    Site,
+    SlidingWindow,
+    Variant,
+)  # fmt: skip
 from dovetail.core.types import ALL, UNLIMITED
 
 
@@ -17,8 +30,16 @@ def test_defaults_let_everything_through() -> None:
     assert Selector().window == seams.codec.capacity == UNLIMITED
     assert Selector().select(0, None, None) is ALL is Selector().ahead(0, None, None)
     assert ALL.pages is None
+    assert seams.rows.keep(0, None, None) is EVERY_ROW and list(seams.rows.cuts) == []
+    assert Site(Geometry(1, 1, 1, 8, 9), 4, None).device == "cpu"
+    assert Geometry(2, 1, 1, 8, 9).choosing("x") == 0
     assert dict(seams.codec.seal([], None)) == {}
     assert seams.codec.open(0, "pages", ("k", "v")) == ("k", "v")
+
+
+def test_the_clock_on_the_wall_goes_on() -> None:
+    before = time.monotonic()
+    assert before <= WALL_CLOCK.now() <= time.monotonic()
 
 
 def test_a_variant_is_causal_and_leaves_scores_alone() -> None:

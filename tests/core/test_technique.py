@@ -76,5 +76,9 @@ def test_two_that_fill_one_seam_are_refused_by_name() -> None:
 def test_what_a_technique_needs_is_offered_by_the_engine_or_it_is_refused() -> None:
     needy = part("one", needs=frozenset({"a slow tier", "b"}))
     assert compose(needy, facts=frozenset({"a slow tier", "b", "c"})).techniques == (needy,)
-    refused("one needs a slow tier, which nothing .* --kv-offloading-size", needy, facts=frozenset({"b"}))
+    refused(
+        "one needs a slow tier, which nothing .*; give its size with --kv-offloading-size$",
+        needy,
+        facts=frozenset({"b"}),
+    )
     refused("one needs b, which nothing here provides$", needy, facts=frozenset({"a slow tier"}))

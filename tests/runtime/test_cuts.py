@@ -50,6 +50,7 @@ def engine_of(kernels: str, rows: RowFilter, *use: str, **changes: Any):
     return engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuts", [(0,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize(
     "use", [(), ("ngram:min_n=1",), ("sink-window:sink=4,window=16",), ("quest:budget=48,skip_layers=0",)]

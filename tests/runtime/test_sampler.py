@@ -214,6 +214,9 @@ def test_a_token_at_the_edge_of_top_p_is_kept_until_the_sum_is_reached() -> None
 
 
 def test_the_noise_picks_the_first_token_whose_sum_exceeds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for edge in ([0.0, 0.0], [float("-inf"), 0.0]):  # where the first token's sum is the noise, the next one is it
+        monkeypatch.setattr(sampler, "uniform", lambda seed, position, noise=0.5 if edge[0] == 0 else 0.0: noise)
+        assert sample(torch.tensor([edge]), [row()])[0] == [1]
     logits = torch.tensor([[0.0, 0.0, float("-inf"), 0.0]])
     for noise, token in ((0.0, 0), (0.33, 0), (0.34, 1), (0.67, 3), (1 - 2.0**-53, 3)):
         monkeypatch.setattr(sampler, "uniform", lambda seed, position, noise=noise: noise)
@@ -245,6 +248,7 @@ def test_rows_that_ask_for_nothing_or_have_no_token_are_not_described() -> None:
     assert (found[1].token, found[1].rank, [t for t, _ in found[1].top]) == (3, 8, [0, 5])
     assert (found[3].token, found[3].rank, found[3].top) == (5, 2, ())
     assert known(LOGITS[None], [row()], [0]) == [None]
+    assert known(LOGITS[None], [row(logprobs=0)], [0])[0].top == ()
 
 
 def test_descriptions_have_as_many_of_the_best_as_each_row_asks_for() -> None:

@@ -155,6 +155,7 @@ def test_a_window_keeps_what_the_next_id_depends_on() -> None:
     assert stream(Words(), [1, 2, 0, 0, 3, 0, 100, 4, 50, 5], skip=False) == [
         "w1", " w2", "", "", " w3", "", "", " w4", " w50", " w5", "",
     ]  # fmt: skip
+    assert Detokenizer(Words()).push(50) == ""
     assert stream(Words(), [0, 50, 1, 50, 2]) == ["", "", "w1", "", " w2", ""]
     for prompt in ([7], [7, 8, 9, 10, 11, 12], [0, 0, 0, 7]):
         detokenizer = Detokenizer(Words(), prompt_ids=prompt)
