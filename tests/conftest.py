@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
-# Before anybody imports torch. A worker per core leaves no core for threads that spin while they wait for each other:
-# a test that takes 6 seconds of one core took over a minute of two, and minutes beside other work.
+# Before anybody imports torch. A worker per core leaves no core for threads that spin while they wait for others:
+# a test that takes 6 seconds of one core took 50 of two, and minutes beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # where nobody asks for more
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
