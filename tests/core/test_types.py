@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dovetail.core.errors import RequestError
 from dovetail.core.pages import PagePool, PageTable
 from dovetail.core.sampling import SamplingParams
@@ -44,6 +46,15 @@ def test_a_plan_counts_its_tokens_and_describes_itself() -> None:
         ],
         "sealed": plan.sealed, "reopened": (5, 6), "copies": ((1, 2),), "released": ("gone",),
     }  # fmt: skip
+
+
+def test_rows_of_a_span_ascend_within_it() -> None:
+    r = request([5, 6, 7])
+    for rows in ((4,), (8,), (4, 8), (5, 6, 7), range(4, 9)):
+        assert list(Span(r, 4, 9, rows=rows).positions) == list(rows)
+    for rows in ((), (3,), (9,), (3, 5), (5, 9), (5, 6, 9), (5, 5), (6, 5), (5, 6, 6), (5, 7, 6)):
+        with pytest.raises(ValueError, match=r"must ascend and lie in \[4, 9\)"):
+            Span(r, 4, 9, rows=rows)
 
 
 def test_unlimited_is_beyond_every_context() -> None:
