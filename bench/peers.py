@@ -388,7 +388,7 @@ def main() -> int:
     from dovetail.hub import resolve
 
     try:
-        model = str(Path(resolve(args.model)).resolve())
+        model = os.path.abspath(resolve(args.model))  # not resolved: parts are found by their names
         if PEERS[args.peer].reads == "gguf" and not model.endswith(".gguf"):
             raise WorkerError(f"{args.peer} is compared on a GGUF file, and {args.model} is none")
         with workers(args, PEERS[args.peer]) as pair:

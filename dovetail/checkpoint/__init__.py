@@ -14,6 +14,7 @@ from dovetail.checkpoint.gguf_checkpoint import GGUFCheckpoint
 from dovetail.checkpoint.hf import HFCheckpoint
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig, RopeConfig
+from dovetail.host.files import file_part
 from dovetail.ops.stored import StoredTensor
 
 __all__ = [
@@ -30,7 +31,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read_checkpoint(path: str | os.PathLike[str], known: Architectures) -> Checkpoint:
-    """Open and validate a GGUF file, a directory with one, or a Hugging Face directory.
+    """Open and validate a GGUF file (the first of its parts), a directory with one, or a Hugging Face directory.
 
     ModelError if the path does not exist, is of no known kind, or its contents are corrupt or contradictory.
     """
@@ -38,9 +39,10 @@ def read_checkpoint(path: str | os.PathLike[str], known: Architectures) -> Check
     checkpoint: Checkpoint
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
+        parts = file_part(ggufs[0].name) if ggufs else None
         if (path / "config.json").exists() or not ggufs:
             checkpoint = HFCheckpoint(path, known)
-        elif len(ggufs) > 1:
+        elif len(ggufs) > 1 and (parts is None or not {p.name for p in ggufs} <= set(parts.names())):
             raise ModelError(f"{path}: holds {len(ggufs)} GGUF files; name one of them")
         else:
             checkpoint = GGUFCheckpoint(ggufs[0], known)

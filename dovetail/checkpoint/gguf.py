@@ -345,7 +345,7 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
 
 
 class GGUFFile:
-    """An open GGUF file.
+    """An open GGUF file; of a model that is cut into several files, one part (`gguf_split.open_gguf` reads all).
 
     `version`, `alignment`, `metadata` (Mapping) and `tensors` (name -> TensorInfo, in file order) are
     checked on construction; `tensor(name)` gives a view of the mapped bytes. Any defect is a ModelError.
@@ -370,9 +370,6 @@ class GGUFFile:
                 raise cursor.fail(what, f"{count} does not fit in the file, or exceeds {MAX_ENTRIES}", 8)
         entries = _metadata(cursor, keys)
         self.metadata = Metadata(self.path, cursor.buffer, entries)
-        splits = self.metadata.read("split.count", int, 0)
-        if splits > 1:
-            raise ModelError(f"{self.path}: split.count is {splits}; merge the parts (gguf-split --merge) first")
         self.alignment = _alignment(self.metadata, entries, self.path)
         self.tensors = _tensor_table(cursor, tensors, self.alignment)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dovetail.checkpoint.architecture import Architectures, read_gguf_config
-from dovetail.checkpoint.gguf import GGUFFile
+from dovetail.checkpoint.gguf_split import open_gguf
 from dovetail.checkpoint.gguf_tokenizer import build_tokenizer
 from dovetail.checkpoint.layout import BLOCK_NAMES, TOP_NAMES
 from dovetail.core.errors import ModelError
@@ -45,7 +45,7 @@ class GGUFCheckpoint:
     """See `Checkpoint`. Quantized rows are moved whole and never requantized."""
 
     def __init__(self, path: str | os.PathLike[str], known: Architectures) -> None:
-        self._file = GGUFFile(path)
+        self._file = open_gguf(path)
         self.path = self._file.path
         self.bytes = self._file.bytes
         self.architecture, self.config = read_gguf_config(self._file, known)

@@ -22,15 +22,16 @@ def pull(
     Examples:
       dovetail pull smollm2-135m
       dovetail pull HuggingFaceTB/SmolLM2-360M-Instruct
-      dovetail pull org/name:model.Q4_K_M.gguf
+      dovetail pull org/name-GGUF:Q4_K_M
+      dovetail pull org/name-GGUF:model.Q4_K_M.gguf
     """
     from dovetail import hub
-    from dovetail.host.files import tree_bytes
+    from dovetail.host.files import model_bytes
 
     started = time.perf_counter()
     path = hub.verify(model) if verify else hub.resolve(model, refresh=True)
     print(path)
-    size = path.stat().st_size if path.is_file() else tree_bytes(path)
+    size = model_bytes(path)
     seconds = round(time.perf_counter() - started, 3)
     write_json(json_file, {"model": model, "path": str(path), "bytes": size, "seconds": seconds})
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic replacement, exclusive locks, disk space."""
+"""Files that are either whole or absent: atomic replacement, exclusive locks, disk space, files cut into parts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from dovetail.core.errors import ModelError
 from dovetail.host.units import format_size
@@ -18,6 +19,7 @@ from dovetail.host.units import format_size
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 DISK_ERRORS = _FULL + _REFUSED
+_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})(\.[a-z]+)", re.ASCII | re.DOTALL)
 _REMEDY = "set DOVETAIL_HOME to a folder you own, on a disk with room"
 
 
@@ -89,6 +91,39 @@ def tree_bytes(path: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total
+
+
+class FilePart(NamedTuple):
+    """A file's place among the parts of a larger one, as its name has it: part `number` of `total`, from 1 on."""
+
+    stem: str
+    number: int
+    total: int
+    suffix: str
+
+    def name(self, number: int) -> str:
+        """The name of another part."""
+        return f"{self.stem}-{number:05d}-of-{self.total:05d}{self.suffix}"
+
+    def names(self) -> list[str]:
+        """The names of all parts, in order."""
+        return [self.name(number) for number in range(1, self.total + 1)]
+
+
+def file_part(name: str) -> FilePart | None:
+    """What `model-00002-of-00003.gguf` says; None for a name that is not a part's. Folders before it are kept."""
+    match = _PART.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return None
+    return FilePart(match[1], int(match[2]), int(match[3]), match[4])
+
+
+def model_bytes(path: Path) -> int:
+    """Bytes of a model on disk: a folder, a file, or the first of a file's parts with the others beside it."""
+    if path.is_dir():
+        return tree_bytes(path)
+    part = file_part(path.name)
+    return sum(path.with_name(name).stat().st_size for name in (part.names() if part else [path.name]))
 
 
 def _full_message(directory: Path, needed: int, free: int, what: str, remedy: str) -> str:

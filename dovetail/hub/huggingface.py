@@ -5,19 +5,22 @@ Nothing here asks the network about a model that is already complete on disk, so
 
 from __future__ import annotations
 
+import glob
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dovetail.core.errors import ModelError
-from dovetail.host.files import DISK_ERRORS, explaining, require_space
+from dovetail.host.files import DISK_ERRORS, explaining, file_part, require_space
+from dovetail.hub.gguf_files import all_parts, first_files, listed, with_tag, without_tag
 from dovetail.show.progress import note
 
 _REPO = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_TAG = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHTS = ("*.safetensors",)
 # Subfolders hold other formats of the same weights; `consolidated` is Mistral's second copy of them.
@@ -28,32 +31,37 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Reference:
-    """A model on the hub: a repository, or one GGUF file in it."""
+    """A model on the hub: a repository, or a GGUF file in it, by its path there or by a tag such as Q4_K_M."""
 
     repo: str
     file: str | None = None
+    tag: str | None = None
 
 
 def parse(name: str) -> Reference | None:
-    """`org/name`, `org/name:file.gguf` or `org/name/file.gguf`; None if `name` is none of these."""
+    """`org/name`, `org/name:TAG`, `org/name:file.gguf` or `org/name/file.gguf`; None for everything else."""
     repo, colon, file = name.partition(":")
     if not colon:
         pieces = name.split("/", 2)
         repo, file = "/".join(pieces[:2]), pieces[2] if len(pieces) == 3 else ""
     if not _REPO.fullmatch(repo) or (not file and (colon or repo.endswith(".gguf"))):
         return None
+    if colon and _TAG.fullmatch(file):
+        return Reference(repo, tag=file)
     if file and (not file.endswith(".gguf") or ".." in file.split("/")):
         return None
     return Reference(repo, file or None)
 
 
 def cached(reference: Reference) -> Path | None:
-    """The model's file or folder if all of it is in the hub's cache."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    """The model's folder, or its (first) GGUF file, if all of it is in the hub's cache.
 
-    if reference.file:
-        found = try_to_load_from_cache(reference.repo, reference.file)
-        return Path(found) if isinstance(found, str) else None
+    Without file and tag, GGUF files are passed over: only the hub knows whether the repository has other weights.
+    """
+    from huggingface_hub import snapshot_download
+
+    if reference.file or reference.tag:
+        return _cached_gguf(reference)
     try:
         folder = Path(
             snapshot_download(
@@ -68,28 +76,70 @@ def cached(reference: Reference) -> Path | None:
     return folder if is_complete(folder) else None
 
 
+def _cached_gguf(reference: Reference) -> Path | None:
+    """The GGUF file that is meant, among those in the hub's cache."""
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{reference.repo.replace('/', '--')}"
+    try:
+        revision = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    folder = repository / "snapshots" / revision
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf") if path.is_file()}
+    try:
+        file = choose_file(reference, present).file
+    except ModelError:
+        return None
+    return folder / file if file else None
+
+
 def fetch(reference: Reference) -> Path:
     """Download what is missing of the model and return its path. Raises ModelError."""
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants
 
     directory = Path(constants.HF_HUB_CACHE)
-    info = ask_hub(reference, lambda: HfApi().model_info(reference.repo, files_metadata=True, timeout=20))
+    try:
+        info = ask_hub(reference, lambda: HfApi().model_info(reference.repo, files_metadata=True, timeout=20))
+    except ModelError as error:
+        kept = None if reference.file or reference.tag else _cached_gguf(reference)
+        if kept is None:
+            raise
+        note(f"{error}; taking {kept.name}, which is in the cache")
+        return kept
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
-    reference = choose_file(reference, sizes)
-    needed = _missing_bytes(reference, sizes, info.sha)
+    chosen = choose_file(reference, sizes)
+    if chosen.file and not (reference.file or reference.tag):
+        note(
+            f"{reference.repo}: taking {chosen.file}; {reference.repo}:TAG or {reference.repo}:FILE takes another"
+        )
+    needed = _missing_bytes(chosen, sizes, info.sha)
     with explaining(directory, needed, reference.repo):
         require_space(directory, needed, reference.repo)
-        if file := reference.file:
-            return Path(ask_hub(reference, lambda: hf_hub_download(reference.repo, file, revision=info.sha)))
-        # Weights last: where they are complete, everything else is.
-        for patterns in (_SMALL, _WEIGHTS):
-            folder = ask_hub(
-                reference,
-                lambda patterns=patterns: snapshot_download(  # type: ignore[misc]
-                    reference.repo, allow_patterns=list(patterns), ignore_patterns=list(_NEVER)
-                ),
-            )
-    return Path(folder)
+        if not chosen.file:
+            # Weights last: where they are complete, everything else is.
+            _download(reference, _SMALL, _NEVER)
+            return _download(reference, _WEIGHTS, _NEVER)
+        parts = all_parts(chosen.file)
+        folder = _download(reference, [glob.escape(name) for name in parts])
+    for name in parts:
+        if not (folder / name).is_file():
+            raise ModelError(f"{reference.repo}: {name} did not arrive; try again")
+    return folder / chosen.file
+
+
+def _download(reference: Reference, patterns: Sequence[str], never: Sequence[str] = ()) -> Path:
+    """Let the hub's client fetch what `patterns` match. All files come from one commit, which becomes `main`."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        ask_hub(
+            reference,
+            lambda: snapshot_download(
+                reference.repo, allow_patterns=list(patterns), ignore_patterns=list(never) or None
+            ),
+        )
+    )
 
 
 def models() -> Iterator[tuple[str, Path, int]]:
@@ -142,31 +192,44 @@ def is_complete(folder: Path) -> bool:
     return all((folder / str(shard)).exists() for shard in shards)
 
 
-def choose_file(reference: Reference, files: dict[str, int]) -> Reference:
-    """Check that the repository has what is asked for; a repository of one GGUF file needs no file name."""
-    ggufs = sorted(name for name in files if name.endswith(".gguf"))
-    listed = ", ".join(ggufs[:12]) + (f" and {len(ggufs) - 12} more" if len(ggufs) > 12 else "")
+def choose_file(reference: Reference, files: Collection[str]) -> Reference:
+    """The file that is meant, if it is one: a model's only file, or the first of its parts.
+
+    ModelError that lists what there is if the repository has nothing that fits, several that do, or only parts.
+    """
+    repo = reference.repo
     if reference.file:
-        if reference.file in files:
-            return reference
-        has = f"it has {listed}" if ggufs else "it has no GGUF file"
-        raise ModelError(f"{reference.repo} has no file {reference.file}; {has}")
-    if any("/" not in name and name.endswith(".safetensors") for name in files):
+        if reference.file not in files:
+            models = first_files(files)
+            has = f"it has {listed(models)}" if models else "it has no GGUF file"
+            raise ModelError(f"{repo} has no file {reference.file}; {has}")
+        part = file_part(reference.file)
+        if part and part.number > 1:
+            raise ModelError(
+                f"{reference.file} is part {part.number} of {part.total}; name the first, {part.name(1)}"
+            )
+        file = reference.file
+    elif reference.tag:
+        file = with_tag(repo, reference.tag, files)
+    elif any("/" not in name and name.endswith(".safetensors") for name in files):
         return reference
-    if len(ggufs) == 1:
-        note(f"{reference.repo}: taking its one GGUF file, {ggufs[0]}")
-        return Reference(reference.repo, ggufs[0])
-    if ggufs:
-        raise ModelError(f"{reference.repo} holds GGUF files; name one as {reference.repo}:FILE, of {listed}")
-    raise ModelError(f"{reference.repo} has no weights in a format that is read: safetensors or GGUF")
+    elif not first_files(files):
+        raise ModelError(f"{repo} has no weights in a format that is read: safetensors or GGUF")
+    else:
+        file = without_tag(repo, files)
+    if missing := [name for name in all_parts(file) if name not in files]:
+        raise ModelError(f"{repo} lacks a part of {file}: {listed(missing)}")
+    return Reference(repo, file)
 
 
 def _missing_bytes(reference: Reference, sizes: dict[str, int], revision: str | None) -> int:
     from huggingface_hub import try_to_load_from_cache
 
+    parts = all_parts(reference.file) if reference.file else []
+
     def wanted(name: str) -> bool:
-        if reference.file:
-            return name == reference.file
+        if parts:
+            return name in parts
         return any(fnmatch(name, pattern) for pattern in (*_SMALL, *_WEIGHTS)) and not any(
             fnmatch(name, pattern) for pattern in _NEVER
         )

@@ -32,7 +32,8 @@ def resolve(name: str, *, refresh: bool = False) -> Path:
     """The folder or GGUF file that `name` stands for, fetched first if need be.
 
     Tried in order: a local folder or .gguf file, a built-in alias, a Hugging Face id (`org/name`,
-    `org/name:file.gguf`). `refresh` asks the hub for a newer revision of a cached model. Raises ModelError.
+    `org/name:TAG`, `org/name:file.gguf`). A model in several files is named by the first of them. `refresh` asks
+    the hub for a newer revision of a cached model. Raises ModelError.
     """
     if local := _local(name):
         return local
@@ -73,7 +74,7 @@ def remove(name: str) -> int:
                 shutil.rmtree(directory)
                 return freed
     elif reference := huggingface.parse(name):
-        if reference.file:
+        if reference.file or reference.tag:
             raise ModelError(f"whole repositories are removed, not single files: `dovetail rm {reference.repo}`")
         repository = huggingface.remove(reference.repo)
         if repository is not None:
@@ -109,5 +110,5 @@ def _unknown(name: str) -> str:
 def _accepted() -> str:
     return (
         f"a model is a folder or .gguf file, an alias ({', '.join(ALIASES)}), or a Hugging Face id such as "
-        "org/name or org/name:file.gguf"
+        "org/name, org/name:Q4_K_M or org/name:file.gguf"
     )

@@ -97,7 +97,6 @@ RAW_CASES: dict[str, tuple[bytes, str]] = {
     "13 wrap": (raw(rows=[row(offset=-32)], data=b"\0" * 64), "offset"),
     "14 short": (raw(rows=[row()], data=b"\0" * 15), "ends at"),
     "14 trailing": (raw(rows=[row()], data=b"\0" * 33), "follow"),
-    "15 split": (raw([pair("split.count", 2, b"\3\0")]), "split.count"),
     "16 long template": (raw([pair("tokenizer.chat_template", 8, string("x" * 10**7))]), "limit"),
 }
 

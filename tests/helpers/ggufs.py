@@ -79,9 +79,16 @@ def write(
     weights: dict[str, np.ndarray] | None = None,
     formats: dict[str, str] | None = None,
     architecture: str = "llama",
+    split: int = 0,
+    tensors_in_first: bool = True,
 ) -> Path:
-    """A tiny model. A change to None removes a key; `formats` maps tensor names to quantized types."""
-    writer = gguf.GGUFWriter(str(path), architecture)
+    """A tiny model. A change to None removes a key; `formats` maps tensor names to quantized types.
+
+    `split` cuts it into parts of as many tensors; the path of the first part is returned.
+    """
+    writer = gguf.GGUFWriter(
+        str(path), architecture, split_max_tensors=split, small_first_shard=not tensors_in_first
+    )
     keys = metadata() | (changes or {})
     for key, value in keys.items():
         key = key.replace("llama.", f"{architecture}.", 1) if key.startswith("llama.") else key
@@ -156,7 +163,7 @@ def _close(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return writer.format_shard_names(path)[0]
 
 
 def string(text: str | bytes) -> bytes:

@@ -347,7 +347,10 @@ def test_no_pip(tmp_path, monkeypatch):
         ("org/name:q4.gguf", huggingface.Reference("org/name", "q4.gguf")),
         ("org/name/q4.gguf", huggingface.Reference("org/name", "q4.gguf")),
         ("org/name/sub/q4.gguf", huggingface.Reference("org/name", "sub/q4.gguf")),
+        ("org/name:Q4_K_M", huggingface.Reference("org/name", tag="Q4_K_M")),
+        ("org/name:ud-q4_k_xl", huggingface.Reference("org/name", tag="ud-q4_k_xl")),
         ("org/name:", None),
+        ("org/name:../x", None),
         ("name", None),
         ("org/name/config.json", None),
         ("org/../x.gguf", None),
@@ -361,7 +364,7 @@ def test_what_a_repository_offers():
     choose, whole = huggingface.choose_file, huggingface.Reference("o/n")
     assert choose(whole, {"model.safetensors": 1, "a.gguf": 1}) == whole
     assert choose(whole, {"a.gguf": 1}) == huggingface.Reference("o/n", "a.gguf")
-    with pytest.raises(ModelError, match=r"name one as o/n:FILE, of a\.gguf, b\.gguf"):
+    with pytest.raises(ModelError, match=r"name one as o/n:TAG or o/n:FILE, of a\.gguf, b\.gguf"):
         choose(whole, {"a.gguf": 1, "b.gguf": 1})
     with pytest.raises(ModelError, match="no weights"):
         choose(whole, {"pytorch_model.bin": 1})
