@@ -1,14 +1,33 @@
 #include "bandwidth.h"
 
-#include <omp.h>
 #include <sys/mman.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <new>
 
+#include "team.h"
+
 namespace dovetail {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+uint64_t read(const uint8_t* from, size_t bytes) {
+    uint64_t a = 0, b = 0, c = 0, d = 0;
+    for (size_t at = 0; at < bytes; at += 64) {  // a word of each line: the line is what is moved
+        __builtin_prefetch(from + at + 4096);
+        uint64_t x[4];
+        memcpy(x, from + at, 32);
+        a += x[0], b += x[1], c += x[2], d += x[3];
+    }
+    return a + b + c + d;
+}
+
+}  // namespace
 
 double read_bandwidth(size_t bytes, int threads) {
     bytes = bytes / 4096 * 4096;
@@ -17,24 +36,13 @@ double read_bandwidth(size_t bytes, int threads) {
     madvise(p, bytes, MADV_HUGEPAGE);
     const size_t each = bytes / threads / 512 * 512;
     double best = 0;
-    uint64_t sink = 0;
-#pragma omp parallel num_threads(threads)
-    memset(p + omp_get_thread_num() * each, 1, each);
+    std::atomic<uint64_t> sink{0};
+    Team team(threads, 1);
+    team.run([&](Member& member) { member.share(threads, [&](int i) { memset(p + i * each, 1, each); }); });
     for (int i = 0; i < 3; i++) {
-        const auto start = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads) reduction(+ : sink)
-        {
-            const uint8_t* from = p + omp_get_thread_num() * each;
-            uint64_t a = 0, b = 0, c = 0, d = 0;
-            for (size_t at = 0; at < each; at += 64) {  // a word of each line: the line is what is moved
-                __builtin_prefetch(from + at + 4096);
-                uint64_t x[4];
-                memcpy(x, from + at, 32);
-                a += x[0], b += x[1], c += x[2], d += x[3];
-            }
-            sink += a + b + c + d;
-        }
-        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        const auto start = Clock::now();
+        team.run([&](Member& member) { member.share(threads, [&](int i) { sink += read(p + i * each, each); }); });
+        const std::chrono::duration<double> took = Clock::now() - start;
         const double rate = (double)each * threads / took.count() / 1e9;
         best = rate > best ? rate : best;
     }

@@ -5,6 +5,7 @@
 
 #include "huge.h"
 #include "small_floats.h"
+#include "team.h"
 
 namespace dovetail {
 
@@ -167,13 +168,13 @@ Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int 
     const FormatInfo& info = FORMATS[format];
     if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
     data = take_huge(bytes + SLACK, memory);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (int t = 0; t < tiles; t++) {
+    const auto pack = [&](int t) {
         const uint8_t* from = rows + (size_t)t * TILE * row_bytes;
         const int columns = n - t * TILE < TILE ? n - t * TILE : TILE;
         if (info.values == 1) pack_plain_tile(format, from, row_bytes, columns, k, data + t * tile_stride);
         else pack_codes_tile(format, from, row_bytes, columns, k_blocks, data + t * tile_stride);
-    }
+    };
+    Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
 }
 
 void dequantize_row(Format f, const uint8_t* row, int k, float* out) {

@@ -1,11 +1,9 @@
 // Threads of one parallel region, and the sharing of work between them.
 //
-// The region is OpenMP's, so that torch and this library use one runtime and one set of threads. In a phase every thread has
-// a range of its own, and then takes from the others' ranges. The phase ends when all pieces are done. So a thread that the
-// system has paused or not started yet delays the others only if it holds a piece. Cores that are far apart touch each
-// other's cache lines once per phase.
+// In a phase every thread has a range of its own, and then takes from the others' ranges. The phase ends when all pieces are
+// done. So a thread that the system has paused or not started yet delays the others only if it holds a piece. Cores that are
+// far apart touch each other's cache lines once per phase.
 #pragma once
-#include <omp.h>
 #include <sched.h>
 
 #include <atomic>
@@ -14,17 +12,9 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "workers.h"
 
 namespace dovetail {
-
-inline void pause_cpu() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
-}
 
 // A count that begins at zero in every run: its high bits say to which run its low bits belong.
 class alignas(64) Counter {
@@ -54,11 +44,11 @@ class Team;
 // One thread's view. All members call `share` in the same order.
 class Member {
    public:
-    Member(Team& team, int id, int count) : id(id), team_(team), count_(count) {}
+    Member(Team& team, int id) : id(id), team_(team) {}
 
     // f(i) for every i in [0, n), each by one member; returns when all are done.
     template <class F> void share(int n, F&& f);
-    int threads() const { return count_; }
+    int threads() const;
 
     const int id;
 
@@ -66,15 +56,14 @@ class Member {
     template <class F> int take(int owner, int n, F& f);
 
     Team& team_;
-    const int count_;  // threads that the region really has: OpenMP may allow fewer than asked for
     int phase_ = 0;
 };
 
 class Team {
    public:
-    explicit Team(int threads) : threads(threads) {
+    explicit Team(int threads, int phases = 64) : threads(threads) {
         if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-        reserve(64);
+        reserve(phases);
     }
 
     // At least this many `share`s may follow in one `run`.
@@ -85,19 +74,14 @@ class Team {
         done_ = std::vector<Counter>(phases);
     }
 
-    // f(member) on every thread. Nothing that f does may throw.
+    // f(member) on this thread and on those of the others that come in time. Nothing that f does may throw.
     template <class F> void run(F&& f) {
         run_++;
-        if (threads == 1) {
-            Member m(*this, 0, 1);
-            f(m);
-            return;
-        }
-#pragma omp parallel num_threads(threads)
-        {
-            Member m(*this, omp_get_thread_num(), omp_get_num_threads());
-            f(m);
-        }
+        auto one = [&](int id) {
+            Member member(*this, id);
+            f(member);
+        };
+        run_region(threads, [](void* what, int id) { (*(decltype(one)*)what)(id); }, &one);
     }
 
     const int threads;
@@ -112,8 +96,11 @@ class Team {
     std::vector<Counter> done_;  // [phase]: pieces done
 };
 
+inline int Member::threads() const { return team_.threads; }
+
 template <class F> int Member::take(int owner, int n, F& f) {
-    const int first = (int)((long long)n * owner / count_), count = (int)((long long)n * (owner + 1) / count_) - first;
+    const int threads = team_.threads;
+    const int first = (int)((long long)n * owner / threads), count = (int)((long long)n * (owner + 1) / threads) - first;
     Counter& next = team_.next(owner, phase_);
     int taken = 0;
     if (next.get(team_.run_) >= count) return 0;
@@ -122,12 +109,13 @@ template <class F> int Member::take(int owner, int n, F& f) {
 }
 
 template <class F> void Member::share(int n, F&& f) {
-    if (count_ == 1) {
+    const int threads = team_.threads;
+    if (threads == 1) {
         for (int i = 0; i < n; i++) f(i);
         return;
     }
     int mine = 0;
-    for (int k = 0; k < count_; k++) mine += take((id + k) % count_, n, f);
+    for (int k = 0; k < threads; k++) mine += take((id + k) % threads, n, f);
     Counter& done = team_.done_[phase_++];
     if (mine) done.add(team_.run_, mine);
     for (int spins = 0; done.get(team_.run_) < n;) {

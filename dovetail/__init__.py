@@ -6,9 +6,14 @@ that importing the package is cheap.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Before anybody imports torch: its threads must not spin on the cores on which the native ones compute.
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 if TYPE_CHECKING:
     from dovetail.core.errors import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from dovetail.cli.result import JsonOption, write_json
@@ -87,29 +86,15 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _kernels() -> dict[str, Any]:
-    """The native library, the instruction sets that it runs here, best first, and the OpenMP runtimes loaded."""
+    """The native library, the instruction sets that it runs here, best first."""
     library, problem, isas, emulated = None, None, [], []
     try:
-        import torch  # noqa: F401  its libgomp first
-
         from dovetail import _native
 
         library, isas, emulated = _native.__file__, _native.isas(), _native.emulated()
     except ImportError as error:
         problem = str(error)
-    copies = _mapped("libgomp")
-    return {"native": library, "problem": problem, "isas": isas, "emulated": emulated, "libgomp": copies}
-
-
-def _mapped(library: str) -> list[str]:
-    """The files of this name that the process has loaded."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    # A line ends with the file's path, which may hold spaces.
-    paths = {fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6}
-    return sorted(path for path in paths if Path(path).name.startswith(library))
+    return {"native": library, "problem": problem, "isas": isas, "emulated": emulated}
 
 
 def _packages() -> dict[str, str | None]:
@@ -207,13 +192,10 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _kernel_rows(kernels: dict[str, Any]) -> list[tuple[str, str]]:
-    copies = kernels["libgomp"]
-    more = "; each starts threads of its own" if len(copies) > 1 else ""
     isas = ", ".join(kernels["isas"]) + " (best first)" if kernels["isas"] else "none"
     if kernels["emulated"]:
         isas += f"; for tests {', '.join(kernels['emulated'])}"
     return [
         ("native library", kernels["native"] or f"none, torch's operations instead ({kernels['problem']})"),
         ("instruction sets", isas),
-        ("libgomp", f"{len(copies)} loaded{more}" + "".join(f"\n{path}" for path in copies)),
     ]

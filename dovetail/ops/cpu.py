@@ -1,7 +1,4 @@
-"""The Python side of the native CPU kernels: what this machine can run, how weights are packed, aligned memory.
-
-torch is imported first, so that torch and the kernels use one OpenMP runtime and one set of threads.
-"""
+"""The Python side of the native CPU kernels: what this machine can run, how weights are packed, aligned memory."""
 
 from __future__ import annotations
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,30 +79,6 @@ def test_windows_read_the_same_from_any_layout() -> None:
         seen = slice(at - 19, at + 1)
         weights = torch.softmax(torch.einsum("hd,khd->hk", q[i], keys[seen]) / 4, -1)
         torch.testing.assert_close(got[i], torch.einsum("hk,khd->hd", weights, values[seen]), rtol=1e-5, atol=1e-5)
-
-
-def test_regions_of_changing_size() -> None:
-    """OpenMP may give a region fewer threads than the one before, and then more again."""
-    code = """
-import ctypes, torch
-from dovetail.ops import cpu
-from tests.ops.test_linear import Layer, stored
-layer = Layer([("Q4_1", stored("Q4_1", 512, 64, 0))], 64, "", "int8", threads=2)
-gomp = ctypes.CDLL([line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line][0])
-a, b = torch.randn(5, 64), torch.randn(5, 64)
-want = layer(a).clone(), layer(b).clone()
-level = gomp.omp_set_max_active_levels
-for _ in range(20):
-    assert torch.equal(layer(a), want[0])
-    level(0)
-    assert torch.equal(layer(b), want[1])
-    level(1)
-    assert torch.equal(layer(a), want[0])
-"""
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, check=True, timeout=60
-    )
 
 
 def test_how_weights_are_read_changes_no_bit() -> None:
