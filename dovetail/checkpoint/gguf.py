@@ -41,7 +41,8 @@ _NUMPY = {
 _TYPE_NAMES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-_FORMATS = {
+# What numbers in a file mean.
+FORMATS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
     10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip
@@ -292,10 +293,10 @@ def _dimensions(cursor: _Cursor, what: str) -> tuple[int, ...]:
 
 def _format(cursor: _Cursor, what: str, row: int) -> str:
     kind = cursor.u32(f"{what} type")
-    name = _FORMATS.get(kind)
+    name = FORMATS.get(kind)
     if name is None:
         state = "was removed from GGUF" if kind in _REMOVED else "is not supported"
-        known = ", ".join(_FORMATS.values())
+        known = ", ".join(FORMATS.values())
         raise cursor.fail(what, f"type {kind} {state}; supported are {known}", cursor.at - 4)
     if row % BLOCKS[name].values:
         raise cursor.fail(what, f"row of {row} values is not a multiple of {name}'s {BLOCKS[name].values}")

@@ -1,4 +1,4 @@
-"""What GGUF metadata says the same way for most decoders.
+"""What GGUF metadata says the same way for most decoders: reading it, and writing it.
 
 An architecture's record composes these functions and adds what is its own.
 """
@@ -6,7 +6,7 @@ An architecture's record composes these functions and adds what is its own.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.fields import Keys
 from dovetail.core.errors import ModelError
@@ -96,6 +96,38 @@ def decoder_config(keys: Keys) -> ModelConfig:
         bos_token_id=file.metadata.read("tokenizer.ggml.bos_token_id", int),
         eos_token_ids=gguf_eos_ids(file),
     )
+
+
+def decoder_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The keys that say what `decoder_config` and the architectures' records read; ints, floats, lists of bool.
+
+    What tensors say (biases, norms of queries and keys, whether the head is tied) has no key. ModelError for
+    rotations that are scaled.
+    """
+    if config.rope.kind != "default":
+        raise ModelError(f"a rotation of type {config.rope.kind!r} cannot be written to a GGUF file")
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "block_count": config.num_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope.theta,
+        "rope.dimension_count": config.head_dim,
+    }
+    slides = [window is not None for window in config.sliding_windows]
+    if any(slides):
+        first = slides.index(True)
+        keys["attention.sliding_window"] = config.window_of(first)
+        if not all(slides):
+            keys["attention.sliding_window_pattern"] = slides
+            keys["rope.freq_base_swa"] = config.rope_of(first).theta
+    return {f"{config.architecture}.{name}": value for name, value in keys.items()}
 
 
 def window_in_all_layers(keys: Keys, layers: int) -> tuple[int | None, ...]:

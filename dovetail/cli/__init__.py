@@ -18,11 +18,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
+_OWN_MODULES = ("run", "chat", "serve", "batch", "export", "random", "doctor", "eval", "bench", "reproduce")
 COMMANDS = {
     "pull": "models:pull",
     "list": "models:show",
     "rm": "models:remove",
-    **{name: name for name in ("run", "chat", "serve", "batch", "export", "doctor", "eval", "bench", "reproduce")},
+    **{name: name for name in _OWN_MODULES},
 }
 
 EXIT_OK = 0

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -232,3 +233,57 @@ def test_doctor_without_the_native_library(home, monkeypatch):
 def test_the_listed_commands_exist():
     for name in cli.COMMANDS:
         assert callable(cli.command(name))
+
+
+def test_random_writes_a_model_that_runs(home, tmp_path):
+    path = tmp_path / "m.gguf"
+    result = invoke(
+        "random", "qwen2", str(path), "--layers", "1", "--vocab", "300", "--format", "Q8_0", "--json", "-"
+    )
+    assert result.exit_code == 0
+    first, last = result.stdout.splitlines()
+    assert first == str(path)
+    found = json.loads(last)
+    assert found["bytes"] == path.stat().st_size
+    assert (found["layers"], found["architecture"], found["format"], found["seed"]) == (1, "qwen2", "Q8_0", 0)
+    assert found["formats"] == {"Q8_0": 9, "F32": 6}
+    answer = LLM(str(path), threads=1).generate("hello")
+    assert answer[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("llama", "m.bin"), "m.bin: the file's name must end in .gguf"),
+        (("llama", "there.gguf"), "there.gguf exists; delete it, or choose another name"),
+        (("llama", "folder.gguf"), "folder.gguf exists"),
+        (("gpt2", "m.gguf"), "unknown architecture 'gpt2'; known are llama, mistral"),
+        (("llama", "m.gguf", "--like", "qwen3-8b"), "qwen3-8b is a qwen3 model, not a llama one"),
+        (("llama", "m.gguf", "--like", "llama-5"), "unknown shape 'llama-5'; known are smollm2-135m"),
+        (("llama", "m.gguf", "--format", "Q9"), "unknown format 'Q9'; random weights come in F32"),
+        (("llama", "m.gguf", "--vocab", "100"), "a vocabulary of 100 is too small"),
+        (("llama", "m.gguf", "--hidden", "40"), "a row of 40 is not a multiple of Q4_0's 32 values"),
+        (("llama", "there.gguf/m.gguf"), "cannot write m.gguf to there.gguf: "),
+        (("llama", "m.gguf", "--layers", "0"), "Invalid value for '--layers'"),
+    ],
+)
+def test_random_refuses(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.gguf").write_text("mine")
+    (tmp_path / "folder.gguf").mkdir()
+    monkeypatch.setattr(sys, "argv", ["dovetail", "random", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "there.gguf"]
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+def test_random_lists_what_there_is():
+    from dovetail.checkpoint.random_model import FORMATS
+    from dovetail.models import MODELS
+    from dovetail.models.shapes import SHAPES
+
+    words = set(re.findall(r"[\w.-]*\w", invoke("random", "--help").stdout))
+    assert {*FORMATS, *MODELS, *SHAPES} <= words
