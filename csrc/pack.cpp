@@ -86,27 +86,63 @@ void read_block(Format f, const uint8_t* row, int b, Codes& c) {
     else read_k(f, p, b % info.blocks, c);
 }
 
-// Codes of column `lane` into a block of a K format.
-void place_codes(Format f, const uint8_t* q, int lane, uint8_t* block) {
-    for (int k = 0; k < 16; k++) {
-        const int at = 64 * (k / 4) + 4 * lane + k % 4;
-        block[at] = (uint8_t)((q[k] & 15) | (q[k + 16] & 15) << 4);
-    }
-    if (f == Q5_K) {
-        for (int k = 0; k < 32; k++) block[256 + 4 * lane + k % 4] |= (uint8_t)((q[k] >> 4) << (k / 4));
-    } else if (f == Q6_K) {
-        for (int k = 0; k < 32; k++)
-            block[256 + 64 * (k / 16) + 4 * lane + k % 4] |= (uint8_t)((q[k] >> 4) << 2 * (k / 4 % 4));
+// A word of bytes, so that one operation acts on many codes: words of 16 bytes are vector instructions on every CPU.
+typedef uint32_t Words __attribute__((vector_size(16), aligned(4)));
+
+Words words(const uint8_t* p) {
+    Words w;
+    memcpy(&w, p, 16);
+    return w;
+}
+
+// Byte b in every byte.
+constexpr uint32_t each(uint32_t b) { return b * 0x01010101u; }
+
+// The four k-quads of w into column `lane` of four vectors.
+void scatter(const Words& w, int lane, uint8_t* to) {
+    for (int j = 0; j < 4; j++) memcpy(to + 64 * j + 4 * lane, &w[j], 4);
+}
+
+// 32 codes of 4 bits, one in the low half of each byte of p (or the high half), into a block. Codes i and i + 16 share a byte.
+void place_nibbles(const uint8_t* p, bool high, int lane, uint8_t* block) {
+    const Words a = words(p), b = words(p + 16);
+    scatter(high ? (a >> 4 & each(15)) | (b & each(0xf0)) : (a & each(15)) | (b & each(15)) << 4, lane, block);
+}
+
+// Bit `bit` of each of 32 bytes: the fifth bits of a block.
+void place_fifth(const uint8_t* p, int bit, int lane, uint8_t* block) {
+    uint32_t bits = 0;
+    for (int j = 0; j < 8; j++) bits |= (u32(p + 4 * j) >> bit & each(1)) << j;
+    memcpy(block + 256 + 4 * lane, &bits, 4);
+}
+
+// Bits `shift` and `shift` + 1 of each of 32 bytes: bits 4 and 5 of a block's codes.
+void place_pairs(const uint8_t* p, int shift, int lane, uint8_t* block) {
+    for (int h = 0; h < 2; h++) {
+        uint32_t bits = 0;
+        for (int j = 0; j < 4; j++) bits |= (u32(p + 16 * h + 4 * j) >> shift & each(3)) << 2 * j;
+        memcpy(block + 256 + 64 * h + 4 * lane, &bits, 4);
     }
 }
 
-void place_scales(Format f, const Codes& c, int lane, uint8_t* head, uint8_t* block) {
+// The super-block of 256 at p into column `lane` of a group of blocks.
+void pack_k_blocks(Format f, const uint8_t* p, int lane, uint8_t* head) {
     const FormatInfo& info = FORMATS[f];
-    memcpy(head + 2 * lane, &c.d, 2);
-    uint8_t* at = block + info.block - 32;
-    at[lane] = c.scale[0];
-    at[16 + lane] = f == Q6_K ? c.scale[1] : c.minimum;
-    if (f != Q6_K) memcpy(head + 32 + 2 * lane, &c.m, 2);
+    memcpy(head + 2 * lane, f == Q6_K ? p + 208 : p, 2);
+    if (f != Q6_K) memcpy(head + 32 + 2 * lane, p + 2, 2);
+    for (int b = 0; b < 8; b++) {
+        uint8_t* block = head + info.head + b * info.block;
+        uint8_t* scales = block + info.block - 32 + lane;
+        if (f == Q6_K) {
+            place_nibbles(p + 64 * (b / 4) + 32 * (b % 2), b % 4 / 2, lane, block);
+            place_pairs(p + 128 + 32 * (b / 4), 2 * (b % 4), lane, block);
+            scales[0] = p[192 + 2 * b], scales[16] = p[192 + 2 * b + 1];
+            continue;
+        }
+        place_nibbles(p + (f == Q5_K ? 48 : 16) + 32 * (b / 2), b % 2, lane, block);
+        if (f == Q5_K) place_fifth(p + 16, b, lane, block);
+        six_bit_scales(p + 4, b, scales[0], scales[16]);
+    }
 }
 
 // Formats whose block of 32 is one stored block. Codes i and i + 16 already share a byte, so four bytes are a lane's k-quad
@@ -115,47 +151,58 @@ void pack_small_block(Format f, const uint8_t* p, int lane, uint8_t* block) {
     const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
     const uint8_t* at = p + (has_min ? 4 : 2);
     const uint8_t* codes = at + (five ? 4 : 0);
-    const int quads = f == Q8_0 ? 8 : 4;
-    for (int j = 0; j < quads; j++) {
-        const uint32_t quad = u32(codes + 4 * j) ^ (f == Q8_0 ? 0x80808080u : 0u);  // to unsigned, zero point 128
-        memcpy(block + 64 * j + 4 * lane, &quad, 4);
-    }
+    const uint32_t flip = f == Q8_0 ? each(0x80) : 0;  // to unsigned, zero point 128
+    scatter(words(codes) ^ flip, lane, block);
+    if (f == Q8_0) scatter(words(codes + 16) ^ flip, lane, block + 256);
     if (five) {
         const uint32_t high = u32(at);
-        uint8_t bits[4] = {0, 0, 0, 0};
-        for (int k = 0; k < 32; k++) bits[k % 4] |= (uint8_t)((high >> k & 1) << (k / 4));
-        memcpy(block + 256 + 4 * lane, bits, 4);
+        uint32_t bits = 0;  // four bits at a time, one into each byte
+        for (int j = 0; j < 8; j++) bits |= ((high >> 4 * j & 15) * 0x00204081u & each(1)) << j;
+        memcpy(block + 256 + 4 * lane, &bits, 4);
     }
     uint8_t* scales = block + FORMATS[f].block - (has_min ? 64 : 32);
     memcpy(scales + 2 * lane, p, 2);
     if (has_min) memcpy(scales + 32 + 2 * lane, p + 2, 2);
 }
 
-void pack_codes_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k_blocks, uint8_t* tile) {
-    const FormatInfo& info = FORMATS[f];
-    for (int b = 0; b < k_blocks; b++) {
-        uint8_t* head = tile + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
-        uint8_t* block = head + info.head + (b % info.blocks) * info.block;
+template <Format f> void pack_codes(const uint8_t* rows, size_t row_bytes, int columns, int k_blocks, uint8_t* tile) {
+    constexpr FormatInfo info = FORMATS[f];
+    for (int b = 0; b < k_blocks / info.blocks; b++, rows += info.bytes, tile += info.head + info.blocks * info.block)
         for (int lane = 0; lane < columns; lane++) {
-            if (info.blocks == 1) {
-                pack_small_block(f, rows + lane * row_bytes + (size_t)b * info.bytes, lane, block);
-                continue;
-            }
-            Codes c;
-            read_k(f, rows + lane * row_bytes + (size_t)(b / info.blocks) * info.bytes, b % info.blocks, c);
-            place_codes(f, c.q, lane, block);
-            place_scales(f, c, lane, head, block);
+            if (info.blocks == 1) pack_small_block(f, rows + lane * row_bytes, lane, tile);
+            else pack_k_blocks(f, rows + lane * row_bytes, lane, tile);
         }
-    }
 }
 
-void pack_plain_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k, uint8_t* tile) {
-    const int size = FORMATS[f].bytes;
-    for (int lane = 0; lane < columns; lane++)
-        for (int i = 0; i < k; i++) {
-            const size_t to = f == BF16 ? ((size_t)(i / 2) * 16 + lane) * 2 + i % 2 : (size_t)i * 16 + lane;
-            memcpy(tile + to * size, rows + lane * row_bytes + (size_t)i * size, size);
-        }
+// Plain values, as many at a time as lie together in the packed layout: pairs of bfloat16, else one.
+template <class T> void pack_plain(const uint8_t* rows, size_t row_bytes, int columns, int count, uint8_t* tile) {
+    constexpr int AT_ONCE = 64 / sizeof(T);  // a line of each row
+    for (int from = 0; from < count; from += AT_ONCE)
+        for (int lane = 0; lane < columns; lane++)
+            for (int i = from; i < count && i < from + AT_ONCE; i++)
+                memcpy(tile + ((size_t)i * 16 + lane) * sizeof(T), rows + lane * row_bytes + (size_t)i * sizeof(T), sizeof(T));
+}
+
+void pack_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int k, uint8_t* tile) {
+    const int blocks = (k + BLOCK - 1) / BLOCK;
+    switch (f) {
+        case F32: return pack_plain<uint32_t>(rows, row_bytes, columns, k, tile);
+        case F16: return pack_plain<uint16_t>(rows, row_bytes, columns, k, tile);
+        case BF16:
+            pack_plain<uint32_t>(rows, row_bytes, columns, k / 2, tile);
+            for (int lane = 0; k % 2 && lane < columns; lane++)
+                memcpy(tile + ((size_t)(k / 2) * 16 + lane) * 4, rows + lane * row_bytes + (size_t)(k - 1) * 2, 2);
+            return;
+        case Q4_0: return pack_codes<Q4_0>(rows, row_bytes, columns, blocks, tile);
+        case Q4_1: return pack_codes<Q4_1>(rows, row_bytes, columns, blocks, tile);
+        case Q5_0: return pack_codes<Q5_0>(rows, row_bytes, columns, blocks, tile);
+        case Q5_1: return pack_codes<Q5_1>(rows, row_bytes, columns, blocks, tile);
+        case Q8_0: return pack_codes<Q8_0>(rows, row_bytes, columns, blocks, tile);
+        case Q4_K: return pack_codes<Q4_K>(rows, row_bytes, columns, blocks, tile);
+        case Q5_K: return pack_codes<Q5_K>(rows, row_bytes, columns, blocks, tile);
+        case Q6_K: return pack_codes<Q6_K>(rows, row_bytes, columns, blocks, tile);
+        default: return;
+    }
 }
 
 constexpr size_t SLACK = 8192;  // prefetches run past the end
@@ -171,8 +218,7 @@ Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int 
     const auto pack = [&](int t) {
         const uint8_t* from = rows + (size_t)t * TILE * row_bytes;
         const int columns = n - t * TILE < TILE ? n - t * TILE : TILE;
-        if (info.values == 1) pack_plain_tile(format, from, row_bytes, columns, k, data + t * tile_stride);
-        else pack_codes_tile(format, from, row_bytes, columns, k_blocks, data + t * tile_stride);
+        pack_tile(format, from, row_bytes, columns, k, data + t * tile_stride);
     };
     Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
 }
