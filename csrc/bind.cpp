@@ -228,6 +228,21 @@ NB_MODULE(_native, m) {
         dequantize_row(format_of(format), (const uint8_t*)row, k, (float*)out);
     });
 
+    m.def("layout", [] { return LAYOUT; });
+    m.def("checksums", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges, int threads) {
+        std::vector<std::pair<const uint8_t*, size_t>> at;
+        for (const auto& [address, bytes] : ranges) at.emplace_back((const uint8_t*)address, bytes);
+        nb::gil_scoped_release free;
+        return checksums(at, threads);
+    }, nb::arg("ranges"), nb::arg("threads"));
+
+    nb::class_<Mapping>(m, "Mapping")
+        .def(nb::init<int, size_t>(), nb::arg("file"), nb::arg("bytes"))
+        .def_prop_ro("address", [](const Mapping& f) { return (uintptr_t)f.data; })
+        .def("packed", [](std::shared_ptr<Mapping> file, const std::string& format, int n, int k, size_t offset) {
+            return std::make_shared<Packed>(format_of(format), std::move(file), offset, n, k);
+        }, nb::arg("format"), nb::arg("n"), nb::arg("k"), nb::arg("offset"));
+
     nb::class_<Packed>(m, "Packed")
         .def("__init__", [](Packed* self, const std::string& format, uintptr_t rows, size_t row_bytes, int n, int k,
                             int threads) {
@@ -236,6 +251,10 @@ NB_MODULE(_native, m) {
             new (self) Packed(f, (const uint8_t*)rows, row_bytes, n, k, threads);
         })
         .def_ro("bytes", &Packed::bytes)
+        .def_prop_ro("address", [](const Packed& p) { return (uintptr_t)p.data; })
+        .def_prop_ro("data", [](const Packed& p) {  // to be read
+            return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(p.data, {p.bytes}, nb::find(p));
+        })
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)
         .def_prop_ro("format", [](const Packed& p) { return FORMATS[p.format].name; });

@@ -5,6 +5,7 @@
 // 4-bit codes: 64 bytes hold k-quad j in the low halves and j + 4 in the high halves, four such vectors a block.
 // 5-bit codes: one more vector a block, bit j of each byte being the fifth bit of k-quad j.
 // 6-bit codes: two more vectors a block; vector h holds bits 4-5 of k-quads 4h to 4h + 3, two bits each.
+// Packed weights are kept in files: whoever changes the layout raises its number, and these files are made again.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +15,7 @@ namespace dovetail {
 enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 enum Activation : int { EXACT, INT8, BFLOAT, NUM_ACTIVATIONS };
 
+constexpr int LAYOUT = 1;  // the number of the packed layout
 constexpr int TILE = 16;   // columns of a tile
 constexpr int BLOCK = 32;  // K of a block
 

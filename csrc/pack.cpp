@@ -206,21 +206,33 @@ void pack_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int
 }
 
 constexpr size_t SLACK = 8192;  // prefetches run past the end
+constexpr size_t LINE = 64;     // where vectors of weights begin
 
 }  // namespace
 
-Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads)
+Packed::Packed(Format format, int n, int k)
     : format(format), n(n), k(k), tiles((n + TILE - 1) / TILE), k_blocks((k + BLOCK - 1) / BLOCK),
       tile_stride(tile_bytes(format, k_blocks)), bytes(tiles * tile_stride) {
     const FormatInfo& info = FORMATS[format];
     if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
-    data = take_huge(bytes + SLACK, memory);
+}
+
+Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads) : Packed(format, n, k) {
+    std::shared_ptr<void> owner;
+    uint8_t* const own = take_huge(bytes + SLACK, owner);
+    data = own, memory = owner;
     const auto pack = [&](int t) {
         const uint8_t* from = rows + (size_t)t * TILE * row_bytes;
         const int columns = n - t * TILE < TILE ? n - t * TILE : TILE;
-        pack_tile(format, from, row_bytes, columns, k, data + t * tile_stride);
+        pack_tile(format, from, row_bytes, columns, k, own + t * tile_stride);
     };
     Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
+}
+
+Packed::Packed(Format format, std::shared_ptr<const Mapping> file, size_t offset, int n, int k) : Packed(format, n, k) {
+    if (n < 1 || k < 1 || offset % LINE || offset > file->bytes || bytes > file->bytes - offset)
+        throw std::invalid_argument("the weights lie outside of the file");
+    data = file->data + offset, memory = std::move(file);
 }
 
 void dequantize_row(Format f, const uint8_t* row, int k, float* out) {
