@@ -19,8 +19,8 @@ class Checkpoint(Protocol):
 
     Tensor names and row order are Hugging Face's (`model.layers.0.self_attn.q_proj.weight`), and weights of norms
     are what a row is multiplied by, whatever the file leaves out of them.
-    `generation_config` is generation_config.json's object ({} where there is none); `bytes` the size of the
-    weights on disk.
+    `generation_config` is generation_config.json's object ({} where there is none); `files` are those that hold
+    the weights, and `bytes` is their size.
     """
 
     path: Path
@@ -28,6 +28,7 @@ class Checkpoint(Protocol):
     config: ModelConfig
     generation_config: dict[str, Any]
     bytes: int
+    files: tuple[Path, ...]
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -41,6 +42,9 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> StoredTensor:
         """A tensor's raw bytes; ModelError if there is none of that name."""
+
+    def release(self, name: str) -> None:
+        """Say that the bytes of a tensor are not needed for now, so the memory that holds them may be taken back."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer (built on each call); ModelError if the files are broken or hold none."""

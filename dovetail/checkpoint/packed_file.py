@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +42,7 @@ class Origin:
     before they were packed. layout: the number of the packed layout.
     """
 
-    model: str
+    model: str = field(compare=False)
     source: str
     values: str
     layout: int
@@ -85,13 +85,13 @@ def load(path: Path, origin: Origin, threads: int) -> Contents:
             raise Unusable(_difference(found, origin))
         size = os.fstat(file.fileno()).st_size
         end = max((p.offset + p.bytes for p in places.values()), default=0)
-        if size < start + end + _TAIL:
+        if size < start + end:
             raise Unusable("it is cut short")
-        mapping = cpu.native().Mapping(file.fileno(), size)
-    try:
-        packed = {name: mapping.packed(p.format, p.n, p.k, start + p.offset) for name, p in places.items()}
-    except ValueError as error:
-        raise Unusable(str(error)) from error
+        try:
+            mapping = cpu.native().Mapping(file.fileno(), size)
+            packed = {name: mapping.packed(p.format, p.n, p.k, start + p.offset) for name, p in places.items()}
+        except (ValueError, RuntimeError) as error:  # a place outside of the file; the system maps no file here
+            raise Unusable(str(error)) from error
     sums = cpu.native().checksums([(p.address, p.bytes) for p in packed.values()], threads)
     damaged = [name for name, s in zip(packed, sums, strict=True) if s != places[name].checksum]
     return Contents({name: p for name, p in packed.items() if name not in damaged}, damaged)
@@ -195,4 +195,4 @@ def _difference(found: Origin, wanted: Origin) -> str:
         return "another version wrote it"
     if found.source != wanted.source:
         return "the model has changed since"
-    return f"it is of {found.model}"
+    return "its values are others"
