@@ -253,7 +253,7 @@ NB_MODULE(_native, m) {
         .def_ro("bytes", &Packed::bytes)
         .def_prop_ro("address", [](const Packed& p) { return (uintptr_t)p.data; })
         .def_prop_ro("data", [](const Packed& p) {  // to be read
-            return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(p.data, {p.bytes}, nb::find(p));
+            return nb::ndarray<nb::numpy, uint8_t>((void*)p.data, 1, &p.bytes, nb::find(p));
         })
         .def_ro("n", &Packed::n)
         .def_ro("k", &Packed::k)

@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
+from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.config import Config
 from dovetail.core.engine import Engine
 from dovetail.core.errors import ConfigError
@@ -50,12 +52,16 @@ def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) ->
 
 
 def build_engine(
-    checkpoint: Checkpoint, config: Config, composition: Composition, text: Text | None = None
+    checkpoint: Checkpoint,
+    config: Config,
+    composition: Composition,
+    text: Text | None = None,
+    cache: PackedCache | None = None,
 ) -> Engine:
     """Fill the seams and choose the executor. Weights are loaded and KV is allocated only if the model itself
     runs.
 
-    text: for techniques that measure the model first, see `Calibration`.
+    text: for techniques that measure the model first, see `Calibration`. cache: packed weights of this checkpoint.
     """
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)
@@ -64,7 +70,7 @@ def build_engine(
         site.calibration = Calibration(text, partial(numbers, checkpoint, config, composition))
     seams = composition.build(site)
     _check_asked(composition, seams)
-    executor = seams.executor or _load(checkpoint, config, site, seams)
+    executor = seams.executor or _load(checkpoint, config, site, seams, cache)
     limits = Limits(
         config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
         shape.vocab_size,
@@ -83,14 +89,24 @@ def _check_asked(composition: Composition, seams: Seams) -> None:
             )
 
 
-def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams) -> Executor:
+def packed_cache(checkpoint: Checkpoint, config: Config) -> PackedCache | None:
+    """Where this configuration's packed weights are kept, if they are."""
+    if not config.packed_cache:
+        return None
+    values = "bfloat16" if config.dtype == "bfloat16" else "stored"  # see `cpu.pack`
+    return PackedCache(checkpoint, Path(config.packed_cache), config.packed_cache_size, values)
+
+
+def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:
     """The model as the executor: its weights, KV, and the techniques that wait for both."""
     torch.set_num_threads(config.threads)
     dtype, native = getattr(torch, config.dtype), config.kernels != TORCH
-    default = (
-        Packed(dtype, config.activations, config.kernels, config.threads) if native else Dense(dtype, site.device)
-    )
-    load = Loader(checkpoint, seams.format or default, dtype, site.device)
+    default: Packed | Dense = Dense(dtype, site.device)
+    if native:
+        if cache is not None and seams.format is None:
+            cache.open(config.threads)
+        default = Packed(dtype, config.activations, config.kernels, config.threads)
+    load = Loader(checkpoint, seams.format or default, dtype, site.device, cache)
     site.model = model = MODELS[checkpoint.config.architecture].program(load, seams.rows, seams.variant)
     offload = None
     if config.num_kv_cells:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,13 +25,14 @@ KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # bytes of a key's value as
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
+PACKED_CACHE_SIZE = 20 * GIB
 
 
 @dataclass(frozen=True)
 class Config:
     """What runs. KV has `num_kv_pages` pages of `block_size` tokens. With a slow tier the device has
     `num_kv_cells` cells, each for one layer of a page; without one this is 0. `emulate_link` is in GB/s, 0 for
-    none.
+    none. `packed_cache` is the folder where packed weights are kept, empty for none.
     """
 
     model: str
@@ -54,6 +56,8 @@ class Config:
     kv_offloading_backend: str = "disk"
     kv_offloading_path: str = ""
     emulate_link: float = 0.0
+    packed_cache: str = ""
+    packed_cache_size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -216,6 +220,25 @@ def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> s
         wrong = "is a file" if place.exists() else "does not exist"
         raise ConfigError(f"kv_offloading_path '{folder}' {wrong}; give a folder on a disk")
     return str(place)
+
+
+def resolve_packed_cache(options: Options, kernels: str, default: Path | None) -> tuple[str, int]:
+    """The folder of packed weights (or nothing), and the bytes that all files there may take together.
+
+    "auto" keeps them where weights are packed, unless $DOVETAIL_PACKED_CACHE says off.
+    """
+    asked, size = options.packed_cache, options.packed_cache_size
+    limit = positive("packed_cache_size", size, PACKED_CACHE_SIZE)
+    if asked not in ("auto", "off"):
+        raise ConfigError(f"packed_cache '{asked}' is unknown; the known ones are auto and off")
+    if asked == "off" and size is not None:
+        raise ConfigError("packed_cache_size means nothing with packed_cache off; drop one of them")
+    wanted = os.environ.get("DOVETAIL_PACKED_CACHE") or "auto"
+    if wanted not in ("auto", "off"):
+        raise ConfigError(f"DOVETAIL_PACKED_CACHE is '{wanted}'; the known values are auto and off")
+    if kernels == TORCH or default is None or "off" in (asked, wanted):
+        return "", 0
+    return str(default), limit
 
 
 def _block_size(options: Options) -> int:
@@ -386,6 +409,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         found.beside(geometry, size, KEY_BYTES.get(kv_dtype, 4)),
     )
     kv = resolve_kv(options, model, sizes, machine.free_memory)
+    packed_cache, packed_cache_size = resolve_packed_cache(options, kernels, found.packed)
     return Config(
         model=found.name,
         architecture=model.architecture,
@@ -403,6 +427,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         kv_offloading_backend=options.kv_offloading_backend,
         kv_offloading_path=folder,
         emulate_link=options.emulate_link or 0.0,
+        packed_cache=packed_cache,
+        packed_cache_size=packed_cache_size,
         max_model_len=kv.max_model_len,
         max_num_batched_tokens=positive(
             "max_num_batched_tokens", options.max_num_batched_tokens, DEFAULT_BATCHED_TOKENS
@@ -416,7 +442,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
 @dataclass(frozen=True)
 class Found:
     """What is known besides the options: the model's name and weight format, techniques, the machine, and the
-    default folder of a slow tier."""
+    default folder of a slow tier, and that of packed weights (None: they are not kept)."""
 
     name: str
     stored_format: str
@@ -427,3 +453,4 @@ class Found:
     folder: Path = Path()
     # (Geometry, tokens of a page, bytes of a value) -> `technique.Beside`
     beside: Callable[[Geometry, int, int], Beside] = Composition().beside
+    packed: Path | None = None

@@ -44,9 +44,10 @@ class LLM:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
-        from dovetail.build import build_engine, stored_format
+        from dovetail.build import build_engine, packed_cache, stored_format
         from dovetail.host.files import home
         from dovetail.hub import resolve as find
+        from dovetail.hub.packed import packed_home
         from dovetail.models import facts, geometry, open_checkpoint
         from dovetail.runtime.kv import bytes_per_token
         from dovetail.techniques import technique
@@ -71,13 +72,17 @@ class LLM:
                 bytes_per_token,
                 home() / "kv",
                 composition.beside,
+                packed_home(),
             ),
         )
         self.checkpoint = checkpoint
         self.techniques = composition.techniques
         self.tokenizer = _tokenizer(tokenizer) or checkpoint.tokenizer()
-        self.engine = build_engine(checkpoint, self.config, composition, self._calibration)
+        self.packed = packed_cache(checkpoint, self.config)
+        self.engine = build_engine(checkpoint, self.config, composition, self._calibration, self.packed)
         self.session = Session(self.engine, self.tokenizer, self.config, checkpoint.config.vocab_size)
+        if self.packed is not None:
+            self.session.begun = self.packed.save
 
     def generate(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SIZES = ("kv_memory", "kv_offloading_size")  # in bytes; also taken as text such as "512MiB"
+SIZES = ("kv_memory", "kv_offloading_size", "packed_cache_size")  # in bytes; also taken as text such as "512MiB"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Options:
     emulate_link: float | None = None  # GB/s
     kernels: str = "auto"
     activations: str = "auto"
+    packed_cache: str = "auto"
+    packed_cache_size: int | None = None  # bytes
     block_size: int = 16
     max_model_len: int | None = None
     max_num_batched_tokens: int | None = None

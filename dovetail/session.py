@@ -44,6 +44,7 @@ class Session:
         self.turns = Turns()
         self._late: list[tuple[Answer, str]] = []  # to be ended before the next step
         self._count = itertools.count()
+        self.begun: Callable[[], None] | None = None  # called once, when the first answer has begun
 
     @property
     def busy(self) -> bool:
@@ -163,6 +164,9 @@ class Session:
                 del self._owners[p.request]
             if delta.last:
                 del self.answers[answer.request_id]
+        if gained and self.begun is not None:
+            begun, self.begun = self.begun, None
+            begun()
         return gained
 
     def _abort(self, answer: Answer, reason: str) -> list[Delta]:

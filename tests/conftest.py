@@ -13,6 +13,9 @@ from hypothesis import Phase, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # where nobody asks for more
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Tests write nothing into the user's cache. Those of packed weights take a folder of their own.
+os.environ["DOVETAIL_PACKED_CACHE"] = "off"
+
 # `make check` takes --hypothesis-profile=fast: a fifth of the examples, the same ones every time.
 # scripts/mutate.py takes the same, and does not look for a simpler one.
 settings.register_profile("full", deadline=None)

@@ -42,6 +42,7 @@ class TinyCheckpoint:
         self.path = Path("tiny")
         self.generation_config: dict[str, Any] = {}
         self.bytes = 0
+        self.files: tuple[Path, ...] = ()
         generator = torch.Generator().manual_seed(seed)
         c, q, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         shapes = {"model.embed_tokens": (c.vocab_size, c.hidden_size), "model.norm": (c.hidden_size,)}
@@ -78,6 +79,9 @@ class TinyCheckpoint:
 
     def tensor(self, name: str) -> StoredTensor:
         return self._tensors[name]
+
+    def release(self, name: str) -> None:
+        """The tensors lie in memory of their own."""
 
     def put(self, tensor: StoredTensor) -> None:
         """Add a tensor, or take it in the place of the one with its name."""

@@ -44,7 +44,7 @@ class Checkpoint(Protocol):
         """A tensor's raw bytes; ModelError if there is none of that name."""
 
     def release(self, name: str) -> None:
-        """Say that the bytes of a tensor are not needed for now, so the memory that holds them may be taken back."""
+        """Say that a tensor's bytes are not needed for now, so that their memory may be taken back."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer (built on each call); ModelError if the files are broken or hold none."""

@@ -348,12 +348,13 @@ def _tensor_table(cursor: _Cursor, count: int, alignment: int) -> dict[str, Tens
 class GGUFFile:
     """An open GGUF file; of a model that is cut into several files, one part (`gguf_split.open_gguf` reads all).
 
-    `version`, `alignment`, `metadata` (Mapping) and `tensors` (name -> TensorInfo, in file order) are
+    `files`, `version`, `alignment`, `metadata` (Mapping) and `tensors` (name -> TensorInfo, in file order) are
     checked on construction; `tensor(name)` gives a view of the mapped bytes. Any defect is a ModelError.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.files: tuple[Path, ...] = (self.path,)
         self._map = _map(self.path)
         self.bytes = len(self._map)
         cursor = _Cursor(memoryview(self._map), self.path)
@@ -389,3 +390,10 @@ class GGUFFile:
         data = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
         rows = info.nbytes // (info.shape[-1] // BLOCKS[info.format].values * BLOCKS[info.format].bytes)
         return StoredTensor(name, info.format, info.shape, data.view(rows, -1))
+
+    def release(self, name: str) -> None:
+        """Take the tensor's bytes out of this process' memory, until they are read again."""
+        info = self.tensors[name]
+        begin = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)

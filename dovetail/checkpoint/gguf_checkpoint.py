@@ -48,6 +48,7 @@ class GGUFCheckpoint:
         self._file = open_gguf(path)
         self.path = self._file.path
         self.bytes = self._file.bytes
+        self.files = self._file.files
         self.architecture, self.config = read_gguf_config(self._file, known)
         self.generation_config: dict[str, Any] = {}
         # rope_freqs is part of config.rope
@@ -70,6 +71,9 @@ class GGUFCheckpoint:
         if heads is not None and self.architecture.interleaved:
             return stored.permute_rows(rotation_order(heads, self.config.head_dim))
         return stored
+
+    def release(self, name: str) -> None:
+        self._file.release(self._find(name))
 
     def tokenizer(self) -> Tokenizer:
         return build_tokenizer(self._file, self.config.vocab_size)

@@ -40,6 +40,7 @@ class SplitGGUF(GGUFFile):
                 if name in self._owners:
                     raise ModelError(f"{part.path}: tensor {name!r} is also in {self._owners[name].path.name}")
                 self._owners[name] = part
+        self.files = tuple(part.path for part in parts)
         self.bytes = sum(part.bytes for part in parts)
         self.tensors = {name: part.tensors[name] for name, part in self._owners.items()}
         total = first.metadata.read("split.tensors.count", int)
@@ -57,6 +58,10 @@ class SplitGGUF(GGUFFile):
         if owner is None:
             raise ModelError(f"{self.path}: none of its parts has a tensor {name!r}")
         return owner.tensor(name)
+
+    def release(self, name: str) -> None:
+        """See `GGUFFile.release`."""
+        self._owners[name].release(name)
 
 
 def _other_names(first: GGUFFile, count: int) -> list[str]:

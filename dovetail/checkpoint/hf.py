@@ -125,6 +125,7 @@ class HFCheckpoint:
         shards, index = _shard_names(self.path)
         for shard in shards:
             self._read_shard(shard, index)
+        self.files = tuple(self.path / shard for shard in shards)
         for name in index or ():
             if name not in self._locations:
                 raise ModelError(f"{self.path / _INDEX}: {name} is not in {(index or {})[name]}")
@@ -166,6 +167,9 @@ class HFCheckpoint:
             found = replace(found, dtype="F32")
         rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
         return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
+
+    def release(self, name: str) -> None:
+        """Nothing: the memory is the safetensors library's."""
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)

@@ -28,10 +28,10 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def files_identity(files: Sequence[Path]) -> str:
-    """A digest of sizes, times of change, and samples all over the files. It takes milliseconds, whatever their size.
+    """A digest of the files' sizes, times of change, and samples from all over them. It takes milliseconds.
 
-    It tells changed files from those that were meant, by whatever way they changed, but it does not detect a
-    forgery. It does not change when the files move. Raises OSError.
+    It does not change when the files move. It tells changed files from what they were, but it does not detect a
+    forgery. Raises OSError.
     """
     found = hashlib.sha256()
     for path in files:

@@ -1,51 +1,27 @@
 """A file of packed weights: as the native kernels read them, so that it is mapped into memory instead of read.
 
-It holds a magic line, the length and SHA-256 of the header, the header (JSON), and the tensors. Each tensor begins at
-a multiple of 4096 bytes, so that parts can be read past the page cache. Each has a checksum of its own.
+After its header (`hub.packed`) it holds the tensors. Each begins at a multiple of 4096 bytes, so that parts can be
+read past the page cache, and has a checksum of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dovetail.host.files import replacing
+from dovetail.hub.packed import Origin, Unusable, header, read_header
 from dovetail.ops import cpu
 
-SUFFIX = ".packed"
 ALIGNMENT = 4096  # bytes; where a disk's sectors begin
-_PREFIX = struct.Struct("<16sQ32s")
-_MAGIC = b"dovetail packed\n"
-_HEADER_LIMIT = 64 << 20  # bytes
 # A file system that keeps pages of 2 MiB makes them of writes that are as large and begin at multiples of that.
 _WRITE = 4 << 20  # bytes
 _SYNC = 64 << 20  # bytes between syncs: no flood of the disk, and an end that comes soon when it is asked for
+_WIDEST = (1 << 64) - 1  # a checksum that takes no less room than any other
 _TAIL = 8192  # zeros behind the last tensor, because kernels fetch ahead
-
-
-class Unusable(Exception):
-    """Why a file of packed weights cannot be used."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Of what the weights were made. Files whose origins differ hold other weights.
-
-    model: the checkpoint's path, for people. source: identifies its files. values: how their values were changed
-    before they were packed. layout: the number of the packed layout.
-    """
-
-    model: str = field(compare=False)
-    source: str
-    values: str
-    layout: int
 
 
 @dataclass(frozen=True)
@@ -68,25 +44,20 @@ class Contents:
     damaged: list[str]
 
 
-def read_origin(path: Path) -> Origin:
-    """Of what a file was made. Raises Unusable or OSError."""
-    with open(path, "rb") as file:
-        return _read_header(file)[0]
-
-
 def load(path: Path, origin: Origin, threads: int) -> Contents:
     """Map the file and check every byte that will be used. Raises Unusable or OSError.
 
     The whole file is read for that, on so many threads. Processes that map one file share its memory.
     """
     with open(path, "rb") as file:
-        found, places, start = _read_header(file)
+        found, tensors, length = read_header(file)
         if found != origin:
             raise Unusable(_difference(found, origin))
+        places, start = {name: _Place(**place) for name, place in tensors.items()}, _up(length)
         size = os.fstat(file.fileno()).st_size
         end = max((p.offset + p.bytes for p in places.values()), default=0)
         if size < start + end:
-            raise Unusable("it is cut short")
+            raise Unusable("the file is cut short")
         try:
             mapping = cpu.native().Mapping(file.fileno(), size)
             packed = {name: mapping.packed(p.format, p.n, p.k, start + p.offset) for name, p in places.items()}
@@ -104,10 +75,10 @@ def store(
 
     advance: told the bytes that are written. What it raises ends the writing.
     """
-    header, pieces = _header(origin, packed), _tensor_pieces(packed)
+    begin, pieces = _beginning(origin, packed), _tensor_pieces(packed)
     with replacing(path) as file:
         done = synced = 0
-        for group in _groups([header, *pieces]):
+        for group in _groups([begin, *pieces]):
             _write_all(file.fileno(), group)
             done += sum(map(len, group))
             advance(done)
@@ -117,23 +88,22 @@ def store(
 
 
 def file_bytes(origin: Origin, packed: Mapping[str, Any]) -> int:
-    """The size of the file that `store` would write."""
-    return len(_header(origin, packed, sums=False)) + sum(map(len, _tensor_pieces(packed)))
+    """The size of the file that `store` would write, or a little more."""
+    return len(_beginning(origin, packed, sums=False)) + sum(map(len, _tensor_pieces(packed)))
 
 
 def _up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _header(origin: Origin, packed: Mapping[str, Any], sums: bool = True) -> bytes:
-    """The bytes before the first tensor. Without sums only their number is right."""
+def _beginning(origin: Origin, packed: Mapping[str, Any], sums: bool = True) -> bytes:
+    """The bytes before the first tensor. Without sums they are of use only for their number, which may be more."""
     places, at = {}, 0
     for name, p in packed.items():
-        checksum = cpu.native().checksums([(p.address, p.bytes)], 1)[0] if sums else 0
-        places[name] = [p.format, p.n, p.k, at, p.bytes, f"{checksum:016x}"]
+        checksum = cpu.native().checksums([(p.address, p.bytes)], 1)[0] if sums else _WIDEST
+        places[name] = asdict(_Place(p.format, p.n, p.k, at, p.bytes, checksum))
         at += _up(p.bytes)
-    text = json.dumps({"origin": asdict(origin), "tensors": places}).encode()
-    data = _PREFIX.pack(_MAGIC, len(text), hashlib.sha256(text).digest()) + text
+    data = header(origin, places)
     return data.ljust(_up(len(data)), b"\0")
 
 
@@ -150,8 +120,8 @@ def _groups(pieces: Sequence[bytes | memoryview]) -> Iterator[list[memoryview]]:
     """The same bytes in groups of `_WRITE` bytes, but for the last and for groups of very many pieces."""
     group: list[memoryview] = []
     room = _WRITE
-    for piece in map(memoryview, pieces):
-        rest = piece
+    for piece in pieces:
+        rest = memoryview(piece)
         while len(rest):
             group.append(rest[:room])
             rest, room = rest[room:], room - len(group[-1])
@@ -172,27 +142,9 @@ def _write_all(file: int, group: Sequence[memoryview]) -> None:
             rest[0] = rest[0][done:]
 
 
-def _read_header(file: IO[bytes]) -> tuple[Origin, dict[str, _Place], int]:
-    """The origin, the tensors, and where the first of them begins. Raises Unusable."""
-    prefix = file.read(_PREFIX.size)
-    if len(prefix) < _PREFIX.size:
-        raise Unusable("it is cut short")
-    magic, length, digest = _PREFIX.unpack(prefix)
-    if magic != _MAGIC:
-        raise Unusable("it is no file of packed weights")
-    text = file.read(length) if length <= _HEADER_LIMIT else b""
-    if hashlib.sha256(text).digest() != digest:
-        raise Unusable("its header is damaged")
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        values = json.loads(text)
-        places = {name: _Place(*p[:5], checksum=int(p[5], 16)) for name, p in values["tensors"].items()}
-        return Origin(**values["origin"]), places, _up(_PREFIX.size + length)
-    raise Unusable("another version wrote it")
-
-
 def _difference(found: Origin, wanted: Origin) -> str:
     if found.layout != wanted.layout:
-        return "another version wrote it"
+        return "another version wrote the file"
     if found.source != wanted.source:
         return "the model has changed since"
-    return "its values are others"
+    return "the file holds other values"

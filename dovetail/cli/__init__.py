@@ -46,6 +46,8 @@ class _Commands(TyperGroup):
         except DovetailError as error:
             raise _failure(str(error)) from None
         except KeyboardInterrupt:
+            if (cache := sys.modules.get("dovetail.checkpoint.packed_cache")) is not None:
+                cache.abandon()  # what is written would hold up the end
             print("\ndovetail: interrupted", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None
 

@@ -203,6 +203,8 @@ _ENGINE_HELP = {
     "emulate_link": "GB/s at which the slow tier's data arrives at most. For experiments; reports say emulated.",
     "kernels": "Kernels to compute with: auto, torch (the reference), or an instruction set as in avx2.",
     "activations": "Inputs of products with quantized weights: auto, int8 or exact.",
+    "packed_cache": "Keep packed weights in the cache folder, for quicker starts and less memory: auto or off.",
+    "packed_cache_size": "Size of all packed weights there; those not used for longest go. Default: 20GiB.",
     "block_size": "Tokens in a page of keys and values.",
     "max_model_len": "Longest context in tokens. Default: the model's, or what fits the KV memory.",
     "max_num_batched_tokens": "Most tokens computed in one step. Default: 512.",

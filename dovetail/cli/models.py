@@ -40,7 +40,7 @@ def show(
     everything: Annotated[bool, typer.Option("--all", help="Also the aliases that could be pulled.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Show the cached models, their sizes and places.
+    """Show the cached models and their packed weights.
 
     \b
     Examples:
@@ -52,9 +52,15 @@ def show(
     from dovetail.host.files import home
     from dovetail.host.units import format_size
     from dovetail.hub.aliases import ALIASES
+    from dovetail.hub.packed import packed_files, packed_home
 
-    models = hub.list_models()
+    models, packed = hub.list_models(), packed_files(packed_home())
     rows = [(model.name, format_size(model.size), str(model.path)) for model in models]
+    names = {str(model.path): model.name for model in models}
+    rows += [
+        (f"packed weights of {names.get(p.model, p.model) or 'no model'}", format_size(p.size), str(p.path))
+        for p in packed
+    ]
     if everything:
         cached = {model.name for model in models}
         rows += [
@@ -71,11 +77,15 @@ def show(
         {"name": model.name, "path": str(model.path), "bytes": model.size, "source": model.source}
         for model in models
     ]
-    write_json(json_file, {"models": listed, "aliases": list(ALIASES), "home": str(home())})
+    kept = [{"model": p.model, "path": str(p.path), "bytes": p.size} for p in packed]
+    write_json(json_file, {"models": listed, "packed": kept, "aliases": list(ALIASES), "home": str(home())})
 
 
 def remove(
     model: Annotated[str, typer.Argument(help="Alias or Hugging Face id, as `dovetail list` shows it.")],
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Only its packed weights; MODEL may also be a path of yours.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Delete MODEL from the cache; never a folder or file of yours.
@@ -84,10 +94,20 @@ def remove(
     Examples:
       dovetail rm smollm2-135m
       dovetail rm HuggingFaceTB/SmolLM2-360M-Instruct
+      dovetail rm --packed model.gguf
+
+    Its packed weights, made from it for quicker starts, go with it.
     """
     from dovetail import hub
+    from dovetail.core.errors import ModelError
+    from dovetail.host.files import explaining
     from dovetail.host.units import format_size
+    from dovetail.hub.packed import packed_home, remove_packed
 
-    freed = hub.remove(model)
-    print(f"removed {model}, {format_size(freed)} freed")
+    freed = 0 if packed else hub.remove(model)
+    with explaining(packed_home(), 0, "changes"):
+        freed += remove_packed(packed_home(), [hub.place(model)] if packed else [])
+    if packed and not freed:
+        raise ModelError(f"no packed weights of {model} are kept; `dovetail list` shows those that are")
+    print(f"removed {'packed weights of ' if packed else ''}{model}, {format_size(freed)} freed")
     write_json(json_file, {"model": model, "freed_bytes": freed})

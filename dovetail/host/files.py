@@ -60,6 +60,19 @@ def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
         yield
 
 
+@contextlib.contextmanager
+def exclusive_or_not(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` if nobody else does, and say whether this is so. Waits for nobody."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def free_bytes(directory: Path) -> int:
     """Bytes that this user may still write in `directory`, which need not exist yet."""
     return shutil.disk_usage(_existing(directory)).free

@@ -45,6 +45,16 @@ def resolve(name: str, *, refresh: bool = False) -> Path:
     raise ModelError(_unknown(name))
 
 
+def place(name: str) -> Path:
+    """Where the model `name` lies, or would lie. Nothing is fetched."""
+    if not Path(name).expanduser().exists():
+        if alias := ALIASES.get(name):
+            return aliases.location(alias, models_home())
+        if (reference := huggingface.parse(name)) and (found := huggingface.cached(reference)):
+            return found
+    return Path(name).expanduser()
+
+
 def verify(name: str) -> Path:
     """Fetch `name` if need be, and read an alias' whole file against its pinned hash. Raises ModelError."""
     path = resolve(name)

@@ -98,7 +98,13 @@ class Packed:
         self.threads = threads
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> PackedLinear:
-        parts = [cpu.pack(w, self.dtype, self.threads) for w in weights]
+        return self.layer([self.pack(w) for w in weights], bias)
+
+    def pack(self, weight: StoredTensor) -> Any:
+        return cpu.pack(weight, self.dtype, self.threads)
+
+    def layer(self, parts: Sequence[Any], bias: Sequence[StoredTensor]) -> PackedLinear:
+        """The layer of weights that are packed already."""
         values = torch.cat([t.dequantize(torch.float32) for t in bias]).tolist() if bias else []
         return PackedLinear(parts, values, self)
 

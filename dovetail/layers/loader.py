@@ -8,21 +8,31 @@ import torch
 from torch import Tensor
 
 from dovetail.checkpoint import Checkpoint
+from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.core.seams import Format
 from dovetail.layers.embedding import Embedding, StoredEmbedding
-from dovetail.layers.linear import Linear, Unrecorded
+from dovetail.layers.linear import Linear, Packed, Unrecorded
 from dovetail.layers.norm import Norm
 
 
 class Loader:
     """Makes layers by the Hugging Face names of their weights; linear ones through the Format seam."""
 
-    def __init__(self, checkpoint: Checkpoint, fmt: Format, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        fmt: Format,
+        dtype: torch.dtype,
+        device: torch.device,
+        cache: PackedCache | None = None,
+    ) -> None:
+        """cache: where packed weights may be ready."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.format = fmt
         self.dtype = dtype
         self.device = device
+        self.cache = cache
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.checkpoint.tensor(name).dequantize(dtype).to(self.device)
@@ -40,7 +50,20 @@ class Loader:
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One layer of several weights that share an input: its rows are theirs, one after the other."""
-        read = self.checkpoint.tensor
-        weights = [read(f"{n}.weight") for n in names]
-        layer: Any = self.format.linear(weights, [read(f"{n}.bias") for n in names] if bias else [])
+        read, full = self.checkpoint.tensor, [f"{n}.weight" for n in names]
+        biases = [read(f"{n}.bias") for n in names] if bias else []
+        if isinstance(self.format, Packed):
+            return self.format.layer([self._packed(name, self.format) for name in full], biases)
+        weights = [read(name) for name in full]
+        layer: Any = self.format.linear(weights, biases)
         return layer if hasattr(layer, "record") else Unrecorded(layer, weights)
+
+    def _packed(self, name: str, fmt: Packed) -> Any:
+        """A packed weight: from the cache, or packed now and added to it."""
+        found = self.cache.get(name, self.checkpoint.shape(name)) if self.cache is not None else None
+        if found is None:
+            found = fmt.pack(self.checkpoint.tensor(name))
+            self.checkpoint.release(name)
+            if self.cache is not None:
+                self.cache.add(name, found)
+        return found

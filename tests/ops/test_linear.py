@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -224,3 +226,19 @@ def test_single_rows_are_dequantized_bit_for_bit(name: str) -> None:
     for row, out in zip(data, got, strict=True):
         native.dequantize_row(name, row.data_ptr(), 512, out.data_ptr())
     assert torch.equal(got, want)
+
+
+LAYOUTS = {
+    1: "9e015f16e59ee58f2be4f74dd24224bd",
+}
+
+
+def test_a_changed_layout_has_a_new_number() -> None:
+    """Packed weights are kept in files. If this fails, raise LAYOUT in csrc/formats.h and add its digest here."""
+    found = hashlib.sha256()
+    for name in ["F32", "F16", "BF16", *QUANTIZED]:
+        n, k = 24, 64 if BLOCKS[name].values == 1 else 512
+        rows = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, k * 4), dtype=np.uint8))
+        size = k // BLOCKS[name].values * BLOCKS[name].bytes
+        found.update(native.Packed(name, rows.data_ptr(), size, n, k, 1).data.tobytes())
+    assert LAYOUTS.get(native.layout()) == found.hexdigest()[:32]
