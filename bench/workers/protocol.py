@@ -40,6 +40,14 @@ class Engine:
         return self.single if len(prompts) == 1 else self.several
 
 
+def build(ways: Mapping[str, Callable[[], Run]], setup: Mapping[str, Any]) -> dict[str, Run]:
+    """The ways that are asked for by name (all, where none is named): only they take time and memory."""
+    asked = setup["settings"] or list(ways)
+    if unknown := [name for name in asked if name not in ways]:
+        raise RuntimeError(f"no setting {unknown}; there are {list(ways)}")
+    return {name: ways[name]() for name in asked}
+
+
 def measure(run: Run, prompts: Prompts, tokens: int) -> dict[str, float | None]:
     """Seconds until every request has its first token; tokens per second from then until one has its last.
 
@@ -90,6 +98,8 @@ def _warm(engine: Engine, figure: str, attempts: list[Prompts], tokens: int) -> 
     """Run a figure in every setting, once per attempt; keep the setting whose best attempt was fastest."""
     seen: dict[str, float] = {}
     ways = engine.ways(attempts[0])
+    if not ways:
+        raise RuntimeError(f"{figure}: none of the settings that were asked for answers several requests")
     for attempt in attempts if len(ways) > 1 else attempts[:1]:
         for name, run in ways.items():
             result = measure(run, attempt, tokens)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from workers.protocol import Engine, Event, Prompts, Run, serve
+from workers.protocol import Engine, Event, Prompts, Run, build, serve
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -29,7 +30,7 @@ class Times(transformers.StoppingCriteria):
 
 def load(setup: dict[str, Any]) -> Engine:
     torch.set_num_threads(setup["threads"])
-    ways = {name: batch(setup["hf"], dtype) for name, dtype in DTYPES.items()}
+    ways = build({name: partial(batch, setup["hf"], dtype) for name, dtype in DTYPES.items()}, setup)
     versions = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,

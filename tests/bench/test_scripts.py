@@ -107,6 +107,20 @@ def test_our_worker(workers, tiny_model: Path) -> None:
         assert found["first"] > 0 and found["rate"] > 0
 
 
+def test_workers_build_the_settings_that_are_asked_for(workers) -> None:
+    protocol = workers("workers.protocol")
+    built: list[str] = []
+
+    def way(name: str):
+        return lambda: built.append(name) or (lambda prompts, tokens: [(0.0, [tokens])])
+
+    ways = {name: way(name) for name in ("a", "b", "c")}
+    assert list(protocol.build(ways, {"settings": ["c", "a"]})) == built == ["c", "a"]
+    assert list(protocol.build(ways, {"settings": []})) == ["a", "b", "c"]
+    with pytest.raises(RuntimeError, match=r"no setting \['d'\]; there are \['a', 'b', 'c'\]"):
+        protocol.build(ways, {"settings": ["a", "d"]})
+
+
 def test_peers_with_another_checkout(
     workers, monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -118,7 +132,7 @@ def test_peers_with_another_checkout(
     init = other / "dovetail" / "__init__.py"
     init.write_text(init.read_text() + '\n__version__ = "another"\n')
     peers = workers("peers")
-    monkeypatch.setattr(peers, "figures", lambda quick: [peers.Figure("decode_16", 16, 2)])
+    monkeypatch.setattr(peers, "figures", lambda quick, only=(): [peers.Figure("decode_16", 16, 2)])
     given = ("--peer", "dovetail", "--path", str(other), "--model", str(tiny_model), "--threads", "1",
              "--theirs", "max_num_seqs=3", "--rounds", "2", "--quick")  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["peers.py", *given])
@@ -138,6 +152,10 @@ def test_peers_with_another_checkout(
         (("--peer", "openvino", "--path", "."), "go together"),
         (("--peer", "openvino", "--theirs", "a=1"), "--theirs is for --peer dovetail"),
         (("--peer", "dovetail", "--path", "tests"), "is no checkout of this project"),
+        (("--peer", "dovetail", "--path", ".", "--setting", "x"), "--setting is for other peers"),
+        (("--peer", "llama-cpp", "--converted", "."), "--converted is for --peer openvino"),
+        (("--peer", "openvino", "--converted", "tests"), "has no openvino_model.xml"),
+        (("--peer", "openvino", "--figures", "decode_16,x"), "there is no x; there are prefill_512, decode_16"),
     ],
 )
 def test_peers_usage(script, capsys: pytest.CaptureFixture, given: tuple[str, ...], told: str) -> None:
