@@ -13,11 +13,11 @@ and is stopped (SIGSTOP) while the other one is timed. Every prompt is new rando
 engines, so that no prefix cache helps; answers are greedy, of a fixed length, and no end token ends them. Before
 the rounds each engine runs every figure to warm up; one with several settings keeps the fastest for each figure.
 
-Each setting of a peer is a copy of the model in memory, gigabytes for one of a size that people use. --setting builds
-only those that are named, and --figures measures only some figures. OpenVINO may read a folder in its own format instead
-of the GGUF file: `dovetail export MODEL FOLDER`, then `optimum-cli export openvino --model FOLDER --task
-text-generation-with-past --weight-format int4 --sym --group-size 128 --ratio 1.0 DIR` (optimum-intel, nncf), then
---converted DIR.
+Each setting of a peer is a copy of the model in memory: gigabytes, for one of a size that people use. --setting
+builds only those that are named, and --figures measures only some figures. OpenVINO may read a folder in its own
+format instead of the GGUF file: `dovetail export MODEL FOLDER`, then `optimum-cli export openvino --model FOLDER
+--task text-generation-with-past --weight-format int4 --sym --group-size 128 --ratio 1.0 DIR` (pip packages
+optimum-intel and nncf), then --converted DIR.
 
 Figures, in tokens per second:
   prefill_512   a prompt of 512 tokens, by the time to its first token
