@@ -74,6 +74,7 @@ def main() -> None:
     start = time.perf_counter()
     llm = LLM(args.model, **{name: getattr(args, name) for name in ARITHMETIC})
     load = time.perf_counter() - start
+    llm.keep_packed()
     model_time = Stopwatch()
     executor: Any = llm.engine.executor
     executor.run = model_time.around(executor.run)

@@ -144,6 +144,12 @@ class LLM:
         residency = self.engine.seams.residency
         return residency.stats() if hasattr(residency, "stats") else {}
 
+    def keep_packed(self) -> None:
+        """Write packed weights now, where they are kept, and wait for it. Measurements are not disturbed then."""
+        if self.packed is not None:
+            self.packed.save()
+            self.packed.finish()
+
     def default_params(self, fallback: Mapping[str, Any] | None = None, **overrides: Any) -> SamplingParams:
         """The checkpoint's own sampling defaults (generation_config.json), with overrides.
 

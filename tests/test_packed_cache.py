@@ -180,3 +180,34 @@ def test_impossible_options(
     monkeypatch.setenv("DOVETAIL_PACKED_CACHE", environment)
     with pytest.raises(ConfigError, match=words):
         resolve_packed_cache(Options(**options), "avx2", Path("/packed"))
+
+
+INTERRUPTED = """
+import os
+from dovetail.checkpoint import packed_cache
+write = os.writev
+def interrupted(*arguments):
+    os.kill(os.getpid(), 2)
+    for cache in packed_cache.running():
+        cache.abandoned.wait()
+    return write(*arguments)
+os.writev = interrupted
+"""
+
+
+@pytest.mark.parametrize("tokens", ["1", "60"])
+def test_ctrl_c_abandons_it(model: Path, folder: Path, tokens: str) -> None:
+    """Whether it comes while the answer goes on or after it."""
+    command = argv(["run", model, "hello", "--raw", "--max-tokens", tokens, "--ignore-eos", *SMALL])
+    command[2] = INTERRUPTED + command[2]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, 130), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in folder.iterdir()] == [".lock"]
+
+
+def test_measurements_have_it_written_first(model: Path, folder: Path) -> None:
+    llm = LLM(model, kv_memory="4MiB", threads=1)
+    llm.keep_packed()
+    assert len(list(folder.glob("*.packed"))) == 1
+    LLM(model, kv_memory="4MiB", threads=1, packed_cache="off").keep_packed()

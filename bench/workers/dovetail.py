@@ -17,6 +17,7 @@ SHOWN = ("dtype", "activations", "kernels", "kv_cache_dtype", "threads", "use", 
 
 def load(setup: dict[str, Any]) -> Engine:
     llm = LLM(setup["model"], threads=setup["threads"], **setup["options"])
+    getattr(llm, "keep_packed", lambda: None)()  # earlier versions keep none
 
     def run(prompts: Prompts, tokens: int) -> Iterator[Event]:
         session, params = llm.session, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)

@@ -47,7 +47,8 @@ class PackedCache:
         self._packed: dict[str, Any] = {}
         self._fresh = False
         self._thread: threading.Thread | None = None
-        self._abandoned = threading.Event()
+        self.abandoned = threading.Event()
+        self._ended = threading.Event()  # a thread whose `join` was interrupted seems to have ended
         self._total = self.written = 0
 
     def open(self, threads: int) -> None:
@@ -84,24 +85,27 @@ class PackedCache:
         _running.add(self)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until all is written, on a terminal with progress. Ctrl-C ends it; then nothing is kept."""
+    def finish(self, progress: bool = False) -> None:
+        """Wait until all is written. Ctrl-C ends it; then nothing is kept.
+
+        progress: show it, if it takes longer than a second and stderr is a terminal.
+        """
         if self._thread is None:
             return
         try:
-            self._thread.join(_PATIENCE if sys.stderr.isatty() else None)
-            if self._thread.is_alive():
+            if not self._ended.wait(_PATIENCE if progress and sys.stderr.isatty() else None):
                 with transfer("Keeping packed weights for the next start", self._total) as advance:
-                    while self._thread.is_alive():
+                    while not self._ended.wait(0.1):
                         advance(self.written)
-                        self._thread.join(0.1)
+            self._thread.join()
         except KeyboardInterrupt:
             self.abandon()
 
     def abandon(self) -> None:
         """End the writing now. Nothing of it stays."""
-        self._abandoned.set()
+        self.abandoned.set()
         if self._thread is not None:
+            self._ended.wait()
             self._thread.join()
 
     def _write(self) -> None:
@@ -117,6 +121,7 @@ class PackedCache:
             note(f"packed weights are not kept: {error.strerror or error} ({self.path.parent}); {_OFF}")
         finally:
             _running.discard(self)
+            self._ended.set()
 
     def _store(self) -> None:
         assert self._origin is not None
@@ -142,23 +147,28 @@ class PackedCache:
 
     def _advance(self, written: int) -> None:
         self.written = written
-        if self._abandoned.is_set():
+        if self.abandoned.is_set():
             raise _Abandoned
 
 
 _OFF = "--packed-cache off says to do without"
 
 
-@atexit.register
-def finish() -> None:
-    """Wait for all caches that are being written."""
-    for cache in list(_running):
-        cache.finish()
+@atexit.register  # without progress: its thread could not be started any more
+def finish(progress: bool = False) -> None:
+    """Wait for all caches that are being written. See `PackedCache.finish`."""
+    for cache in running():
+        cache.finish(progress)
+
+
+def running() -> list[PackedCache]:
+    """The caches that are being written."""
+    return list(_running)
 
 
 def abandon() -> None:
     """End the writing of all caches."""
-    for cache in list(_running):
+    for cache in running():
         cache.abandon()
 
 

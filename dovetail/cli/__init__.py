@@ -26,6 +26,8 @@ COMMANDS = {
     **{name: name for name in _OWN_MODULES},
 }
 
+_PACKED_CACHE = "dovetail.checkpoint.packed_cache"  # which a command may have imported
+
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -39,6 +41,8 @@ class _Commands(TyperGroup):
             result = super().invoke(ctx)
             # At interpreter exit, a reader that has left could no longer be told from a failure.
             sys.stdout.flush()
+            if (cache := sys.modules.get(_PACKED_CACHE)) is not None:
+                cache.finish(progress=True)
             return result
         except BrokenPipeError:
             _abandon_stdout()
@@ -46,7 +50,7 @@ class _Commands(TyperGroup):
         except DovetailError as error:
             raise _failure(str(error)) from None
         except KeyboardInterrupt:
-            if (cache := sys.modules.get("dovetail.checkpoint.packed_cache")) is not None:
+            if (cache := sys.modules.get(_PACKED_CACHE)) is not None:
                 cache.abandon()  # what is written would hold up the end
             print("\ndovetail: interrupted", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from None

@@ -302,7 +302,7 @@ def test_writing_can_be_abandoned(model: Path, folder: Path, monkeypatch: Any, e
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         monkeypatch.setattr(packed_cache, "transfer", interrupt)
         monkeypatch.setattr(packed_cache, "_PATIENCE", 0.01)
-        cache.finish()
+        cache.finish(progress=True)
     else:
         threading.Timer(0.01, go_on.set).start()
         packed_cache.abandon()

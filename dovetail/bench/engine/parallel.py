@@ -32,6 +32,7 @@ class ParallelGeneration:
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self.llm = llm = LLM(model, enable_prefix_caching=False)
+        llm.keep_packed()
         executor, config = llm.engine.executor, llm.config
         if not isinstance(executor, NativeExecutor):
             raise ConfigError("parallel generation is measured on the native kernels, which cannot be used here")

@@ -21,6 +21,7 @@ class Side:
     def __init__(self, setting: Setting, model: str) -> None:
         self.setting = setting
         self.llm: LLM = setting.load(model)
+        self.llm.keep_packed()
         self.samples: Samples = {}
         self.facts: dict[str, Any] = {}  # what the result says besides figures
         self._acted: collections.Counter[str] = collections.Counter()
