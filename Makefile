@@ -8,12 +8,12 @@ JOBS ?= 2
 export DOVETAIL_MODEL := $(value MODEL)
 export DOVETAIL_PROMPT := $(value PROMPT)
 unexport PROMPT
-export CUDA TORCH_INDEX_URL PYTHON
+export TORCH_INDEX_URL PYTHON
 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run serve test check lint setup setup-test clean
+.PHONY: help run serve test check lint wheel setup setup-test clean
 
 # What `make check` tests: the parts that everything else stands on.
 CHECKED := $(addprefix tests/,core techniques runtime text architecture) $(wildcard tests/layers tests/test_session*.py) tests/test_outputs.py
@@ -24,8 +24,7 @@ help: ## show this
 	@echo '  MODEL=NAME           alias, Hugging Face id, folder or .gguf file (default smollm2-135m)'
 	@echo '  PROMPT="..."         what `make run` asks'
 	@echo '  ARGS="..."           more options for `make run` and `make serve`, e.g. ARGS="--temperature 0"'
-	@echo '  TORCH_INDEX_URL=URL  wheel index to take torch from;  CUDA=1  accept a CUDA build without a GPU'
-	@echo '                       (both count when torch is installed: `make clean` first to change it)'
+	@echo '  TORCH_INDEX_URL=URL  wheel index from which the tests take torch (`make clean` first to change it)'
 
 run: setup ## set up, fetch the model, answer PROMPT
 	@$(BIN)/dovetail run --hints $(ARGS) "$$DOVETAIL_MODEL" -- "$$DOVETAIL_PROMPT"
@@ -44,6 +43,9 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+wheel: ## build a wheel for other machines into dist/, and try it where there is no compiler
+	@scripts/wheel.sh
+
 setup:
 	@scripts/setup.sh run
 
@@ -51,5 +53,5 @@ setup-test:
 	@scripts/setup.sh test
 
 clean: ## remove the virtual environment, the compiled library and what tools left; cached models stay
-	rm -rf .venv build dist *.egg-info dovetail/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info dovetail/_native*.so dovetail/_native.sources .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

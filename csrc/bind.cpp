@@ -66,14 +66,14 @@ void add_span(Program& p, int start, int stop, nb::list tokens, nb::list drafts,
     for (int i = 0; i < aliases.second; i++)
         s.aliases.push_back((int32_t)(((const int64_t*)aliases.first)[i] + first_page));
     for (int i = 0; i < count; i++)
-        s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GET_ITEM(pages.ptr(), i)) + first_page));
+        s.tables.push_back((int32_t)(PyLong_AsLong(PyList_GetItem(pages.ptr(), i)) + first_page));
     const int n = rows.empty() ? stop - start : (int)rows.size();
     if (n <= 0) throw std::invalid_argument("a span must have a row");
     for (int i = 0; i < n; i++) {
         const int at = rows.empty() ? start + i : rows[i];
         if (at < start || at >= stop || (i && at <= s.positions.back()))
             throw std::invalid_argument("a span's rows must ascend and lie between its start and its stop");
-        PyObject* token = at < accepted ? PyList_GET_ITEM(tokens.ptr(), at)
+        PyObject* token = at < accepted ? PyList_GetItem(tokens.ptr(), at)
                                         : PyList_GetItem(drafts.ptr(), at - accepted);
         if (!token) throw nb::python_error();
         s.tokens.push_back((int32_t)PyLong_AsLong(token));
@@ -93,7 +93,7 @@ void penalise(Program& p, int row, std::tuple<float, float, float> rates, nb::li
     std::tie(c.repetition, c.presence, c.frequency) = rates;
     c.prompt = prompt;
     c.tokens.resize(nb::len(tokens));
-    for (size_t i = 0; i < c.tokens.size(); i++) c.tokens[i] = (int32_t)PyLong_AsLong(PyList_GET_ITEM(tokens.ptr(), i));
+    for (size_t i = 0; i < c.tokens.size(); i++) c.tokens[i] = (int32_t)PyLong_AsLong(PyList_GetItem(tokens.ptr(), i));
 }
 
 void shift(Program& p, int row, const std::vector<int32_t>& tokens, const std::vector<float>& values) {

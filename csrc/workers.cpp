@@ -17,10 +17,15 @@
 #include <mutex>
 #include <new>
 
-// The first versions of what glibc has moved since: so a library that was linked with a new glibc runs with an old one.
-#if defined(__GLIBC__) && defined(__x86_64__)
+// A library that was linked with a new glibc shall run with an old one. So these are the functions' first versions. And
+// libstdc++ finds its flag here, which glibc has since 2.32: that threads may exist is always right.
+#if defined(__GLIBC__)
+extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#if defined(__x86_64__)
 __asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
 __asm__(".symver pthread_sigmask, pthread_sigmask@GLIBC_2.2.5");
+#endif
 #endif
 
 namespace dovetail {
