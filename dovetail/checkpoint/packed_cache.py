@@ -81,7 +81,7 @@ class PackedCache:
         """Begin to write what was added, in a thread of low priority. The process waits for it at its end."""
         if not self._fresh or self._origin is None or self._thread is not None:
             return
-        self._thread = threading.Thread(target=self._write, name="packed weights", daemon=True)
+        self._thread = threading.Thread(target=self._write, name="packed weights")
         _running.add(self)
         self._thread.start()
 
@@ -154,7 +154,6 @@ class PackedCache:
 _OFF = "--packed-cache off says to do without"
 
 
-@atexit.register  # without progress: its thread could not be started any more
 def finish(progress: bool = False) -> None:
     """Wait for all caches that are being written. See `PackedCache.finish`."""
     for cache in running():
@@ -166,6 +165,7 @@ def running() -> list[PackedCache]:
     return list(_running)
 
 
+@atexit.register  # something is running only if Ctrl-C has come while the interpreter waited
 def abandon() -> None:
     """End the writing of all caches."""
     for cache in running():
