@@ -41,11 +41,12 @@ inline size_t tile_bytes(Format f, int k_blocks) {
 
 // One row of activations, as a linear reads it: `k_blocks` blocks of 32.
 //   INT8:   int8 codes [K], float scale [blocks], float scale * sum [blocks], int32 -8 * sum [blocks],
-//           int32 -8 * sum of each half block [2 * blocks]
+//           int32 -32 * sum of each half block [2 * blocks]; then for each 8 blocks a float unit, and the scaled sums
+//           as int16 multiples of it [blocks]
 //   EXACT:  float [K], float sum [blocks]
 //   BFLOAT: bfloat16 [K]
 inline size_t activation_bytes(Activation a, int k_blocks) {
-    const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8)
+    const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8 + 2) + (size_t)(k_blocks + 7) / 8 * 4
                        : a == EXACT ? (size_t)k_blocks * (128 + 4)
                                     : (size_t)k_blocks * 64;
     return (raw + 63) / 64 * 64;

@@ -28,6 +28,10 @@ struct GemmArgs {
     int row_count, tile_count;  // of the block
 };
 
+struct BlockShape {
+    int rows, tiles;
+};
+
 // out[r][16 t + n] = product of activation row r and column n of tile t, for the block's rows and tiles.
 using Gemm = void (*)(const GemmArgs& args);
 
@@ -152,9 +156,9 @@ struct Odds {
 struct Kernels {
     const char* name;
     int rows_alone;  // up to so many rows, one block of all rows by one tile at a time is best
-    int rows_many[NUM_ACTIVATIONS], tiles_many[NUM_ACTIVATIONS];  // the best register block for more rows
+    BlockShape many[NUM_FORMATS][NUM_ACTIVATIONS];  // the best register block for more rows
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];
-    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where rows_many is above MAX_ROWS: for any number of rows between the two
+    Gemm tall[NUM_FORMATS][NUM_ACTIVATIONS];  // where that is higher than MAX_ROWS: for any number of rows between the two
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);

@@ -49,6 +49,15 @@ size_t LinearOp::weight_bytes() const {
     return bytes;
 }
 
+BlockShape LinearOp::shape(const Kernels& kernels, int n) const {
+    BlockShape all = shape(kernels, *segments_[0].weights, n);
+    for (const Segment& s : segments_) {
+        const BlockShape one = shape(kernels, *s.weights, n);
+        all = {std::min(all.rows, one.rows), std::max(all.tiles, one.tiles)};
+    }
+    return all;
+}
+
 void LinearOp::prepare(const Work& work) {
     const size_t need = (size_t)total(work) * row_bytes_;
     if (work.rows->size() < need) work.rows->resize(need);
@@ -88,15 +97,16 @@ void LinearOp::run(Member& member, const Work& work) {
     }
     const Kernels& k = *work.kernels;
     const bool few = n <= k.rows_alone;
-    const int many = k.rows_many[args_.activation], least = many > MAX_ROWS ? 1 : 4;
+    const auto [many, step] = shape(k, n);
+    const int least = many > MAX_ROWS ? 1 : 4;
     const int fit = std::max(least, (int)(PANEL / row_bytes_ / many)) * many;
-    const int panels = few ? 1 : (n + fit - 1) / fit;
-    const int step = few ? 1 : k.tiles_many[args_.activation];  // a piece consists of whole register blocks
+    const int panels = few ? 1 : (n + fit - 1) / fit, blocks = (n + many - 1) / many;
+    // A piece consists of whole register blocks.
     const int each = std::clamp(tiles_ / (member.threads() * CHUNKS * step), 1, few ? 64 : 3) * step;
     const int chunks = (tiles_ + each - 1) / each;
     member.share(panels * chunks, [&](int i) {
         const int p = i / chunks, c = i % chunks;
-        const int row = (int)((int64_t)n * p / panels), end = (int)((int64_t)n * (p + 1) / panels);
+        const int row = blocks * p / panels * many, end = std::min(n, blocks * (p + 1) / panels * many);
         panel(work, rows, row, end - row, c * each, std::min(tiles_, (c + 1) * each));
     });
 }
@@ -124,15 +134,15 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& bl
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {
     const Kernels& k = *work.kernels;
-    const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
     Slot& out = (*work.slots)[args_.out];
     alignas(64) float values[TALL_ROWS * MAX_TILES * TILE];
     for (const Segment& s : segments_) {
         const Packed& w = *s.weights;
+        const auto [most, step] = shape(k, w, n);
+        const int blocks = (n + most - 1) / most;
         const int to = std::min(last, s.first_tile + w.tiles) - s.first_tile;
         for (int t = std::max(first, s.first_tile) - s.first_tile, count; t < to; t += count) {
-            count = few ? 1 : std::min(k.tiles_many[args_.activation], to - t);
+            count = std::min(step, to - t);
             const int column = s.column + t * TILE, columns = std::min(count * TILE, w.n - t * TILE);
             const bool direct = columns == count * TILE && args_.bias.empty();
             for (int b = 0; b < blocks; b++) {
@@ -164,8 +174,8 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
     const Kernels& k = *work.kernels;
     Slot& out = (*work.slots)[args_.out];
     const bool few = n <= k.rows_alone;
-    const int most = few ? k.rows_alone : k.rows_many[args_.activation], blocks = (n + most - 1) / most;
-    const int step = few ? 1 : k.tiles_many[args_.activation], together = few ? GATE_TILES : step;
+    const auto [most, step] = shape(k, n);
+    const int blocks = (n + most - 1) / most, together = few ? GATE_TILES : step;
     const int width = (few ? GATE_TILES : MAX_TILES) * TILE;
     alignas(64) float values[2][std::max(MAX_ROWS * GATE_TILES, TALL_ROWS * MAX_TILES) * TILE];
     for (int from = first, to; from < last; from = to) {
@@ -175,7 +185,7 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
             const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
             for (int w = 0; w < 2; w++)
                 for (int t = from, count; t < to; t += count) {
-                    count = std::min(step, to - t);
+                    count = std::min(shape(k, *segments_[w].weights, n).tiles, to - t);
                     multiply(k, *segments_[w].weights, {t, count, rows + at * row_bytes_, some, b, blocks, ahead(work, n)},
                              {values[w] + (t - from) * TILE, width, false});
                 }

@@ -41,6 +41,11 @@ class LinearOp : public Op {
     void multiply(const Kernels& kernels, const Packed& w, const Block& block, const Target& to) const;
     void finish(Slot& out, int row, int column, int n, const float* values) const;
     int total(const Work& work) const;
+    // The register block for n rows of a weight.
+    BlockShape shape(const Kernels& kernels, const Packed& w, int n) const {
+        return n <= kernels.rows_alone ? BlockShape{kernels.rows_alone, 1} : kernels.many[w.format][args_.activation];
+    }
+    BlockShape shape(const Kernels& kernels, int n) const;  // the fewest rows and the most tiles of all weights' blocks
     bool ahead(const Work& work, int n) const {
         return work.ahead || n > work.kernels->rows_alone || n * row_bytes_ > CROWDED;
     }

@@ -1,6 +1,10 @@
 // Products of activation rows and packed weight tiles. Each output has one sequence of operations, whatever the register
 // block: blocks of 32 in order of K, and in each an exact integer sum (or a fixed float sequence), then one or two fused
 // multiply-adds. So a row's result depends neither on the other rows nor on the instruction set.
+//
+// Scales of K formats are integers times one float of their super-block. So a block's integer sum times its integer scale
+// is exact, one fused multiply-add with the row's scale adds it to the super-block's sum, and the float of the super-block
+// comes last. Minima times the row's sums are one integer sum of the super-block: the row has its scaled sums in 16 bits too.
 #pragma once
 #include "../kernels.h"
 
@@ -80,6 +84,9 @@ template <class C, int FORMAT, int SHIFT, bool HAS_MIN> struct Simple : C {
 template <class C, int FORMAT> struct AffineK : C {
     static constexpr int ID = FORMAT, ZERO_SHIFT = -1;
     static constexpr bool MIN = true, HALVES = false;
+    static INLINE F whole_scale(const uint8_t* block) { return unsigned_bytes(block + C::CODES); }
+    static INLINE F whole_scale_high(const uint8_t*) { return zero(); }
+    static INLINE I whole_minimum(const uint8_t* block) { return unsigned_bytes_as_ints(block + C::CODES + 16); }
     static INLINE F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), unsigned_bytes(block + C::CODES)); }
     static INLINE F scale_high(const uint8_t*, const uint8_t*) { return zero(); }
     static INLINE F minimum(const uint8_t* head, const uint8_t* block) {
@@ -90,6 +97,8 @@ template <class C, int FORMAT> struct AffineK : C {
 struct SixK : SixBits {
     static constexpr int ID = dovetail::Q6_K, ZERO_SHIFT = 2;
     static constexpr bool MIN = false, HALVES = true;
+    static INLINE F whole_scale(const uint8_t* block) { return signed_bytes(block + CODES); }
+    static INLINE F whole_scale_high(const uint8_t* block) { return signed_bytes(block + CODES + 16); }
     static INLINE F scale(const uint8_t* head, const uint8_t* block) { return mul(half(head), signed_bytes(block + CODES)); }
     static INLINE F scale_high(const uint8_t* head, const uint8_t* block) {
         return mul(half(head), signed_bytes(block + CODES + 16));
@@ -117,12 +126,13 @@ template <class W> INLINE I products(I acc, I weights, int32_t quad) {
 // Where block b of each row is: one pointer per array and one offset per row. Separate pointers would need a register for
 // each row and array.
 template <int R> struct Int8Rows {
-    const uint8_t *codes, *scale, *scaled_sum, *offset, *half_offset;
+    const uint8_t *codes, *scale, *scaled_sum, *offset, *half_offset, *unit, *units;
     size_t at[R];
     INLINE void open(const GemmArgs& g) {
         const size_t n = (size_t)g.k_blocks;
         codes = g.rows, scale = codes + n * 32, scaled_sum = scale + n * 4;
         offset = scaled_sum + n * 4, half_offset = offset + n * 4;
+        unit = half_offset + n * 8, units = unit + (n + 7) / 8 * 4;
         UNROLL for (int r = 0; r < R; r++) {
             at[r] = r * g.row_stride;
             if (r) hold(at[r]);
@@ -132,12 +142,15 @@ template <int R> struct Int8Rows {
     INLINE int32_t quad(int r, int i) const { return *(const int32_t*)(codes + at[r] + 4 * i); }
     INLINE F scales(int r) const { return all(*(const float*)(scale + at[r])); }
     INLINE F sums(int r) const { return all(*(const float*)(scaled_sum + at[r])); }
+    // Of a super-block: the unit of its scaled sums, and a pair of them as 16-bit multiples of it.
+    INLINE F sum_unit(int r, int super) const { return all(*(const float*)(unit + at[r] + 4 * super)); }
+    INLINE I sum_pair(int r, int block) const { return iall(*(const int32_t*)(units + at[r] + 2 * block)); }
 };
 
 template <class W, int R> INLINE I start(const Int8Rows<R>& rows, int r, int half) {
+    if (W::HALVES) return iall(*(const int32_t*)(rows.half_offset + 4 * half + rows.at[r]));
     if (W::ZERO_SHIFT < 0) return izero();
-    const uint8_t* at = (W::HALVES ? rows.half_offset + 4 * half : rows.offset) + rows.at[r];
-    return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*(const int32_t*)at));
+    return left32<W::ZERO_SHIFT < 0 ? 0 : W::ZERO_SHIFT>(iall(*(const int32_t*)(rows.offset + rows.at[r])));
 }
 
 template <class W, int R, int T, int G>
@@ -153,10 +166,9 @@ INLINE void quads_int8(const W (&w)[T], const Int8Rows<R>& rows, I (&low)[R][T],
         }
 }
 
+// The integer sums of a block: of the whole, or of its halves.
 template <class W, int R, int T>
-INLINE void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&at)[T], const Int8Rows<R>& rows,
-                       F (&f)[R][T]) {
-    I low[R][T], high[R][T];
+INLINE void sums_int8(const uint8_t* const (&at)[T], const Int8Rows<R>& rows, I (&low)[R][T], I (&high)[R][T]) {
     W w[T];
     UNROLL for (int t = 0; t < T; t++) w[t].open(at[t]);
     UNROLL for (int r = 0; r < R; r++)
@@ -168,17 +180,59 @@ INLINE void block_int8(const uint8_t* const (&head)[T], const uint8_t* const (&a
     quads_int8<W, R, T, 1>(w, rows, low, high);
     quads_int8<W, R, T, 2>(w, rows, low, high);
     quads_int8<W, R, T, 3>(w, rows, low, high);
+    if (!W::HALVES && R * T == 1) low[0][0] = iadd(low[0][0], high[0][0]);
+}
+
+template <class W, int R, int T>
+INLINE void block_int8(const uint8_t* const (&at)[T], const Int8Rows<R>& rows, F (&f)[R][T]) {
+    I low[R][T], high[R][T];
+    sums_int8<W, R, T>(at, rows, low, high);
     UNROLL for (int t = 0; t < T; t++) {
-        const F d = W::scale(head[t], at[t]);
-        const F d2 = W::HALVES ? W::scale_high(head[t], at[t]) : zero();
-        const F m = W::MIN ? W::minimum(head[t], at[t]) : zero();
+        const F d = W::scale(at[t], at[t]), m = W::MIN ? W::minimum(at[t], at[t]) : zero();
         UNROLL for (int r = 0; r < R; r++) {
-            const F s = rows.scales(r);
-            const I total = !W::HALVES && R * T == 1 ? iadd(low[r][t], high[r][t]) : low[r][t];
-            f[r][t] = fma(to_float(total), mul(d, s), f[r][t]);
-            if (W::HALVES) f[r][t] = fma(to_float(high[r][t]), mul(d2, s), f[r][t]);
+            f[r][t] = fma(to_float(low[r][t]), mul(d, rows.scales(r)), f[r][t]);
             if (W::MIN) f[r][t] = fma(m, rows.sums(r), f[r][t]);
         }
+    }
+}
+
+// A block of a K format. Its integer sums times its integer scales are below 2^24, so float32 holds them exactly.
+template <class W, int R, int T>
+INLINE void block_of_super(const uint8_t* const (&at)[T], const Int8Rows<R>& rows, F (&f)[R][T]) {
+    I low[R][T], high[R][T];
+    sums_int8<W, R, T>(at, rows, low, high);
+    UNROLL for (int t = 0; t < T; t++) {
+        const F d = W::whole_scale(at[t]), d2 = W::whole_scale_high(at[t]);
+        UNROLL for (int r = 0; r < R; r++) {
+            F total = mul(to_float(low[r][t]), d);
+            if (W::HALVES) total = fma(to_float(high[r][t]), d2, total);
+            f[r][t] = fma(total, rows.scales(r), f[r][t]);
+        }
+    }
+}
+
+// Integer minima of two blocks, side by side in each lane.
+template <class W> INLINE I pair_of_minima(const uint8_t* block) {
+    return ior(W::whole_minimum(block), left32<16>(W::whole_minimum(block + INFO<W>.block)));
+}
+
+// Integer minima times the rows' sums in 16 bits: an exact integer sum over a super-block.
+template <class W, int R, int T>
+INLINE void minima_of_super(const uint8_t* const (&head)[T], const Int8Rows<R>& rows, int super, F (&f)[R][T]) {
+    constexpr auto info = INFO<W>;
+    I sum[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) sum[r][t] = izero();
+    UNROLL for (int b = 0; b < info.blocks; b += 2)
+        UNROLL for (int t = 0; t < T; t++) {
+            const I pair = pair_of_minima<W>(head[t] + info.head + b * info.block);
+            UNROLL for (int r = 0; r < R; r++)
+                sum[r][t] = dot_words(sum[r][t], pair, rows.sum_pair(r, super * info.blocks + b));
+        }
+    UNROLL for (int t = 0; t < T; t++) {
+        const F d = sub(zero(), half(head[t] + 32));
+        UNROLL for (int r = 0; r < R; r++)
+            f[r][t] = fma(to_float(sum[r][t]), mul(d, rows.sum_unit(r, super)), f[r][t]);
     }
 }
 
@@ -196,7 +250,7 @@ template <int R, int T> INLINE void put(const GemmArgs& g, const F (&f)[R][T]) {
 }
 
 template <class W, int R, int T>
-void gemm_int8(const GemmArgs& g) {
+void gemm_blocks(const GemmArgs& g) {
     constexpr auto info = INFO<W>;
     F f[R][T];
     UNROLL for (int r = 0; r < R; r++)
@@ -204,15 +258,51 @@ void gemm_int8(const GemmArgs& g) {
     Int8Rows<R> rows;
     rows.open(g);
     for (int b = 0; b < g.k_blocks; b++, rows.next()) {
-        const uint8_t *head[T], *at[T];
-        UNROLL for (int t = 0; t < T; t++) {
-            head[t] = g.weights + t * g.tile_stride + (size_t)(b / info.blocks) * (info.head + info.blocks * info.block);
-            at[t] = head[t] + info.head + (b % info.blocks) * info.block;
-        }
+        const uint8_t* at[T];
+        UNROLL for (int t = 0; t < T; t++) at[t] = g.weights + t * g.tile_stride + (size_t)b * info.block;
         fetch(g, b);
-        block_int8<W, R, T>(head, at, rows, f);
+        block_int8<W, R, T>(at, rows, f);
     }
     put<R, T>(g, f);
+}
+
+template <class W, int R, int T>
+void gemm_super_blocks(const GemmArgs& g) {
+    constexpr auto info = INFO<W>;
+    F f[R][T];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
+    Int8Rows<R> rows;
+    rows.open(g);
+    const uint8_t* head[T];
+    UNROLL for (int t = 0; t < T; t++) head[t] = g.weights + t * g.tile_stride;
+    for (int super = 0; super < g.k_blocks / info.blocks; super++) {
+        F sums[R][T];
+        const uint8_t* at[T];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int t = 0; t < T; t++) sums[r][t] = zero();
+        UNROLL for (int t = 0; t < T; t++) at[t] = head[t] + info.head;
+        ROLLED for (int b = 0; b < info.blocks; b++, rows.next()) {
+            fetch(g, super * info.blocks + b);
+            block_of_super<W, R, T>(at, rows, sums);
+            UNROLL for (int t = 0; t < T; t++) at[t] += info.block;
+        }
+        UNROLL for (int t = 0; t < T; t++) {
+            const F d = half(head[t]);
+            UNROLL for (int r = 0; r < R; r++) f[r][t] = fma(sums[r][t], d, f[r][t]);
+        }
+        if constexpr (W::MIN) minima_of_super<W, R, T>(head, rows, super, f);
+        UNROLL for (int t = 0; t < T; t++) head[t] += info.head + info.blocks * info.block;
+    }
+    put<R, T>(g, f);
+}
+
+template <class W, int R, int T>
+void gemm_int8(const GemmArgs& g) {
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) prefetch(g.out + (size_t)r * g.out_stride + 16 * t);
+    if constexpr (INFO<W>.blocks > 1) gemm_super_blocks<W, R, T>(g);
+    else gemm_blocks<W, R, T>(g);
 }
 
 // ---- float32 activations against the same codes: nothing is rounded but the float32 sums
@@ -327,8 +417,12 @@ void gemm_bf16(const GemmArgs& g) {
 
 // ---- the table
 
+// K formats keep sums of a super-block beside those of a row, so more rows by one tile suit them better.
+template <class W> constexpr bool TALLER = INFO<W>.blocks > 1 && ROWS_ALONE > ROWS_MANY;
+
 template <class W, int R, int T> void add_codes(dovetail::Kernels& k) {
-    k.gemm[W::ID][dovetail::INT8][R][T] = gemm_int8<W, R, T>;
+    if constexpr (T == 1 || !TALLER<W>) k.gemm[W::ID][dovetail::INT8][R][T] = gemm_int8<W, R, T>;
+    if constexpr (TALLER<W>) k.many[W::ID][dovetail::INT8] = {ROWS_ALONE, 1};
     k.gemm[W::ID][dovetail::EXACT][R][T] = gemm_exact<W, R, T>;
 }
 template <int R, int T> void add_block(dovetail::Kernels& k) {
@@ -345,7 +439,8 @@ template <int T, int MOST, int R = 1> void add_rows(dovetail::Kernels& k) {
 }
 inline void add_linear(dovetail::Kernels& k) {
     k.rows_alone = ROWS_ALONE;
-    for (int a = 0; a < dovetail::NUM_ACTIVATIONS; a++) k.rows_many[a] = ROWS_MANY, k.tiles_many[a] = TILES_MANY;
+    for (auto& format : k.many)
+        for (dovetail::BlockShape& shape : format) shape = {ROWS_MANY, TILES_MANY};
     add_rows<1, (ROWS_ALONE > ROWS_MANY ? ROWS_ALONE : ROWS_MANY)>(k);
     if constexpr (TILES_MANY >= 2) add_rows<2, ROWS_MANY>(k);
     if constexpr (TILES_MANY >= 3) add_rows<3, ROWS_MANY>(k);

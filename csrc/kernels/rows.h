@@ -78,6 +78,16 @@ INLINE void quantize_blocks(const float* x, int n, int8_t* codes, float* scales)
     }
 }
 
+// Scaled sums of at most 8 blocks as multiples of a unit, 16 bits each. Sixteen may be read.
+INLINE void round_sums(const float* sums, int n, float* unit, int16_t* units) {
+    float most = 0;
+    for (int i = 0; i < n; i++) most = __builtin_fabsf(sums[i]) > most ? __builtin_fabsf(sums[i]) : most;
+    *unit = most / 32767.0f;
+    alignas(64) int32_t rounded[16];
+    istore(rounded, to_int(mul(load(sums), all(most > 0 ? 32767.0f / most : 0.0f))));
+    for (int i = 0; i < n; i++) units[i] = (int16_t)rounded[i];
+}
+
 void activate_int8(const float* x, int k_blocks, uint8_t* row) {
     int8_t* codes = (int8_t*)row;
     float *scale = (float*)(row + (size_t)k_blocks * 32), *scaled_sum = scale + k_blocks;
@@ -93,9 +103,13 @@ void activate_int8(const float* x, int k_blocks, uint8_t* row) {
         for (int i = 0; i < (both_there ? 2 : 1); i++) {
             const int first = sums[8 * i], second = sums[8 * i + 4], total = first + second;
             scaled_sum[b + i] = scale[b + i] * (float)total, offset[b + i] = -8 * total;
-            half_offset[2 * (b + i)] = -8 * first, half_offset[2 * (b + i) + 1] = -8 * second;
+            half_offset[2 * (b + i)] = -32 * first, half_offset[2 * (b + i) + 1] = -32 * second;
         }
     }
+    float* unit = (float*)(half_offset + 2 * k_blocks);
+    int16_t* units = (int16_t*)(unit + (k_blocks + 7) / 8);
+    for (int b = 0; b < k_blocks; b += 8)
+        round_sums(scaled_sum + b, k_blocks - b < 8 ? k_blocks - b : 8, unit + b / 8, units + b);
 }
 
 void activate_exact(const float* x, int k_blocks, uint8_t* row) {

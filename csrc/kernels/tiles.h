@@ -20,13 +20,21 @@ constexpr int SPAN = 8;         // blocks of K decoded at a time: all that they 
 constexpr int LEAD = 2;         // blocks that the tile registers are ahead of the vectors
 constexpr int SLOTS = 4;        // of integer sums, for blocks under way
 
-enum Sums { PLAIN, MINIMUM, HALVES };
-template <class W> constexpr Sums SUMS = W::HALVES ? HALVES : W::MIN ? MINIMUM : PLAIN;
+enum Sums { PLAIN, MINIMUM, SUPER, SUPER_HALVES };  // SUPER: with super-blocks
+template <class W>
+constexpr Sums SUMS = W::HALVES ? SUPER_HALVES : INFO<W>.blocks > 1 ? SUPER : W::MIN ? MINIMUM : PLAIN;
+static_assert(INFO<WQ4_K>.blocks == SPAN && INFO<WQ5_K>.blocks == SPAN && INFO<SixK>.blocks == SPAN);
 
 // A block of a weight tile: signed codes, k-quad by k-quad; its scale; its minimum or the second half's scale.
 struct alignas(64) Decoded {
     uint8_t codes[512];
     float scale[16], other[16];
+};
+
+// What a super-block has beside its blocks.
+struct alignas(64) DecodedSuper {
+    float scale[16], minus_minimum[16];
+    int32_t minima[SPAN / 2][16];  // of two blocks in each lane
 };
 
 template <class W, int G> INLINE void decode_quads(const W& w, uint8_t* codes) {
@@ -49,8 +57,26 @@ template <class W> void decode(const GemmArgs& g, int first, int count, Decoded 
             w.open(at);
             decode_quads<W, 0>(w, d.codes), decode_quads<W, 1>(w, d.codes);
             decode_quads<W, 2>(w, d.codes), decode_quads<W, 3>(w, d.codes);
-            store(d.scale, W::scale(head, at));
-            if (W::HALVES || W::MIN) store(d.other, W::HALVES ? W::scale_high(head, at) : W::minimum(head, at));
+            if constexpr (info.blocks > 1) {
+                store(d.scale, W::whole_scale(at)), store(d.other, W::whole_scale_high(at));
+            } else {
+                store(d.scale, W::scale(head, at));
+                if (W::MIN) store(d.other, W::minimum(head, at));
+            }
+        }
+    }
+}
+
+template <class W> void decode_super(const GemmArgs& g, int first, DecodedSuper* to) {
+    constexpr auto info = INFO<W>;
+    for (int t = 0; t < g.tile_count; t++, to++) {
+        const uint8_t* head =
+            g.weights + t * g.tile_stride + (size_t)(first / info.blocks) * (info.head + info.blocks * info.block);
+        store(to->scale, half(head));
+        if constexpr (W::MIN) {
+            store(to->minus_minimum, sub(zero(), half(head + 32)));
+            for (int b = 0; b < SPAN; b += 2)
+                istore(to->minima[b / 2], pair_of_minima<W>(head + info.head + b * info.block));
         }
     }
 }
@@ -80,9 +106,12 @@ struct Tall {
     const uint8_t* codes;      // its rows
     unsigned issued, used;     // blocks so far, by the tile registers and by the vectors
     Decoded weights[TALL_TILES][SPAN];
+    DecodedSuper supers[TALL_TILES];
     alignas(64) int32_t totals[SLOTS][TALL_TILES][2][GROUP_ROWS][16];
     alignas(64) float sums[dovetail::TALL_ROWS][TALL_TILES * 16];  // over the blocks before `first`
     float scale[GROUP_ROWS][SPAN], scaled_sum[GROUP_ROWS][SPAN];
+    float sum_unit[GROUP_ROWS];
+    int32_t sum_pairs[GROUP_ROWS][SPAN / 2];
 };
 
 template <Sums S> void shape_int8(const Tall& w) {
@@ -90,8 +119,8 @@ template <Sums S> void shape_int8(const Tall& w) {
     const int rows = w.g.row_count - w.start(w.groups - 1);
     TileShapes shapes;
     shapes.set(0, 3, rows, 64);
-    shapes.set(4, 5, rows, S == HALVES ? 16 : 32);
-    shapes.set(6, 7, S == HALVES ? 4 : 8, 64);
+    shapes.set(4, 5, rows, S == SUPER_HALVES ? 16 : 32);
+    shapes.set(6, 7, S == SUPER_HALVES ? 4 : 8, 64);
     tile_configure(shapes);
 }
 
@@ -107,14 +136,14 @@ template <Sums S, int T> INLINE void issue(Tall& w) {
     if (w.group == w.groups) return;
     auto& to = w.totals[w.issued % SLOTS];
     tile_load<4>(w.codes, w.g.row_stride);
-    if (S == HALVES) tile_load<5>(w.codes + 16, w.g.row_stride);
+    if (S == SUPER_HALVES) tile_load<5>(w.codes + 16, w.g.row_stride);
     const uint8_t* weights = w.weights[0][w.block].codes;
     total<0, 4, 6>(weights, to[0][0]);
-    if (S == HALVES) total<1, 5, 7>(weights + 256, to[0][1]);
+    if (S == SUPER_HALVES) total<1, 5, 7>(weights + 256, to[0][1]);
     if (T == 2) {
         weights = w.weights[1][w.block].codes;
-        total<2, 4, S == HALVES ? 6 : 7>(weights, to[1][0]);
-        if (S == HALVES) total<3, 5, 7>(weights + 256, to[1][1]);
+        total<2, 4, S == SUPER_HALVES ? 6 : 7>(weights, to[1][0]);
+        if (S == SUPER_HALVES) total<3, 5, 7>(weights + 256, to[1][1]);
     }
     w.next();
 }
@@ -129,28 +158,54 @@ INLINE void copy(float* to, const float* from, int n) {
 template <Sums S> __attribute__((noinline)) void gather_scales(Tall& w, int start, int rows) {
     const size_t blocks = (size_t)w.g.k_blocks;
     for (int r = 0; r < rows; r++) {
-        const float* scale = (const float*)(w.g.rows + (start + r) * w.g.row_stride + blocks * 32) + w.first;
+        const uint8_t* codes = w.g.rows + (start + r) * w.g.row_stride;
+        const float* scale = (const float*)(codes + blocks * 32) + w.first;
         copy(w.scale[r], scale, w.count);
         if (S == MINIMUM) copy(w.scaled_sum[r], scale + blocks, w.count);
+        if (S != SUPER) continue;
+        const float* units = (const float*)(codes + blocks * 52);
+        w.sum_unit[r] = units[w.first / SPAN];
+        memcpy(w.sum_pairs[r], (const int16_t*)(units + blocks / SPAN) + w.first, sizeof w.sum_pairs[r]);
     }
 }
 
-// A block's part of the results.
+// A block's part of the results, or of the super-block's sums.
 template <Sums S, int R, int T> INLINE void add_block(Tall& w, int b, F (&f)[R][T]) {
     const auto& totals = w.totals[w.used++ % SLOTS];
     F d[T], other[T];
     UNROLL for (int t = 0; t < T; t++) {
         d[t] = load(w.weights[t][b].scale);
-        other[t] = S == PLAIN ? zero() : load(w.weights[t][b].other);
+        other[t] = S == MINIMUM || S == SUPER_HALVES ? load(w.weights[t][b].other) : zero();
     }
     UNROLL for (int r = 0; r < R; r++) {
         const F s = all(w.scale[r][b]), m = S == MINIMUM ? all(w.scaled_sum[r][b]) : zero();
         UNROLL for (int t = 0; t < T; t++) {
-            f[r][t] = fma(to_float(iload(totals[t][0][r])), mul(d[t], s), f[r][t]);
-            if (S == HALVES) f[r][t] = fma(to_float(iload(totals[t][1][r])), mul(other[t], s), f[r][t]);
-            if (S == MINIMUM) f[r][t] = fma(other[t], m, f[r][t]);
+            const F total = to_float(iload(totals[t][0][r]));
+            if (S >= SUPER) {
+                F scaled = mul(total, d[t]);
+                if (S == SUPER_HALVES) scaled = fma(to_float(iload(totals[t][1][r])), other[t], scaled);
+                f[r][t] = fma(scaled, s, f[r][t]);
+            } else {
+                f[r][t] = fma(total, mul(d[t], s), f[r][t]);
+                if (S == MINIMUM) f[r][t] = fma(other[t], m, f[r][t]);
+            }
         }
     }
+}
+
+// The result so far, plus the sums of a super-block.
+template <Sums S, int R, int T> INLINE void add_super(const Tall& w, int start, F (&f)[R][T]) {
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) {
+            const DecodedSuper& super = w.supers[t];
+            const F before = w.first ? load(w.sums[start + r] + 16 * t) : zero();
+            f[r][t] = fma(f[r][t], load(super.scale), before);
+            if (S != SUPER) continue;
+            I sum = izero();
+            UNROLL for (int b = 0; b < SPAN / 2; b++)
+                sum = dot_words(sum, iload(super.minima[b]), iall(w.sum_pairs[r][b]));
+            f[r][t] = fma(to_float(sum), mul(load(super.minus_minimum), all(w.sum_unit[r])), f[r][t]);
+        }
 }
 
 template <Sums S, int R, int T> void add_group(Tall& w, int start) {
@@ -158,12 +213,13 @@ template <Sums S, int R, int T> void add_group(Tall& w, int start) {
     F f[R][T];
     gather_scales<S>(w, start, R);
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < T; t++) f[r][t] = w.first ? load(w.sums[start + r] + 16 * t) : zero();
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = S < SUPER && w.first ? load(w.sums[start + r] + 16 * t) : zero();
     for (int b = 0; b < w.count; b++) {
         if (start == 0) fetch(g, w.first + b);
         issue<S, T>(w);
         add_block<S, R, T>(w, b, f);
     }
+    if (S >= SUPER) add_super<S, R, T>(w, start, f);
     const bool done = w.first + w.count == g.k_blocks, more = done && g.add;
     float* to = done ? g.out + (size_t)start * g.out_stride : w.sums[start];
     const size_t stride = done ? g.out_stride : TALL_TILES * 16;
@@ -186,6 +242,7 @@ template <class W> void tall_int8(const GemmArgs& g) {
     for (int b = 0; b < g.k_blocks; b += SPAN) {
         w.open(b, g.k_blocks - b < SPAN ? g.k_blocks - b : SPAN);
         decode<W>(g, b, w.count, w.weights);
+        if constexpr (S >= SUPER) decode_super<W>(g, b, w.supers);
         if (g.tile_count == 2) add_span<S, 2>(w);
         else add_span<S, 1>(w);
     }
@@ -242,6 +299,8 @@ void tiles_bf16(const GemmArgs& g) {
 // Where the other table has no block of vectors for so few rows, a tall block is used.
 template <class W> void add_tall(dovetail::Kernels& k) {
     k.tall[W::ID][dovetail::INT8] = tall_int8<W>;
+    k.many[W::ID][dovetail::INT8] = {dovetail::TALL_ROWS, TALL_TILES};
+    k.many[W::ID][dovetail::INT8] = {dovetail::TALL_ROWS, TALL_TILES};
     for (int r = LEAST_ROWS; r <= dovetail::MAX_ROWS; r++)
         for (int t = 1; t <= TALL_TILES; t++) {
             dovetail::Gemm& gemm = k.gemm[W::ID][dovetail::INT8][r][t];
@@ -252,11 +311,10 @@ inline void add_tiles(dovetail::Kernels& k) {
     using namespace dovetail;
     add_tall<WQ4_0>(k), add_tall<WQ4_1>(k), add_tall<WQ5_0>(k), add_tall<WQ5_1>(k);
     add_tall<WQ8_0>(k), add_tall<WQ4_K>(k), add_tall<WQ5_K>(k), add_tall<SixK>(k);
-    k.rows_many[INT8] = TALL_ROWS, k.tiles_many[INT8] = TALL_TILES;
     for (int r = 1; r <= MAX_ROWS; r++)
         for (int t = 1; t <= TALL_TILES; t++) k.gemm[dovetail::BF16][BFLOAT][r][t] = tiles_bf16;
     k.tall[dovetail::BF16][BFLOAT] = tiles_bf16;
-    k.rows_many[BFLOAT] = BF16_ROWS, k.tiles_many[BFLOAT] = TALL_TILES;
+    k.many[dovetail::BF16][BFLOAT] = {BF16_ROWS, TALL_TILES};
 }
 
 }  // namespace

@@ -89,10 +89,11 @@ INLINE F bf16(const void* p) {
     return as_float(left32<16>({_mm256_cvtepu16_epi32(_mm_loadu_si128(h)),
                                 _mm256_cvtepu16_epi32(_mm_loadu_si128(h + 1))}));
 }
-INLINE F unsigned_bytes(const void* p) {
-    return to_float({_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
-                     _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))});
+INLINE I unsigned_bytes_as_ints(const void* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 }
+INLINE F unsigned_bytes(const void* p) { return to_float(unsigned_bytes_as_ints(p)); }
 INLINE F signed_bytes(const void* p) {
     return to_float({_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
                      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))});
@@ -133,6 +134,10 @@ INLINE __m256i dot(__m256i acc, __m256i u, __m256i s) {
 #endif
 }
 INLINE I dot(I acc, I u, I s) { return {dot(acc.a, u.a, s.a), dot(acc.b, u.b, s.b)}; }
+// acc + the products of two signed 16-bit numbers per lane.
+INLINE I dot_words(I acc, I a, I b) {
+    return iadd(acc, {_mm256_madd_epi16(a.a, b.a), _mm256_madd_epi16(a.b, b.b)});
+}
 INLINE I dot_small(I acc, I u, I s) { return {dot_small(acc.a, u.a, s.a), dot_small(acc.b, u.b, s.b)}; }
 
 INLINE F dot_bf16(F acc, I a, I b) {

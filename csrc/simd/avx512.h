@@ -72,7 +72,8 @@ INLINE F half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const 
 INLINE F bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-INLINE F unsigned_bytes(const void* p) { return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+INLINE I unsigned_bytes_as_ints(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE F unsigned_bytes(const void* p) { return to_float(unsigned_bytes_as_ints(p)); }
 INLINE F signed_bytes(const void* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE void store_bytes(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
 // Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
@@ -84,6 +85,8 @@ INLINE void store_high(void* p, I x, I y) {
 // acc + the products of four unsigned and four signed bytes per lane. `dot_small`: the unsigned ones are below 64.
 INLINE I dot(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
 INLINE I dot_small(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
+// acc + the products of two signed 16-bit numbers per lane.
+INLINE I dot_words(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
 
 // acc + the products of two bfloat16 per lane, low ones first.
 INLINE F dot_bf16(F acc, I a, I b) {

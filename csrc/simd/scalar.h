@@ -101,6 +101,7 @@ INLINE float bf16_to_float(uint16_t h) {
 }
 INLINE F half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, half_to_float(h[i])); }
 INLINE F bf16(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, bf16_to_float(h[i])); }
+INLINE I unsigned_bytes_as_ints(const void* p) { LANES(I, ((const uint8_t*)p)[i]); }
 INLINE F unsigned_bytes(const void* p) { LANES(F, (float)((const uint8_t*)p)[i]); }
 INLINE F signed_bytes(const void* p) { LANES(F, (float)((const int8_t*)p)[i]); }
 INLINE void store_bytes(void* p, I a) {
@@ -122,6 +123,12 @@ INLINE I dot(I acc, I u, I s) {
     return acc;
 }
 INLINE I dot_small(I acc, I u, I s) { return dot(acc, u, s); }
+// acc + the products of two signed 16-bit numbers per lane.
+INLINE I dot_words(I acc, I a, I b) {
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 32; j += 16) acc.v[i] += (int16_t)((uint32_t)a.v[i] >> j) * (int16_t)((uint32_t)b.v[i] >> j);
+    return acc;
+}
 INLINE F dot_bf16(F acc, I a, I b) {
     const I top = iall((int)0xffff0000);
     acc = fma(as_float(left32<16>(a)), as_float(left32<16>(b)), acc);

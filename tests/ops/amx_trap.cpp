@@ -132,7 +132,7 @@ void check(const Kernels& base, const Kernels& amx, Format f, Activation a) {
     for (int rows : {9, 10, 11, 12, 13, 16, 23, 32, 36, 37, 48})
         for (int tiles = 1; tiles <= 2; tiles++)
             for (int blocks : {8, 16, 1, 9}) {
-                if (rows > amx.rows_many[a] || blocks % FORMATS[f].blocks) continue;
+                if (rows > amx.many[f][a].rows || blocks % FORMATS[f].blocks) continue;
                 const Product p(base, f, a, blocks, rows, tiles, random);
                 const auto got = p.by(amx.tall[f][a], rows, tiles, rows % 2);
                 // Vectors add bfloat16 in another order: each row alone, by tiles.
