@@ -29,7 +29,7 @@ class LLM:
     model: a path, an alias or a Hugging Face id. use: technique specs (`"ngram:tokens=4"`) or Technique
     records. tokenizer: a directory with another tokenizer.json, or an object. The other options are those of
     `dovetail.options.Options`: dtype, device, threads, kv_memory and kv_offloading_size (bytes, or text such as
-    "512MiB"), kv_cache_dtype, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
+    "512MiB"), kv_cache_dtype, packed_cache, block_size, max_model_len, max_num_batched_tokens, max_num_seqs,
     enable_prefix_caching, seed. Raises ModelError, ConfigError or CapacityError.
 
     Several threads may use one LLM. They take turns step by step, and their requests run in one batch. A forked

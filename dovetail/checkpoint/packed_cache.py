@@ -25,6 +25,7 @@ FREE = 1 << 30  # bytes that are left free on the disk
 _LOCK = ".lock"
 _PATIENCE = 1.0  # seconds before progress is shown
 _running: set[PackedCache] = set()  # that write
+_untold: list[str] = []  # notes
 
 
 class _Abandoned(Exception):
@@ -118,7 +119,7 @@ class PackedCache:
         except _Abandoned:
             pass
         except OSError as error:
-            note(f"packed weights are not kept: {error.strerror or error} ({self.path.parent}); {_OFF}")
+            _tell(f"packed weights are not kept: {error.strerror or error} ({self.path.parent}); {_OFF}")
         finally:
             _running.discard(self)
             self._ended.set()
@@ -128,7 +129,7 @@ class PackedCache:
         folder = self.path.parent
         self._total = file_bytes(self._origin, self._packed)
         if self._total > self.limit:
-            note(
+            _tell(
                 f"packed weights are not kept: they take {format_size(self._total)}, and all together may take "
                 f"{format_size(self.limit)}; raise --packed-cache-size, or {_OFF}"
             )
@@ -138,7 +139,7 @@ class PackedCache:
         make_room(folder, self.path, self.limit - self._total)
         free = free_bytes(folder)
         if free < self._total + FREE:
-            note(
+            _tell(
                 f"packed weights are not kept: they take {format_size(self._total)}, and {format_size(free)} are "
                 f"free in {folder}; free some, or {_OFF}"
             )
@@ -155,9 +156,11 @@ _OFF = "--packed-cache off says to do without"
 
 
 def finish(progress: bool = False) -> None:
-    """Wait for all caches that are being written. See `PackedCache.finish`."""
+    """Wait for all caches that are being written, and say what went wrong. See `PackedCache.finish`."""
     for cache in running():
         cache.finish(progress)
+    while _untold:
+        note(_untold.pop(0))
 
 
 def running() -> list[PackedCache]:
@@ -167,9 +170,18 @@ def running() -> list[PackedCache]:
 
 @atexit.register  # something is running only if Ctrl-C has come while the interpreter waited
 def abandon() -> None:
-    """End the writing of all caches."""
+    """End the writing of all caches, and say what went wrong."""
     for cache in running():
         cache.abandon()
+    finish()
+
+
+def _tell(text: str) -> None:
+    """A note from the thread that writes. On a terminal it waits, because an answer may be shown there."""
+    if sys.stderr.isatty():
+        _untold.append(text)
+    else:
+        note(text)
 
 
 def _file_name(place: str, values: str) -> str:

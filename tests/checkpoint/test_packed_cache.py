@@ -203,6 +203,16 @@ def test_a_full_disk_is_noted_once_and_nothing_stays(
     assert "--packed-cache off" in err
 
 
+def test_on_a_terminal_notes_wait_for_the_end(model: Path, folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    start(model, folder, limit=4000)
+    assert capsys.readouterr().err == ""
+    packed_cache.finish()
+    assert capsys.readouterr().err.count("\n") == 1
+    packed_cache.finish()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_disk_that_would_be_full_is_not_filled(model: Path, folder: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(packed_cache, "free_bytes", lambda folder: packed_cache.FREE + 1000)
     start(model, folder)
