@@ -119,7 +119,7 @@ install_package() {
     say "installing dovetail and what it needs"
     # pip compiles nothing: the library is put next to the sources, from where it is loaded.
     "${pip[@]}" "${quiet[@]}" --config-settings editable.mode=inplace --config-settings wheel.cmake=false \
-        --editable "$target" 9<&-
+        --config-settings wheel.py-api= --editable "$target" 9<&-
     printf '%s\n' "$PWD" "$hash" "$want" >"$stamp.new"
     mv "$stamp.new" "$stamp"
     rm -f "$marker"
