@@ -95,7 +95,7 @@ class PackedCache:
             return
         try:
             if not self._ended.wait(_PATIENCE if progress and sys.stderr.isatty() else None):
-                with transfer("Keeping packed weights for the next start", self._total) as advance:
+                with transfer("Keeping packed weights", self._total) as advance:
                     while not self._ended.wait(0.1):
                         advance(self.written)
             self._thread.join()
