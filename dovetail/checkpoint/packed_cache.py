@@ -152,7 +152,7 @@ class PackedCache:
             raise _Abandoned
 
 
-_OFF = "--packed-cache off says to do without"
+_OFF = "use --packed-cache off"
 
 
 def finish(progress: bool = False) -> None:
