@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
 from dovetail.checkpoint.packed_cache import PackedCache
@@ -18,9 +16,10 @@ from dovetail.core.engine import Engine
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Calibration, Executor, Seams, Site
+from dovetail.core.seams import Calibration, Executor, Format, Seams, Site
 from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
+from dovetail.host.lazy_torch import torch
 from dovetail.layers.linear import Dense, Packed
 from dovetail.layers.loader import Loader
 from dovetail.models import MODELS, geometry
@@ -65,7 +64,7 @@ def build_engine(
     """
     shape = geometry(checkpoint.config)
     pool = PagePool(config.num_kv_pages, config.block_size)
-    site = Site(shape, config.block_size, pool, device=torch.device(config.device))
+    site = Site(shape, config.block_size, pool, device=config.device)
     if text is not None:
         site.calibration = Calibration(text, partial(numbers, checkpoint, config, composition))
     seams = composition.build(site)
@@ -97,16 +96,19 @@ def packed_cache(checkpoint: Checkpoint, config: Config) -> PackedCache | None:
     return PackedCache(checkpoint, Path(config.packed_cache), config.packed_cache_size, values)
 
 
+def _format(config: Config) -> Format:
+    if config.kernels != TORCH:
+        return Packed(config.dtype, config.activations, config.kernels, config.threads)
+    torch.set_num_threads(config.threads)
+    return Dense(config.dtype, config.device)
+
+
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:
     """The model as the executor: its weights, KV, and the techniques that wait for both."""
-    torch.set_num_threads(config.threads)
-    dtype, native = getattr(torch, config.dtype), config.kernels != TORCH
-    default: Packed | Dense = Dense(dtype, site.device)
-    if native:
-        if cache is not None and seams.format is None:
-            cache.open(config.threads)
-        default = Packed(dtype, config.activations, config.kernels, config.threads)
-    load = Loader(checkpoint, seams.format or default, dtype, site.device, cache)
+    native = config.kernels != TORCH
+    if native and cache is not None and seams.format is None:
+        cache.open(config.threads)
+    load = Loader(checkpoint, seams.format or _format(config), config.dtype, config.device, cache=cache)
     site.model = model = MODELS[checkpoint.config.architecture].program(load, seams.rows, seams.variant)
     offload = None
     if config.num_kv_cells:

@@ -234,12 +234,10 @@ def _prompts(prompts: Any) -> list[Prompt]:
 
 
 def _machine(device: str) -> Machine:
-    import torch
-
+    from dovetail.host.lazy_torch import cuda_devices, torch
     from dovetail.host.machine import cores, memory
     from dovetail.ops.cpu import emulated, isas
 
-    found, cuda = cores(), torch.cuda.is_available()
-    on_gpu = cuda and device != "cpu"
-    free = torch.cuda.mem_get_info()[0] if on_gpu else memory().available
+    found, cuda = cores(), device != "cpu" and cuda_devices() > 0
+    free = torch.cuda.mem_get_info()[0] if cuda else memory().available
     return Machine(found.budget, found.affinity, free, cuda, isas(), emulated())

@@ -47,9 +47,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    import torch
+    from dovetail.host.lazy_torch import cuda_devices, torch
 
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [torch.cuda.get_device_name(i) for i in range(cuda_devices())]
 
 
 def versions() -> dict[str, str]:

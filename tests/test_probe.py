@@ -31,7 +31,7 @@ def test_logits_are_shown_once_for_every_row_that_is_scored(llm: LLM):
 
     def keep(first: int, logits: torch.Tensor) -> None:
         assert rows[first : first + len(logits)].isnan().all()
-        rows[first : first + len(logits)] = logits
+        rows[first : first + len(logits)] = torch.from_numpy(logits.copy())
 
     scores = logprobs(llm, Probe(score_from=20, observe=keep))
     assert scores[:20] == [None] * 20

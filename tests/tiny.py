@@ -65,8 +65,7 @@ class TinyCheckpoint:
         for name, shape in shapes.items():
             noise = torch.randn(shape, generator=generator)
             value = 1 + 0.1 * noise if len(shape) == 1 else noise * (2.0 / shape[-1] ** 0.5)
-            data = value.contiguous().view(torch.uint8).view(shape[0] if len(shape) > 1 else 1, -1)
-            self._tensors[f"{name}.weight"] = StoredTensor(f"{name}.weight", "F32", tuple(shape), data)
+            self._tensors[f"{name}.weight"] = StoredTensor.of(f"{name}.weight", value.numpy())
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -124,9 +123,9 @@ def calibration(file: str) -> list[int]:
 def break_token(engine: Engine, token: int) -> None:
     """Make a token's embedding NaN. The head keeps its own copy of the weights."""
     model = engine.executor.model  # type: ignore[attr-defined]
-    weight = model.embedding.stored.dequantize(model.embedding.dtype).clone()
+    weight = model.embedding.stored.values().copy()
     weight[token] = float("nan")
-    model.embedding = Embedding(weight)
+    model.embedding = Embedding(StoredTensor.of("broken", weight), model.embedding.kind)
 
 
 def make_request(engine: Engine, name: str, prompt: Sequence[int], params: SamplingParams, **more: Any) -> Request:

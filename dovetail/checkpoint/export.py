@@ -6,30 +6,31 @@ import contextlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.checkpoint.checkpoint import Checkpoint
 from dovetail.checkpoint.layout import NORM_SUFFIX
-from dovetail.core.errors import ConfigError, ModelError
-from dovetail.core.model import ModelConfig
-from dovetail.host.files import explaining, require_space, user_mode
+from dovetail.core.errors import ConfigError
+from dovetail.core.model import PLAIN_FORMATS, ModelConfig
+from dovetail.host.files import explaining, require_space
+from dovetail.ops.memory import ELEMENTS, rounded
 from dovetail.text.tokenizer import Tokenizer
 
 SHARD_BYTES = 4 << 30
 _REMEDY = "choose another folder"
+_PLAIN = {kind: name for name, kind in PLAIN_FORMATS.items()}
 
 
 def export(
     checkpoint: Checkpoint,
     directory: str | os.PathLike[str],
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bfloat16",
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `checkpoint` to `directory` as config.json, safetensors in `dtype`, and tokenizer files.
@@ -40,9 +41,9 @@ def export(
     Hugging Face counterpart, or the directory cannot be written. What was made is removed again on failure.
     """
     directory = Path(directory)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in PLAIN_FORMATS.values():
         raise ConfigError(f"export dtype must be bfloat16, float16 or float32, not {dtype}")
-    needed = sum(math.prod(shape) for _, shape in _tensors(checkpoint)) * dtype.itemsize
+    needed = sum(math.prod(shape) for _, shape in _tensors(checkpoint)) * ELEMENTS[dtype].itemsize
     with explaining(directory, needed, "the model", _REMEDY):
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ConfigError(f"{directory} exists and is not an empty directory")
@@ -79,15 +80,15 @@ def _making(directory: Path) -> Iterator[None]:
         raise
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file, sync it, and only then give it its name."""
+def _write(path: Path, write: Callable[[Path], int]) -> int:
+    """Let `write` fill a temporary file, sync it, and only then give it its name. Returns what `write` returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        written = write(temporary)
         with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), user_mode())  # safetensors makes its files private
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        return written
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,14 +110,20 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file. Errors of the system are raised as OSError."""
-    try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:
-        if code := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise ModelError(f"{path.parent}: the weights cannot be written: {error}") from error
+def _save(checkpoint: Checkpoint, names: Sequence[str], dtype: str, path: Path) -> int:
+    """Write a safetensors file, one tensor at a time. Returns the bytes of its values."""
+    shapes, end = dict(_tensors(checkpoint)), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name in names:
+        begin, end = end, end + math.prod(shapes[name]) * ELEMENTS[dtype].itemsize
+        header[name] = {"dtype": _PLAIN[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(np.ascontiguousarray(_values(checkpoint, name, dtype)).data)
+    return end
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -137,28 +144,25 @@ def _shards(checkpoint: Checkpoint, itemsize: int, limit: int) -> Iterator[list[
     yield group
 
 
-def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, limit: int) -> None:
-    groups = list(_shards(checkpoint, dtype.itemsize, limit))
+def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: str, limit: int) -> None:
+    groups = list(_shards(checkpoint, ELEMENTS[dtype].itemsize, limit))
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        # Cloned because values may alias the checkpoint's mapping, and shared storage is not written.
-        tensors = {name: _values(checkpoint, name, dtype).clone() for name in names}
-        total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map.update(dict.fromkeys(names, file))
-        _write(directory / file, lambda path, t=tensors: _save(t, path))  # type: ignore[misc]
+        total += _write(directory / file, partial(_save, checkpoint, names, dtype))
     if len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _values(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+def _values(checkpoint: Checkpoint, name: str, dtype: str) -> NDArray[Any]:
     """A tensor as a Hugging Face file has it."""
     offset = checkpoint.architecture.norm_offset
     if offset and name.endswith(NORM_SUFFIX):
-        return (checkpoint.tensor(name).dequantize() - offset).to(dtype)
-    return checkpoint.tensor(name).dequantize(dtype)
+        return rounded(checkpoint.tensor(name).values() - np.float32(offset), dtype)
+    return checkpoint.tensor(name).values(dtype)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
@@ -189,12 +193,12 @@ def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def config_json(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+def config_json(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """config.json's object, readable by transformers 4 and 5."""
     record = checkpoint.architecture
     return {
         "architectures": [record.hf_class],
         "model_type": record.model_type,
         **record.to_hf(checkpoint.config),
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
     }

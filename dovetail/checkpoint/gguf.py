@@ -8,18 +8,16 @@ metadata entry only type and position are kept, so memory is proportional to the
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
+from dovetail.checkpoint.mapped import MappedFile
 from dovetail.core.errors import ModelError
 from dovetail.ops.dequant import BLOCKS
 from dovetail.ops.stored import CUT_SHORT, StoredTensor
@@ -73,21 +71,11 @@ class TensorInfo:
     nbytes: int
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Map `path` privately: pages are shared with the page cache until somebody writes to them by mistake."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 24:
-                raise ModelError(f"{path}: {size} bytes, but a GGUF header alone has 24; {CUT_SHORT}")
-            if hasattr(mmap, "MAP_PRIVATE"):
-                # Reserve no swap; otherwise the system refuses files larger than memory.
-                reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-                flags, prot = mmap.MAP_PRIVATE | reserve, mmap.PROT_READ | mmap.PROT_WRITE
-                return mmap.mmap(file.fileno(), size, flags=flags, prot=prot)
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
+def _map(path: Path) -> MappedFile:
+    file = MappedFile(path)
+    if file.bytes < 24:
+        raise ModelError(f"{path}: {file.bytes} bytes, but a GGUF header alone has 24; {CUT_SHORT}")
+    return file
 
 
 class _Cursor:
@@ -355,9 +343,9 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.files: tuple[Path, ...] = (self.path,)
-        self._map = _map(self.path)
-        self.bytes = len(self._map)
-        cursor = _Cursor(memoryview(self._map), self.path)
+        self._file = _map(self.path)
+        self.bytes = self._file.bytes
+        cursor = _Cursor(self._file.view, self.path)
         if bytes(cursor.buffer[:4]) != b"GGUF":
             raise cursor.fail("magic", f"is {bytes(cursor.buffer[:4])!r}, not b'GGUF'; this is no GGUF file")
         cursor.at = 4
@@ -380,20 +368,11 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise ModelError(f"{self.path}: has no tensor {name!r}")
-        try:
-            size = os.stat(self.path).st_size
-        except OSError:
-            size = self.bytes  # unlinked while mapped: the mapping keeps the bytes
-        if size < info.offset + info.nbytes:
-            # Reading pages past the end would end the process (SIGBUS). This check prevents it, except in a race.
-            raise ModelError(f"{self.path}: shrank to {size} bytes after it was opened; {name!r} is gone")
-        data = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        data = self._file.array(name, info.offset, info.nbytes)
         rows = info.nbytes // (info.shape[-1] // BLOCKS[info.format].values * BLOCKS[info.format].bytes)
-        return StoredTensor(name, info.format, info.shape, data.view(rows, -1))
+        return StoredTensor(name, info.format, info.shape, data.reshape(rows, -1))
 
     def release(self, name: str) -> None:
         """Take the tensor's bytes out of this process' memory, until they are read again."""
         info = self.tensors[name]
-        begin = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
+        self._file.release(info.offset, info.nbytes)

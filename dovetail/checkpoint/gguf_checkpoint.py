@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.checkpoint.architecture import Architectures, read_gguf_config
 from dovetail.checkpoint.gguf_split import open_gguf
@@ -32,13 +33,13 @@ def hf_name(name: str, block: Mapping[str, str] = BLOCK_NAMES) -> str:
     return f"{TOP_NAMES[part]}.{kind}" if part in TOP_NAMES else name
 
 
-def rotation_order(heads: int, head_dim: int) -> torch.Tensor:
+def rotation_order(heads: int, head_dim: int) -> NDArray[np.int64]:
     """int64 [heads * head_dim]: which stored row is row i of the Hugging Face order.
 
     GGUF's Llama rows pair neighbours (2j, 2j + 1) for rotation; Hugging Face pairs (j, j + head_dim / 2).
     """
-    rows = torch.arange(heads * head_dim).view(heads, head_dim // 2, 2)
-    return rows.transpose(1, 2).reshape(-1)
+    rows = np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2)
+    return rows.transpose(0, 2, 1).reshape(-1)
 
 
 class GGUFCheckpoint:

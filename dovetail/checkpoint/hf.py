@@ -5,17 +5,19 @@ Only data is read: nothing in the directory is imported or executed, and pickle 
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dovetail.checkpoint.architecture import Architectures, read_hf_config
 from dovetail.checkpoint.fields import Fields
 from dovetail.checkpoint.layout import NORM_SUFFIX
+from dovetail.checkpoint.mapped import MappedFile
 from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.json_file import parse_json_object, read_json_object
@@ -28,15 +30,19 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class _Location:
-    """A tensor's file and, as its header says, dtype and shape."""
+    """A tensor's file and, as its header says, dtype, shape, and where its bytes begin and end in the file."""
 
     shard: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file: name -> {dtype, shape, data_offsets}, without `__metadata__`.
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and where in the file its offsets begin to count.
+
+    The header is name -> {dtype, shape, data_offsets}, without `__metadata__`.
 
     Checks what the safetensors library does not: duplicate names, JSON depth, a tighter size limit.
     """
@@ -61,7 +67,7 @@ def read_header(path: Path) -> dict[str, Any]:
     end = 8 + length + _data_bytes(header)
     if end > size:
         raise ModelError(f"{path}: its tensors end at {end}, the file at {size}; {CUT_SHORT}")
-    return header
+    return header, 8 + length
 
 
 def _data_bytes(header: dict[str, Any]) -> int:
@@ -70,11 +76,14 @@ def _data_bytes(header: dict[str, Any]) -> int:
     return max((r[1] for r in ranges if isinstance(r, list) and len(r) == 2 and type(r[1]) is int), default=0)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> MappedFile:
+    """The file, after the safetensors library has checked its header."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="np"):
+            pass
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: {error}") from error
+    return MappedFile(path)
 
 
 def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -120,7 +129,7 @@ class HFCheckpoint:
         eos = Fields(self.generation_config, str(generation)).token_ids("eos_token_id")
         self.architecture, self.config = read_hf_config(values, str(self.path / "config.json"), known, eos)
         self._locations: dict[str, _Location] = {}
-        self._handles: dict[str, Any] = {}
+        self._files: dict[str, MappedFile] = {}
         self.bytes = 0
         shards, index = _shard_names(self.path)
         for shard in shards:
@@ -134,15 +143,16 @@ class HFCheckpoint:
         path = self.path / shard
         if not path.is_file():
             raise ModelError(f"{path}: is listed in {_INDEX} but does not exist")
-        header = read_header(path)
-        self._handles[shard] = _open(path)
+        header, start = read_header(path)
+        self._files[shard] = _open(path)
         self.bytes += path.stat().st_size
         for name, entry in header.items():
             if name in self._locations:
                 raise ModelError(f"{path}: tensor {name} is also in {self._locations[name].shard}")
             if index is not None and index.get(name) != shard:
                 raise ModelError(f"{path}: tensor {name} is not listed for this file in {_INDEX}")
-            self._locations[name] = _Location(shard, entry["dtype"], tuple(entry["shape"]))
+            begin, end = (start + at for at in entry["data_offsets"])
+            self._locations[name] = _Location(shard, entry["dtype"], tuple(entry["shape"]), begin, end)
 
     def names(self) -> list[str]:
         return list(self._locations)
@@ -158,18 +168,17 @@ class HFCheckpoint:
         if found.dtype not in PLAIN_FORMATS:
             known = ", ".join(PLAIN_FORMATS)
             raise ModelError(f"{self.path / found.shard}: tensor {name} is {found.dtype}; supported are {known}")
-        try:
-            values: torch.Tensor = self._handles[found.shard].get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{self.path / found.shard}: tensor {name}: {error}") from error
+        data = self._files[found.shard].array(name, found.begin, found.end - found.begin)
+        count = math.prod(found.shape)
+        rows = count // found.shape[-1] if found.shape and found.shape[-1] else 1
+        stored = StoredTensor(name, found.dtype, found.shape, data.reshape(rows, -1))
         if offset := self._offset(name):
-            values = values.to(torch.float32) + offset
-            found = replace(found, dtype="F32")
-        rows = values.numel() // found.shape[-1] if found.shape and found.shape[-1] else 1
-        return StoredTensor(name, found.dtype, found.shape, values.reshape(-1).view(torch.uint8).view(rows, -1))
+            return StoredTensor.of(name, stored.values() + np.float32(offset))
+        return stored
 
     def release(self, name: str) -> None:
-        """Nothing: the memory is the safetensors library's."""
+        found = self._find(name)
+        self._files[found.shard].release(found.begin, found.end - found.begin)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, self.config.eos_token_ids)

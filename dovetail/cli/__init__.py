@@ -2,7 +2,7 @@
 
 A command is a typed, documented function. COMMANDS names its module; the function is `command`, or the name behind
 a colon. A command with commands of its own (`dovetail bench model`) is a module with a typer `app`. These files
-import torch, fastapi and the like inside the function, because `--help` reads all of them.
+import numpy, fastapi and the like inside the function, because `--help` reads all of them.
 """
 
 from __future__ import annotations

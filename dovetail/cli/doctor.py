@@ -70,14 +70,10 @@ def _memory() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    try:
-        import torch
-    except ImportError:
-        return []
-    if not torch.cuda.is_available():
-        return []
+    from dovetail.host.lazy_torch import cuda_devices, torch
+
     found = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(cuda_devices()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
         name = torch.cuda.get_device_name(index)
@@ -174,7 +170,7 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ),
             ],
         ),
-        ("GPU", gpus or [("none", "torch sees no CUDA device")]),
+        ("GPU", gpus or [("none", "torch is not installed, or sees no CUDA device")]),
         ("Kernels", _kernel_rows(report["kernels"])),
         ("Packages", [(name, version or "not installed") for name, version in report["packages"].items()]),
         (

@@ -18,6 +18,9 @@ class Dtype(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+NAMES = {Dtype.BFLOAT16: "bfloat16", Dtype.FLOAT32: "float32"}  # as checkpoints call them
+
+
 def command(
     model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
     directory: Annotated[Path, typer.Argument(help="Folder to write; made if it is not there.")],
@@ -32,15 +35,12 @@ def command(
     Example:
       dovetail export smollm2-135m ./smollm2 --dtype float32
     """
-    import torch
-
     from dovetail import hub
     from dovetail.checkpoint.export import export
     from dovetail.host.files import tree_bytes
     from dovetail.models import open_checkpoint
 
-    number = {Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[dtype]
-    export(open_checkpoint(hub.resolve(model)), directory, number)
+    export(open_checkpoint(hub.resolve(model)), directory, NAMES[dtype])
     print(directory)
     size = tree_bytes(directory)
     write_json(json_file, {"model": model, "path": str(directory), "dtype": dtype.value, "bytes": size})

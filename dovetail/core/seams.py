@@ -1,7 +1,8 @@
 """The questions that techniques answer. Each has a contract and a default that does nothing.
 
 A default is a real answer, so no caller asks whether a technique is present. A seam is asked for a whole batch at
-a time. `Array` is a tensor on the device; `batch` is `runtime.batch.Batch`; `kv` is `runtime.kv.KV`.
+a time. `Array` is a tensor on the device for reference operations, and a numpy array where a native program runs;
+`batch` is `runtime.batch.Batch`; `kv` is `runtime.kv.KV`.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Selector:
 
     window: int = UNLIMITED
 
-    def seal(self, pages: Array, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         """Summarise the completed physical `pages` [n] (int64). A page is sealed again after it was reused."""
 
     def select(self, layer: int, q: Array, batch: Any) -> PageSet:
@@ -153,14 +154,14 @@ class Selector:
 class Residency:
     """Where pages of KV live, and when they are moved. Default: everything is always on the device."""
 
-    def put(self, pages: Array) -> None:
+    def put(self, pages: IntArray) -> None:
         """The completed `pages` [n] may be moved away from the device."""
 
     def fetch(self, layer: int, pages: PageSet, batch: Any, wait: bool) -> None:
         """Bring `pages` to the device. If `wait`, before this returns; else they are a guess and may come
         later."""
 
-    def drop(self, pages: Array) -> None:
+    def drop(self, pages: IntArray) -> None:
         """`pages` [n] (int64) will hold something else. Copies of them elsewhere are no longer valid."""
 
 
@@ -295,7 +296,7 @@ class Site:
     pool: PagePool
     model: Any = None
     kv: Any = None
-    device: Any = "cpu"
+    device: str = "cpu"
     calibration: Calibration | None = None
     ready: list[Callable[[], None]] = field(default_factory=list)
 

@@ -160,7 +160,7 @@ def _watch(
 
     def look(i: int, position: int, rows: Any) -> None:
         each = len(texts[i]) - prompt
-        see(i * each + position - (prompt - 1), rows.float().cpu().numpy())
+        see(i * each + position - (prompt - 1), rows.astype(np.float32, copy=False))
         seen[i] += len(rows)
 
     probes = [Probe(dense, prompt, partial(look, i)) for i in range(len(texts))]

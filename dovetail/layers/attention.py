@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dovetail.core.seams import Variant
 from dovetail.layers.loader import Loader
@@ -11,6 +11,9 @@ from dovetail.ops.rope import Rope, rotate
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.kv import KV
 from dovetail.runtime.target import Fused, Target, Turning
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Attention:
@@ -39,8 +42,11 @@ class Attention:
         kv.write(layer, rotate(normed(k, self.k_norm), angles), v, batch)
         return self.o(kv.attend(layer, self.queries(q, angles), batch, self.variant).flatten(1))
 
-    def queries(self, q: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Projected queries [rows, heads, head_dim], prepared for attention, which multiplies by head_dim^-0.5."""
+    def queries(self, q: Any, angles: tuple[Any, Any]) -> Any:
+        """Projected queries [rows, heads, head_dim], prepared for attention, which multiplies by head_dim^-0.5.
+
+        All are tensors, or all float32 arrays.
+        """
         q = rotate(normed(q, self.q_norm), angles)
         factor = self.scale * self.head_dim**0.5
         return q if abs(factor - 1) < 1e-6 else q * factor

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.memory import as_tensor, rounded, widened
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.target import Target
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class Embedding:
-    """Rows of a matrix [vocabulary, width] in the compute type, times `scale` rounded to that type."""
+    """Rows of a matrix [vocabulary, width] in the compute type, times `scale` rounded to that type.
 
-    def __init__(self, weight: Tensor, scale: float = 1.0) -> None:
-        self.weight = weight
-        self.scale = _rounded(scale, weight.dtype)
+    On a CPU rows are expanded when they are needed, so the matrix takes no memory but the file's.
+    """
+
+    def __init__(self, stored: StoredTensor, kind: str, scale: float = 1.0, device: str = "cpu") -> None:
+        """kind: the compute type, one of `ops.memory.ELEMENTS`."""
+        self.stored = stored
+        self.kind = kind
+        self.scale = float(widened(rounded(np.array([scale], np.float32), kind), kind)[0])
+        self.device = device
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [rows] -> [rows, width]."""
-        return _scaled(self.weight.index_select(0, tokens), self.scale)
-
-    def record(self, to: Target) -> None:
-        """For a ledger only: rows of 16 or 32 bits a value."""
-        rows = self.weight.contiguous()
-        name = "F32" if rows.element_size() == 4 else "BF16"
-        to.embed(StoredTensor("embedding", name, tuple(rows.shape), rows.view(torch.uint8)), self.scale)
-
-
-class StoredEmbedding:
-    """The same, but rows are expanded when they are needed. So the matrix takes no memory but the file's."""
-
-    def __init__(self, stored: StoredTensor, dtype: torch.dtype, scale: float = 1.0) -> None:
-        self.stored = stored
-        self.dtype = dtype
-        self.scale = _rounded(scale, dtype)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return _scaled(self.stored.rows(tokens).dequantize(self.dtype), self.scale)
+        if self.device == "cpu":
+            rows = as_tensor(self.stored.rows(tokens.numpy()).values(self.kind), self.kind)
+        else:
+            rows = self._expanded.index_select(0, tokens)
+        return rows if self.scale == 1 else rows * self.scale
 
     def record(self, to: Target) -> None:
         to.embed(self.stored, self.scale)
 
-
-def _rounded(scale: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(scale, dtype=dtype))
-
-
-def _scaled(rows: Tensor, scale: float) -> Tensor:
-    return rows if scale == 1 else rows * scale
+    @cached_property
+    def _expanded(self) -> Tensor:
+        return self.stored.dequantize(getattr(torch, self.kind)).to(self.device)

@@ -7,15 +7,20 @@ as an operation to a program (`runtime.target`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.model import PLAIN_FORMATS
+from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
+from dovetail.ops.memory import as_tensor
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.target import BARE, Fused, Target, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Linear(Protocol):
@@ -45,26 +50,20 @@ class Unrecorded:
 class Dense:
     """The default Format: weights are expanded once, at load. Weights that share an input become one matrix."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: str, device: str = "cpu") -> None:
+        """dtype: one of `ops.memory.ELEMENTS`. device: as torch names it."""
         self.dtype = dtype
         self.device = device
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> DenseLinear:
-        b = torch.cat([t.dequantize(self.dtype) for t in bias]) if bias else None
-        w = _stack(weights, self.dtype)
-        return DenseLinear(w.to(self.device), b.to(self.device) if b is not None else None)
+        return DenseLinear(self._joined(weights), self._joined(bias) if bias else None)
+
+    def _joined(self, parts: Sequence[StoredTensor]) -> Tensor:
+        return as_tensor(_joined([p.values(self.dtype) for p in parts]), self.dtype).to(self.device)
 
 
-def _stack(weights: Sequence[StoredTensor], dtype: torch.dtype) -> Tensor:
-    """The rows of all weights. If all have one format, they are joined before they are expanded."""
-    first = weights[0]
-    if len(weights) == 1:
-        return first.dequantize(dtype)
-    if any(w.format != first.format or w.parts or w.shared for w in weights):
-        return torch.cat([w.dequantize(dtype) for w in weights])
-    rows = sum(w.shape[0] for w in weights)
-    data = torch.cat([w.data for w in weights])
-    return StoredTensor(first.name, first.format, (rows, *first.shape[1:]), data).dequantize(dtype)
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class DenseLinear:
@@ -91,7 +90,8 @@ class Packed:
     product about 0.5 %); "exact" multiplies float32 rows; bfloat16 weights take bfloat16 rows.
     """
 
-    def __init__(self, dtype: torch.dtype, activations: str, isa: str, threads: int) -> None:
+    def __init__(self, dtype: str, activations: str, isa: str, threads: int) -> None:
+        """dtype: "float32" or "bfloat16"."""
         self.dtype = dtype
         self.activations = activations
         self.isa = isa
@@ -105,13 +105,13 @@ class Packed:
 
     def layer(self, parts: Sequence[Any], bias: Sequence[StoredTensor]) -> PackedLinear:
         """The layer of weights that are packed already."""
-        values = torch.cat([t.dequantize(torch.float32) for t in bias]).tolist() if bias else []
+        values = _joined([t.values() for t in bias]).tolist() if bias else []
         return PackedLinear(parts, values, self)
 
     def activation(self, parts: Sequence[Any]) -> str:
         formats = {p.format for p in parts}
         if formats <= PLAIN_FORMATS.keys():
-            return "bf16" if formats == {"BF16"} and self.dtype is torch.bfloat16 else "exact"
+            return "bf16" if formats == {"BF16"} and self.dtype == "bfloat16" else "exact"
         return "exact" if formats & PLAIN_FORMATS.keys() else self.activations
 
 
@@ -124,17 +124,22 @@ class PackedLinear:
         self.weights = Weights(parts[0].k, width_out, size, fmt.activation(parts), tuple(parts), tuple(bias))
         self._alone: tuple[Any, int, int] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Any:
+        """x [..., in], a tensor or a float32 array -> the same [..., out]."""
+        rows = x if isinstance(x, np.ndarray) else x.float().numpy()
+        out = self._product(rows.reshape(-1, self.weights.width_in)).reshape(*x.shape[:-1], self.weights.width_out)
+        return out if isinstance(x, np.ndarray) else torch.from_numpy(out).to(x.dtype)
+
+    def _product(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         program, source, target = self._program()
-        rows = x.flatten(0, -2)
+        w = self.weights
         program.set_rows(len(rows))
         program.run(0, 0)
-        w = self.weights
         if len(rows):
-            program.view(source, len(rows))[:, : w.width_in] = rows.float().numpy()
+            program.view(source, len(rows))[:, : w.width_in] = rows
             program.run(0, 1)
-        out = torch.from_numpy(program.view(target, len(rows))[:, : w.width_out].copy())
-        return out.to(x.dtype).view(*x.shape[:-1], w.width_out)
+        found: NDArray[np.float32] = program.view(target, len(rows))[:, : w.width_out].copy()
+        return found
 
     def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
         to.linear(source, destination, self.weights, fused)

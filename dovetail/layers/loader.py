@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.core.seams import Format
-from dovetail.layers.embedding import Embedding, StoredEmbedding
+from dovetail.layers.embedding import Embedding
 from dovetail.layers.linear import Linear, Packed, Unrecorded
 from dovetail.layers.norm import Norm
 
@@ -22,11 +19,13 @@ class Loader:
         self,
         checkpoint: Checkpoint,
         fmt: Format,
-        dtype: torch.dtype,
-        device: torch.device,
+        dtype: str,
+        device: str = "cpu",
+        *,
         cache: PackedCache | None = None,
     ) -> None:
-        """cache: where packed weights may be ready."""
+        """dtype: the compute type, one of `ops.memory.ELEMENTS`. device: as torch names it. cache: where packed
+        weights may be ready."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.format = fmt
@@ -34,19 +33,13 @@ class Loader:
         self.device = device
         self.cache = cache
 
-    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self.checkpoint.tensor(name).dequantize(dtype).to(self.device)
-
-    def embedding(self, name: str) -> Embedding | StoredEmbedding:
-        """The embedding. On a CPU, rows are expanded as they are looked up."""
-        scale = self.config.embedding_scale
-        if self.device.type == "cpu":
-            return StoredEmbedding(self.checkpoint.tensor(f"{name}.weight"), self.dtype, scale)
-        return Embedding(self.tensor(f"{name}.weight", self.dtype), scale)
+    def embedding(self, name: str) -> Embedding:
+        stored = self.checkpoint.tensor(f"{name}.weight")
+        return Embedding(stored, self.dtype, self.config.embedding_scale, self.device)
 
     def norm(self, name: str) -> Norm:
-        wide = torch.promote_types(self.dtype, torch.float32) if self.config.wide_norms else self.dtype
-        return Norm(self.tensor(f"{name}.weight", wide), self.config.rms_norm_eps)
+        wide = self.dtype if self.dtype == "float64" or not self.config.wide_norms else "float32"
+        return Norm(self.checkpoint.tensor(f"{name}.weight"), wide, self.config.rms_norm_eps, self.device)
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """One layer of several weights that share an input: its rows are theirs, one after the other."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from dovetail.host.lazy_torch import torch
 from dovetail.layers.loader import Loader
 from dovetail.layers.norm import Norm, added
 from dovetail.runtime.target import Fused, Target
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names of `core.model.ACTIVATIONS`
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
+    "silu": lambda x: torch.nn.functional.silu(x),
+    "gelu": lambda x: torch.nn.functional.gelu(x),
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
+    "relu": lambda x: torch.relu(x),
 }
 
 

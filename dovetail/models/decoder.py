@@ -7,14 +7,12 @@ norms behind attention and MLP, the rotation and window of each layer, scales. S
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.model import ModelConfig
 from dovetail.core.seams import Geometry, RowFilter, SlidingWindow, Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.layers.attention import Attention
 from dovetail.layers.loader import Loader
 from dovetail.layers.mlp import MLP
@@ -23,6 +21,9 @@ from dovetail.ops.rope import Rope
 from dovetail.runtime.batch import Batch, kept_rows
 from dovetail.runtime.kv import KV
 from dovetail.runtime.target import Fused, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Stage(Protocol):
@@ -72,8 +73,9 @@ class Blocks:
             if i < last:
                 kv.ahead(i + 1, hidden, batch)
             hidden = block(hidden, i, batch, kv)
-            keep = kept_rows(self.rows.keep(i, hidden, batch), len(hidden)) if i in self.cuts else None
-            if keep is not None:
+            kept = kept_rows(self.rows.keep(i, hidden, batch), len(hidden)) if i in self.cuts else None
+            if kept is not None:
+                keep = torch.from_numpy(kept).to(hidden.device)
                 done.append((index, hidden))
                 index, hidden, batch = index[keep], hidden[keep], batch.take(keep)
         for rows, earlier in reversed(done):
@@ -99,7 +101,7 @@ class Decoder:
         c = load.config
         self.config = c
         self.geometry = geometry(c)
-        ropes, variants = _ropes(c, load.device), _variants(c, variant)
+        ropes, variants = _ropes(c), _variants(c, variant)
         self.embedding = load.embedding("model.embed_tokens")
         blocks = [Block(load, i, ropes[i], variants[i]) for i in range(c.num_layers)]
         self.program: list[Stage] = [Blocks(blocks, rows)]
@@ -133,14 +135,14 @@ class Decoder:
         return logits
 
 
-def _ropes(c: ModelConfig, device: torch.device) -> list[Rope]:
+def _ropes(c: ModelConfig) -> list[Rope]:
     """Of each layer. Layers that rotate alike share one, and so the angles of a batch."""
     made: dict[str, Rope] = {}
     found = []
     for layer in range(c.num_layers):
         rope = c.rope_of(layer)
         if repr(rope) not in made:
-            made[repr(rope)] = Rope(rope, c.head_dim, device)
+            made[repr(rope)] = Rope(rope, c.head_dim)
         found.append(made[repr(rope)])
     return found
 

@@ -13,9 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.ops.memory import from_bfloat16
+
+Bytes = NDArray[Any]  # uint8
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -25,134 +31,152 @@ class BlockFormat:
     name: str
     values: int
     bytes: int
-    dequantize: Callable[[Tensor], Tensor]
+    dequantize: Callable[[Bytes], Floats]
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:
+def _view(blocks: NDArray[Any], dtype: type[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(blocks).view(dtype)
+
+
+def _half(blocks: Bytes, at: int) -> Floats:
     """float32 [n, 1] from the float16 at byte `at`."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return _view(blocks[:, at : at + 2], np.float16).astype(np.float32)
 
 
-def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    def dequantize(blocks: Tensor) -> Tensor:
-        blocks = blocks.contiguous()
-        if blocks.storage_offset() % dtype.itemsize:
-            blocks = blocks.clone()  # torch reinterprets aligned bytes only
-        return blocks.view(dtype).float()
-
-    return dequantize
+def _floats(codes: NDArray[Any]) -> Floats:
+    return codes.astype(np.float32)
 
 
-def _nibbles(bytes_: Tensor) -> Tensor:
+def _nibbles(bytes_: Bytes) -> Bytes:
     """uint8 [..., 2k]: the low halves of k bytes, then the high halves."""
-    return torch.cat((bytes_ & 15, bytes_ >> 4), dim=-1)
+    return np.concatenate((bytes_ & 15, bytes_ >> 4), axis=-1)
 
 
-def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
+def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
     """uint8 [n, 32]: 16 where the bit of the little-endian uint32 at byte `at` is set, else 0."""
-    shifts = torch.arange(8, dtype=torch.uint8)
-    bits = (blocks[:, at : at + 4].unsqueeze(-1) >> shifts) & 1
-    return bits.view(-1, 32) << 4
+    shifts = np.arange(8, dtype=np.uint8)
+    bits = (blocks[:, at : at + 4, None] >> shifts) & np.uint8(1)
+    return bits.reshape(-1, 32) << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
+def _q4_0(blocks: Bytes) -> Floats:
     """d * (q - 8), 32 values."""
-    return (_nibbles(blocks[:, 2:]).float()).sub_(8.0).mul_(_half(blocks, 0))
+    q = _floats(_nibbles(blocks[:, 2:]))
+    q -= 8.0
+    q *= _half(blocks, 0)
+    return q
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
+def _q4_1(blocks: Bytes) -> Floats:
     """d * q + m, 32 values."""
-    return _nibbles(blocks[:, 4:]).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    q = _floats(_nibbles(blocks[:, 4:]))
+    q *= _half(blocks, 0)
+    q += _half(blocks, 2)
+    return q
 
 
-def _q5_0(blocks: Tensor) -> Tensor:
+def _q5_0(blocks: Bytes) -> Floats:
     """d * (q - 16), 32 values of 5 bits."""
-    q = _nibbles(blocks[:, 6:]).bitwise_or_(_fifth_bits(blocks, 2))
-    return q.float().sub_(16.0).mul_(_half(blocks, 0))
+    q = _floats(_nibbles(blocks[:, 6:]) | _fifth_bits(blocks, 2))
+    q -= 16.0
+    q *= _half(blocks, 0)
+    return q
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
+def _q5_1(blocks: Bytes) -> Floats:
     """d * q + m, 32 values of 5 bits."""
-    q = _nibbles(blocks[:, 8:]).bitwise_or_(_fifth_bits(blocks, 4))
-    return q.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    q = _floats(_nibbles(blocks[:, 8:]) | _fifth_bits(blocks, 4))
+    q *= _half(blocks, 0)
+    q += _half(blocks, 2)
+    return q
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
+def _q8_0(blocks: Bytes) -> Floats:
     """d * q, 32 values of 8 bits with sign."""
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+    q = _floats(_view(blocks[:, 2:], np.int8))
+    q *= _half(blocks, 0)
+    return q
 
 
-def _planes(bytes_: Tensor, step: int, width: int) -> Tensor:
+def _planes(bytes_: Bytes, step: int, width: int) -> Bytes:
     """uint8 [n, groups, 8/step, width]: the `step`-bit fields of each group of `width` bytes, lowest bits
     first.
     """
-    shifts = torch.arange(0, 8, step, dtype=torch.uint8).view(1, 1, -1, 1)
-    return (bytes_.reshape(bytes_.shape[0], -1, 1, width) >> shifts) & ((1 << step) - 1)
+    shifts = np.arange(0, 8, step, dtype=np.uint8).reshape(1, 1, -1, 1)
+    return (bytes_.reshape(bytes_.shape[0], -1, 1, width) >> shifts) & np.uint8((1 << step) - 1)
 
 
-def _q2_k(blocks: Tensor) -> Tensor:
+def _q2_k(blocks: Bytes) -> Floats:
     """d * sc * q - dmin * mn: 16 groups of 16 values of 2 bits, 4-bit scale and minimum each."""
     scales = blocks[:, :16]
-    scale = (scales & 15).float().mul_(_half(blocks, 80))
-    minimum = (scales >> 4).float().mul_(_half(blocks, 82))
-    q = _planes(blocks[:, 16:80], 2, 32).reshape(-1, 16, 16).float()
-    return q.mul_(scale.unsqueeze(-1)).sub_(minimum.unsqueeze(-1)).view(-1, 256)
+    scale = _floats(scales & 15) * _half(blocks, 80)
+    minimum = _floats(scales >> 4) * _half(blocks, 82)
+    q = _floats(_planes(blocks[:, 16:80], 2, 32).reshape(-1, 16, 16))
+    q *= scale[..., None]
+    q -= minimum[..., None]
+    return q.reshape(-1, 256)
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
+def _q3_k(blocks: Bytes) -> Floats:
     """d * (sc - 32) * (q - 4): 16 groups of 16 values of 3 bits (the high bit apart), 6-bit scales."""
     packed = blocks[:, 96:108]
     low = _nibbles(packed[:, :8])
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 4, 1)
-    high = ((packed[:, 8:].unsqueeze(1) >> shifts) & 3).reshape(-1, 16) << 4
-    scale = (low | high).float().sub_(32.0).mul_(_half(blocks, 108))
-    q = _planes(blocks[:, 32:96], 2, 32).reshape(-1, 256)
-    q = q | (_planes(blocks[:, :32], 1, 32).reshape(-1, 256) << 2)
-    return q.view(-1, 16, 16).float().sub_(4.0).mul_(scale.unsqueeze(-1)).view(-1, 256)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 4, 1)
+    high = ((packed[:, 8:][:, None] >> shifts) & np.uint8(3)).reshape(-1, 16) << 4
+    scale = (_floats(low | high) - 32.0) * _half(blocks, 108)
+    codes = _planes(blocks[:, 32:96], 2, 32).reshape(-1, 256)
+    codes = codes | (_planes(blocks[:, :32], 1, 32).reshape(-1, 256) << 2)
+    q = _floats(codes.reshape(-1, 16, 16))
+    q -= 4.0
+    q *= scale[..., None]
+    return q.reshape(-1, 256)
 
 
-def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     """Scales and minima, uint8 [n, 8] each, from 12 bytes: four whole pairs, then four split over two
     places.
     """
     first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
-    scale = torch.cat((first & 63, (rest & 15) | ((first >> 6) << 4)), dim=1)
-    minimum = torch.cat((second & 63, (rest >> 4) | ((second >> 6) << 4)), dim=1)
+    scale = np.concatenate((first & 63, (rest & 15) | ((first >> 6) << 4)), axis=1)
+    minimum = np.concatenate((second & 63, (rest >> 4) | ((second >> 6) << 4)), axis=1)
     return scale, minimum
 
 
-def _affine_k(blocks: Tensor, q: Tensor) -> Tensor:
-    """d * sc * q - dmin * mn for the 8 groups of 32 of Q4_K and Q5_K; q is uint8 [n, 8, 32]."""
+def _affine_k(blocks: Bytes, codes: Bytes) -> Floats:
+    """d * sc * q - dmin * mn for the 8 groups of 32 of Q4_K and Q5_K; codes are uint8 [n, 8, 32]."""
     scale, minimum = _six_bit_scales(blocks[:, 4:16])
-    scales = scale.float().mul_(_half(blocks, 0)).unsqueeze(-1)
-    minima = minimum.float().mul_(_half(blocks, 2)).unsqueeze(-1)
-    return q.float().mul_(scales).sub_(minima).view(-1, 256)
+    q = _floats(codes)
+    q *= (_floats(scale) * _half(blocks, 0))[..., None]
+    q -= (_floats(minimum) * _half(blocks, 2))[..., None]
+    return q.reshape(-1, 256)
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
+def _q4_k(blocks: Bytes) -> Floats:
     return _affine_k(blocks, _planes(blocks[:, 16:], 4, 32).reshape(-1, 8, 32))
 
 
-def _q5_k(blocks: Tensor) -> Tensor:
-    high = _planes(blocks[:, 16:48], 1, 32).view(-1, 8, 32)
+def _q5_k(blocks: Bytes) -> Floats:
+    high = _planes(blocks[:, 16:48], 1, 32).reshape(-1, 8, 32)
     return _affine_k(blocks, _planes(blocks[:, 48:], 4, 32).reshape(-1, 8, 32) | (high << 4))
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
+def _q6_k(blocks: Bytes) -> Floats:
     """d * sc * (q - 32): 16 groups of 16 values of 6 bits (4 low, 2 high), 8-bit scales with sign."""
     low = _planes(blocks[:, :128], 4, 64).reshape(-1, 256)
     high = _planes(blocks[:, 128:192], 2, 32).reshape(-1, 256)
-    scale = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
-    q = (low | (high << 4)).view(-1, 16, 16).float().sub_(32.0)
-    return q.mul_(scale.unsqueeze(-1)).view(-1, 256)
+    scale = _floats(_view(blocks[:, 192:208], np.int8)) * _half(blocks, 208)
+    q = _floats((low | (high << 4)).reshape(-1, 16, 16))
+    q -= 32.0
+    q *= scale[..., None]
+    return q.reshape(-1, 256)
 
 
 BLOCKS: dict[str, BlockFormat] = {
     block.name: block
     for block in (
-        BlockFormat("F32", 1, 4, _plain(torch.float32)),
-        BlockFormat("F16", 1, 2, _plain(torch.float16)),
-        BlockFormat("BF16", 1, 2, _plain(torch.bfloat16)),
+        BlockFormat("F32", 1, 4, lambda blocks: _view(blocks, np.float32)),
+        BlockFormat("F16", 1, 2, lambda blocks: _view(blocks, np.float16).astype(np.float32)),
+        BlockFormat("BF16", 1, 2, lambda blocks: from_bfloat16(_view(blocks, np.uint16))),
         BlockFormat("Q4_0", 32, 18, _q4_0),
         BlockFormat("Q4_1", 32, 20, _q4_1),
         BlockFormat("Q5_0", 32, 22, _q5_0),

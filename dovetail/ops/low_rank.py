@@ -10,21 +10,28 @@ would cost tokens^2 and more memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from dovetail.ops.memory import as_tensor, rounded
 from dovetail.ops.rope import rotate
 
-BLOCK = 8192  # rows of keys in float32 at a time
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 8192  # rows of keys at a time
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """keys ~ coefficients [tokens, rank] @ basis [rank, width]."""
+    """keys ~ coefficients [tokens, rank] @ basis [rank, width]. kind: of their values, one of
+    `ops.memory.ELEMENTS`."""
 
-    coefficients: Tensor
-    basis: Tensor
+    coefficients: NDArray[Any]
+    basis: NDArray[Any]
+    kind: str = "float32"
 
     @property
     def rank(self) -> int:
@@ -34,38 +41,27 @@ class LowRank:
     def bytes(self) -> int:
         return self.coefficients.nbytes + self.basis.nbytes
 
-    def to(self, dtype: torch.dtype) -> LowRank:
-        return LowRank(self.coefficients.to(dtype), self.basis.to(dtype))
+    def to(self, kind: str) -> LowRank:
+        """The same as `kind`, from float32 or float64."""
+        return LowRank(rounded(self.coefficients, kind), rounded(self.basis, kind), kind)
 
 
-def factorise(keys: Tensor, rank: int, energy: float = 0.0) -> LowRank:
-    """The best approximation of keys [tokens, width] of at most `rank`, in float32 or float64.
+def factorise(keys: NDArray[Any], rank: int, energy: float = 0.0) -> LowRank:
+    """The best approximation of keys [tokens, width] in float32 or float64, of at most `rank`, in their type.
 
     energy: a smaller rank is taken if it keeps this share of the keys' squares. 0 takes the whole `rank`.
     """
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    gram = torch.zeros(keys.shape[1], keys.shape[1], dtype=wide, device=keys.device)
-    for some in keys.split(BLOCK):
-        gram += some.to(wide).T @ some.to(wide)
-    values, vectors = (x.flip(-1) for x in _eigen(gram))  # the largest first
+    blocks = [keys[at : at + BLOCK] for at in range(0, max(1, len(keys)), BLOCK)]
+    gram = sum((some.T @ some for some in blocks), np.zeros([keys.shape[1]] * 2, keys.dtype))
+    values, vectors = (x[..., ::-1] for x in np.linalg.eigh(gram))  # the largest first
     rank = min(rank, keys.shape[1], max(1, keys.shape[0]))
     if energy > 0:
-        kept = values.clamp_min(0).cumsum(0)
+        kept = values.clip(0).cumsum()
         rank = min(rank, int((kept < energy * kept[-1]).sum()) + 1)
-    basis = vectors[:, :rank]
-    return LowRank(torch.cat([some.to(wide) @ basis for some in keys.split(BLOCK)]), basis.T.contiguous())
-
-
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, computed on one thread. The many short parallel regions gain little, and on a
-    busy machine each of them waits for a thread that is not running."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-        return values, vectors
-    finally:
-        torch.set_num_threads(threads)
+    basis = np.ascontiguousarray(vectors[:, :rank])
+    return LowRank(
+        np.concatenate([some @ basis for some in blocks]), np.ascontiguousarray(basis.T), str(keys.dtype)
+    )
 
 
 def rebuild(factors: LowRank, tokens: Tensor, head: slice, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -74,5 +70,6 @@ def rebuild(factors: LowRank, tokens: Tensor, head: slice, angles: tuple[Tensor,
     angles: cos and sin of the tokens' positions, as `ops.rope.Rope.angles` gives them, in the type of the result.
     """
     wide = angles[0].dtype
-    keys = factors.coefficients[tokens].to(wide) @ factors.basis[:, head].to(wide)
-    return rotate(keys[:, None], angles)[:, 0]
+    coefficients, basis = (as_tensor(a, factors.kind).to(wide) for a in (factors.coefficients, factors.basis))
+    found: Tensor = rotate((coefficients[tokens] @ basis[:, head])[:, None], angles)[:, 0]
+    return found

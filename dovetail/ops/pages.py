@@ -29,19 +29,26 @@ the largest softmax weight of its landmarks, among the landmarks of all competin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry
-from dovetail.ops.cpu import lazy_zeros, padded
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.cpu import padded
+from dovetail.ops.memory import ELEMENTS, Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("bound", "mean_std", "codes")
 LEVELS = 4
 SCALE = 16320  # of rounded queries: 255 * SCALE = 127 * 2^15
 TILE = 16  # tokens whose codes lie together
 DEVIATIONS = 4.0
+TINY = 1e-16  # a product of lengths below it counts as this
 
 
 class Summaries:
@@ -57,20 +64,25 @@ class Summaries:
         self.kind = kind
         self.chunk = chunk
         self.program = program  # a native program, which then summarises pages in its own layout
-        dtype = kv.keys(0, torch.zeros(1, dtype=torch.int64, device=kv.device)).dtype
-        self.vectors = num_vectors(kind, kv.page_size, chunk, dtype.itemsize)
+        element = kv.k.element
+        self.vectors = num_vectors(kind, kv.page_size, chunk, ELEMENTS[element].itemsize)
         width = -(-kv.head_dim // 32) * 32 if kind == "landmarks" else padded(kv.head_dim)
         shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, self.vectors, width)
-        self.data = lazy_zeros(shape, dtype, kv.device)
+        self.memory = Memory(shape, element, kv.device)
 
-    def seal(self, pages: Tensor) -> None:
-        """Summarise the completed `pages` [n] (int64) of all layers."""
+    @property
+    def data(self) -> Tensor:
+        return self.memory.tensor
+
+    def seal(self, pages: IntArray) -> None:
+        """Summarise the completed `pages` [n] of all layers."""
         layers = self.kv.geometry.num_layers
         if self._native:
-            self.program.summarise(self.kind, layers, pages.tolist(), self.data.data_ptr(), self.vectors)
+            self.program.summarise(self.kind, layers, pages.tolist(), self.memory.address, self.vectors)
             return
+        at = torch.from_numpy(pages).to(self.kv.device)
         for layer in range(layers):
-            self.data[self._at(layer, pages)] = self._stored(self.kv.keys(layer, pages))
+            self.data[self._at(layer, at)] = self._stored(self.kv.keys(layer, at))
 
     def _at(self, layer: int, pages: Tensor) -> Tensor:
         """Where the summaries of physical pages are in `data`."""
@@ -86,7 +98,7 @@ class Summaries:
 
     @property
     def _native(self) -> bool:
-        return self.program is not None and bool(self.kv.k.layout == "tiled")
+        return self.program is not None and self.kv.page_size % TILE == 0
 
     def scores(self, layer: int, q: Tensor, pages: Tensor) -> Tensor:
         """q [rows, heads, head_dim], physical pages [rows, n] -> scores [rows, KV heads, n]."""
@@ -233,16 +245,20 @@ def landmark_scores(q: Tensor, found: Tensor, competing: Tensor) -> Tensor:
     return torch.where(scores.isnan(), float("-inf"), scores).amax(2)
 
 
-def outliers(keys: Tensor, chunk: int, count: int) -> Tensor:
+def outliers(keys: NDArray[Any], chunk: int, count: int) -> NDArray[np.bool_]:
     """Which `count` pages of keys [pages, tokens, KV heads, head_dim] landmarks describe worst: bool [KV heads,
     pages]. A page is as bad as its worst token, which has the least cosine with its chunk's landmark. Of pages
     that differ by rounding only, the first ones are taken."""
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    chunks = keys.to(wide).unflatten(1, (-1, chunk))
-    alike = torch.cosine_similarity(chunks, chunks.mean(2, keepdim=True), dim=-1).amin((1, 2)).T
-    alike = torch.where(alike.isnan(), float("-inf"), (alike * 2**20).round())
-    worst = alike.sort(dim=-1, stable=True).indices[:, :count]
-    return torch.zeros_like(alike, dtype=torch.bool).scatter_(1, worst, True)
+    chunks = keys.reshape(len(keys), -1, chunk, *keys.shape[2:])
+    means = chunks.mean(2, keepdims=True)
+    lengths = np.sqrt(np.square(chunks).sum(-1) * np.square(means).sum(-1))
+    with np.errstate(invalid="ignore"):
+        alike = ((chunks * means).sum(-1) / lengths.clip(TINY)).min((1, 2)).T
+    alike = np.where(np.isnan(alike), -np.inf, np.round(alike * 2**20))
+    worst = alike.argsort(axis=-1, kind="stable")[:, :count]
+    found = np.zeros(alike.shape, np.bool_)
+    np.put_along_axis(found, worst, True, axis=1)
+    return found
 
 
 def pick(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:

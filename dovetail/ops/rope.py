@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ModelError
 from dovetail.core.model import RopeConfig
+from dovetail.host.lazy_torch import torch
+
+Floats = NDArray[np.float32]
 
 
-def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Floats, float]:
     """Frequencies [head_dim / 2] (float32) and the factor on cos and sin that a scaling asks for."""
-    base = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    base: Floats = np.float32(1) / np.power(np.float32(rope.theta), exponents, dtype=np.float32)
     p = rope.parameters
     if rope.kind in ("default", "dynamic"):  # dynamic is the identity within the trained context
         return base, 1.0
@@ -29,21 +34,22 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     if rope.kind == "yarn":
         return _yarn(base, rope)
     if rope.kind == "factors":
-        return base / torch.tensor(rope.factors, dtype=torch.float32), 1.0
+        factors: Floats = np.array(rope.factors, np.float32)
+        return base / factors, 1.0
     if rope.kind == "none":
-        return torch.zeros_like(base), 1.0  # every angle is 0
+        return np.zeros_like(base), 1.0  # every angle is 0
     raise ModelError(f"rope scaling '{rope.kind}' is unknown")
 
 
-def _llama3(base: Tensor, p: Mapping[str, float]) -> Tensor:
+def _llama3(base: Floats, p: Mapping[str, float]) -> Floats:
     """Llama 3.1: long waves divided by `factor`, short ones kept, a linear blend between."""
     low, high = p["low_freq_factor"], p["high_freq_factor"]
     turns = p["original_max_position_embeddings"] * base / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    blend = ((turns - low) / (high - low)).clip(0, 1)
     return base / p["factor"] * (1 - blend) + base * blend
 
 
-def _yarn(base: Tensor, rope: RopeConfig) -> tuple[Tensor, float]:
+def _yarn(base: Floats, rope: RopeConfig) -> tuple[Floats, float]:
     """YaRN (arXiv 2309.00071), sections 3.2 to 3.4: interpolate by wavelength, and temper the logits."""
     p, half = rope.parameters, len(base)
     original, factor = p["original_max_position_embeddings"], p["factor"]
@@ -55,7 +61,7 @@ def _yarn(base: Tensor, rope: RopeConfig) -> tuple[Tensor, float]:
     if p.get("truncate", 1.0):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    ramp = ((torch.arange(half, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((np.arange(half, dtype=np.float32) - low) / max(high - low, 0.001)).clip(0, 1)
     scaled = base / factor * ramp + base * (1 - ramp)
     return scaled, _yarn_temper(p, factor)
 
@@ -74,28 +80,42 @@ def _yarn_temper(p: Mapping[str, float], factor: float) -> float:
 class Rope:
     """cos and sin for a batch. `rotates` is false where every angle is 0, so that nobody needs to apply them."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
-        freqs, self.temper = frequencies(rope, head_dim)
+    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+        self.freqs, self.temper = frequencies(rope, head_dim)
         self.rotates = rope.kind != "none"
-        self.freqs = freqs.to(device)
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [rows] -> cos, sin [rows, 1, head_dim / 2], computed in float32 (float64 for float64)."""
-        wide = torch.promote_types(dtype, torch.float32)
-        angle = positions[:, None, None].to(wide) * self.freqs.to(wide)
+    def angles(self, positions: Any, dtype: Any) -> tuple[Any, Any]:
+        """positions [rows] -> cos, sin [rows, 1, head_dim / 2] in `dtype`, computed in float32 (float64 for
+        float64). Arrays give arrays, and tensors tensors."""
+        if isinstance(positions, np.ndarray):
+            wide = np.promote_types(dtype, np.float32)
+            angle = positions[:, None, None].astype(wide) * self.freqs.astype(wide)
+            return (np.cos(angle) * self.temper).astype(dtype), (np.sin(angle) * self.temper).astype(dtype)
+        like = torch.promote_types(dtype, torch.float32)
+        angle = positions[:, None, None].to(like) * torch.from_numpy(self.freqs).to(positions.device, like)
         return (angle.cos() * self.temper).to(dtype), (angle.sin() * self.temper).to(dtype)
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """x [rows, heads, head_dim] -> the same, rotated."""
+def rotate(x: Any, angles: tuple[Any, Any]) -> Any:
+    """x [rows, heads, head_dim], an array or a tensor -> the same, rotated."""
     cos, sin = angles
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = _halves(x)
+    return _joined(a * cos - b * sin, b * cos + a * sin)
 
 
-def unrotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def unrotate(x: Any, angles: tuple[Any, Any]) -> Any:
     """The inverse of `rotate` for x [rows, heads, head_dim]: rotated back by the same angles, and divided by their
     factor."""
     cos, sin = angles
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1) / (cos * cos + sin * sin).repeat(1, 1, 2)
+    a, b = _halves(x)
+    square = cos * cos + sin * sin
+    return _joined((a * cos + b * sin) / square, (b * cos - a * sin) / square)
+
+
+def _halves(x: Any) -> tuple[Any, Any]:
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _joined(a: Any, b: Any) -> Any:
+    return np.concatenate([a, b], -1) if isinstance(a, np.ndarray) else torch.cat([a, b], -1)

@@ -12,23 +12,30 @@ heads that share a KV head.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry
-from dovetail.ops.cpu import lazy_zeros
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.memory import Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def skew(q: Tensor) -> Tensor:
+def skew(q: NDArray[Any]) -> NDArray[np.float64]:
     """q [KV heads, n, head_dim] -> A [KV heads, head_dim, head_dim]: the right singular vectors of q, the largest
     first.
 
     They are computed as the eigenvectors of q^T q in float64, which are orthogonal whatever the queries are.
     """
-    q = q.double()
-    return torch.linalg.eigh(q.mT @ q).eigenvectors.flip(-1)
+    wide = q.astype(np.float64)
+    found: NDArray[np.float64] = np.linalg.eigh(wide.swapaxes(1, 2) @ wide).eigenvectors[..., ::-1]
+    return found
 
 
 def kept_columns(head_dim: int, fraction: float) -> int:
@@ -66,22 +73,32 @@ class PartialKeys:
     """The first n columns of the turned keys of every page: `data` [layers x pages, KV heads, page_size, n]. Its
     type is that of the keys, or bfloat16 where keys are int8 or int4 codes."""
 
-    def __init__(self, kv: Any, basis: Tensor, first: int) -> None:
+    def __init__(self, kv: Any, basis: NDArray[Any], first: int) -> None:
         """basis: A_n of every layer, [layers, KV heads, head_dim, n]. Layers before `first` are left out."""
         self.kv = kv
-        self.basis = basis
+        self.columns = basis
         self.first = first
-        dtype = getattr(kv.k, "data", torch.empty(0, dtype=torch.bfloat16)).dtype
-        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, kv.page_size, basis.shape[-1])
-        self.data = lazy_zeros(shape, dtype, kv.device)
+        self.element = "bfloat16" if kv.k.kind in ("int8", "int4") else kv.k.element
 
-    def seal(self, pages: Tensor) -> None:
-        """Turn the keys of the completed `pages` [n] (int64) of all layers."""
+    @cached_property
+    def basis(self) -> Tensor:
+        return torch.from_numpy(self.columns.copy()).to(self.kv.device)
+
+    @cached_property
+    def data(self) -> Tensor:
+        """It takes no memory where a native program has its own (`TurnedKeys`)."""
+        kv = self.kv
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, kv.page_size, self.columns.shape[-1])
+        return Memory(shape, self.element, kv.device).tensor
+
+    def seal(self, pages: IntArray) -> None:
+        """Turn the keys of the completed `pages` [n] of all layers."""
+        at = torch.from_numpy(pages).to(self.kv.device)
         for layer in range(self.first, self.kv.geometry.num_layers):
-            keys = self.kv.keys(layer, pages).transpose(1, 2)  # [pages, KV heads, page_size, head_dim]
+            keys = self.kv.keys(layer, at).transpose(1, 2)  # [pages, KV heads, page_size, head_dim]
             wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
             found = wide @ self.basis[layer].to(wide.dtype)
-            self.data[layer * self.kv.pages_per_layer + pages] = found.to(self.data.dtype)
+            self.data[layer * self.kv.pages_per_layer + at] = found.to(self.data.dtype)
 
     def margins(self, layer: int, q: Tensor, pages: Tensor, readable: Tensor) -> Tensor:
         """`margins` of rotated q [rows, heads, head_dim] for physical pages [rows, n]: [rows, KV heads, n]. Only
@@ -101,14 +118,15 @@ class TurnedKeys:
 
     def __init__(self, program: Any, keys: PartialKeys) -> None:
         self.program, self.kv, self.first = program, keys.kv, keys.first
-        columns = keys.basis.shape[-1]
+        columns = keys.columns.shape[-1]
         self.width = columns + columns % 2
-        self.basis = torch.nn.functional.pad(keys.basis.float(), (0, self.width - columns)).contiguous()
-        tiles = keys.kv.page_size // 16
-        shape = (len(keys.data), keys.kv.num_kv_heads, tiles, self.width * 16)
-        self.data = lazy_zeros(shape, keys.data.dtype, keys.kv.device)
+        odd = [(0, 0)] * 3 + [(0, self.width - columns)]
+        self.basis = np.ascontiguousarray(np.pad(keys.columns.astype(np.float32), odd))
+        kv = keys.kv
+        shape = (kv.stage_pages * kv.num_stages, kv.num_kv_heads, kv.page_size // 16, self.width * 16)
+        self.data = Memory(shape, keys.element, kv.device)
 
-    def seal(self, pages: Tensor) -> None:
-        """Turn the keys of the completed `pages` [n] (int64) of all layers."""
+    def seal(self, pages: IntArray) -> None:
+        """Turn the keys of the completed `pages` [n] of all layers."""
         layers = self.first, self.kv.geometry.num_layers
-        self.program.seal_partial(layers, self.basis.data_ptr(), self.width, self.data.data_ptr(), pages.tolist())
+        self.program.seal_partial(layers, self.basis.ctypes.data, self.width, self.data.address, pages.tolist())

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.dequant import BLOCKS
+from dovetail.ops.memory import ELEMENTS, as_tensor, rounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CUT_SHORT = "the file is cut short; fetch it again"  # how errors about missing bytes end
 
-_NATIVE = {name: getattr(torch, dtype) for name, dtype in PLAIN_FORMATS.items()}
 _CHUNK = 1 << 18  # values decoded at a time, so that the float32 intermediate stays in cache
 
 
@@ -30,31 +36,41 @@ class StoredTensor:
     name: str
     format: str
     shape: tuple[int, ...]
-    data: torch.Tensor
-    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    data: NDArray[np.uint8]
+    parts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    shared: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values as `dtype` in `shape`, rounded once from float32. May alias `data` if no conversion is
-        needed.
-        """
+    @classmethod
+    def of(cls, name: str, values: NDArray[Any], kind: str = "float32") -> StoredTensor:
+        """float32 values [rows, ...] or [n] in a plain format: `kind` is one of `core.model.PLAIN_FORMATS`'
+        types."""
+        plain = next(name for name, known in PLAIN_FORMATS.items() if known == kind)
+        data = np.ascontiguousarray(rounded(values, kind)).reshape(-1, values.shape[-1]).view(np.uint8)
+        return cls(name, plain, tuple(values.shape), data)
+
+    def values(self, kind: str = "float32") -> NDArray[Any]:
+        """The values as `kind` of `ops.memory.ELEMENTS` (bfloat16 as its bits) in `shape`, rounded once from
+        float32. May alias `data` if no conversion is needed."""
         if self.format in PARTED:
-            return PARTED[self.format](self).to(dtype)
-        if self.format in _NATIVE and self.data.is_contiguous():
-            native = _NATIVE[self.format]
-            if self.data.data_ptr() % native.itemsize == 0:
-                return self.data.view(-1).view(native).view(self.shape).to(dtype)
+            return rounded(PARTED[self.format](self), kind)
+        if PLAIN_FORMATS.get(self.format) == kind and self.data.flags.c_contiguous:
+            flat = self.data.reshape(-1)
+            if flat.ctypes.data % ELEMENTS[kind].itemsize == 0:
+                return flat.view(ELEMENTS[kind]).reshape(self.shape)
         block = BLOCKS[self.format]
         blocks = self.data.reshape(-1, block.bytes)
-        out = torch.empty(blocks.shape[0], block.values, dtype=dtype)
         step = max(1, _CHUNK // block.values)
-        if blocks.shape[0] <= step and dtype is torch.float32:
-            return block.dequantize(blocks).view(self.shape)
-        for start in range(0, blocks.shape[0], step):
-            out[start : start + step] = block.dequantize(blocks[start : start + step])
-        return out.view(self.shape)
+        out = np.empty((len(blocks), block.values), ELEMENTS[kind])
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = rounded(block.dequantize(blocks[start : start + step]), kind)
+        return out.reshape(self.shape)
 
-    def permute_rows(self, index: torch.Tensor) -> StoredTensor:
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`values` as a torch tensor of `dtype`; None is float32."""
+        kind = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+        return as_tensor(self.values(kind), kind)
+
+    def permute_rows(self, index: NDArray[np.int64]) -> StoredTensor:
         """The same tensor with row `index[i]` (int64 [rows]) as row i. Bytes move; values do not change.
 
         The rows of a 1-d tensor are its values. ModelError if `index` has another length, or a 1-d tensor is
@@ -67,30 +83,33 @@ class StoredTensor:
             rows = self.data.reshape(self.shape[0], -1)
         if index.shape != (rows.shape[0],):
             raise ModelError(f"{self.name}: {tuple(index.shape)} row numbers for {rows.shape[0]} rows")
-        return self._with(rows.index_select(0, index).view(self.data.shape), index, self.shape)
+        return self._with(rows[index].reshape(self.data.shape), index, self.shape)
 
-    def rows(self, index: torch.Tensor) -> StoredTensor:
+    def rows(self, index: NDArray[np.int64]) -> StoredTensor:
         """Rows `index` (int64 [n]) of a matrix, which need not be all of them."""
-        return self._with(self.data.index_select(0, index), index, (len(index), *self.shape[1:]))
+        return self._with(self.data[index], index, (len(index), *self.shape[1:]))
 
     @property
     def nbytes(self) -> int:
         """Of all parts together."""
-        return sum(t.nbytes for t in (self.data, *self.parts.values(), *self.shared.values()))
+        return sum(a.nbytes for a in (self.data, *self.parts.values(), *self.shared.values()))
 
-    def _with(self, data: torch.Tensor, index: torch.Tensor, shape: tuple[int, ...]) -> StoredTensor:
-        parts = {name: part.index_select(0, index) for name, part in self.parts.items()}
+    def _with(self, data: NDArray[np.uint8], index: NDArray[np.int64], shape: tuple[int, ...]) -> StoredTensor:
+        parts = {name: part[index] for name, part in self.parts.items()}
         return replace(self, data=data, shape=shape, parts=parts)
 
 
-def _by_channel(stored: StoredTensor) -> torch.Tensor:
+def _by_channel(stored: StoredTensor) -> NDArray[np.float32]:
     """int8 codes and a float scale for each row; `order`, if there is one, says of which column each code is."""
-    codes = stored.data.view(torch.int8).view(stored.shape).float()
-    values = codes * stored.parts["scale"].float().view(-1, *[1] * (len(stored.shape) - 1))
+    codes = stored.data.view(np.int8).reshape(stored.shape).astype(np.float32)
+    scale = stored.parts["scale"].astype(np.float32).reshape(-1, *[1] * (len(stored.shape) - 1))
+    values: NDArray[np.float32] = codes * scale
     if "order" not in stored.shared:
         return values
-    return torch.empty_like(values).index_copy_(-1, stored.shared["order"], values)
+    out = np.empty_like(values)
+    out[..., stored.shared["order"]] = values
+    return out
 
 
 # Formats of several parts: how their values come about, in float32.
-PARTED: dict[str, Callable[[StoredTensor], torch.Tensor]] = {"INT8_CHANNEL": _by_channel}
+PARTED: dict[str, Callable[[StoredTensor], NDArray[np.float32]]] = {"INT8_CHANNEL": _by_channel}

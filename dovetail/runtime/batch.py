@@ -1,20 +1,22 @@
-"""A StepPlan as tensors."""
+"""A StepPlan as arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import EVERY_ROW
 from dovetail.core.types import UNLIMITED, Span
+from dovetail.host.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 class Batch:
     """The rows of one stage of the program. A row is one token of one span.
 
+    The arrays are tensors for the reference operations, and numpy's where a native program runs.
     tokens, positions, slots, span_of_row: [rows] int64; a slot is page * page_size + offset.
     tables: [spans, pages] int64 page numbers, 0 beyond a span's own. kv_lens: [spans] (host).
     eligible: [rows] int64, the number of leading pages that the row may leave unread.
@@ -70,9 +73,9 @@ class Batch:
         found: T = self.memo[key]
         return found
 
-    def take(self, rows: Tensor) -> Batch:
-        """The batch with only these rows [n] (int64, ascending)."""
-        host = rows.cpu().numpy()
+    def take(self, rows: Any) -> Batch:
+        """The batch with only these rows [n] (int64, ascending), given as its own arrays are."""
+        host = rows if isinstance(rows, np.ndarray) else rows.cpu().numpy()
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -99,16 +102,17 @@ def _groups(batch: Batch, rows: NDArray[np.int64]) -> list[tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Lays spans out as tensors.
+    """Lays spans out as arrays.
 
     window: recent tokens that every row reads. stage_pages: distance between the page numbers of two stages. With
-    it rows at different depths of a tied program share one call and keep their own KV.
+    it rows at different depths of a tied program share one call and keep their own KV. device: of the tensors;
+    None makes numpy arrays.
     """
 
     page_size: int
     window: int
     stage_pages: int
-    device: torch.device
+    device: str | None
 
     def build(self, spans: Sequence[Span]) -> Batch:
         n, size = len(spans), self.page_size
@@ -143,8 +147,8 @@ class BatchBuilder:
         droppable = np.maximum(0, positions + 1 - self.window) // self.page_size
         return np.where(positions >= dense, droppable, 0)
 
-    def _move(self, a: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(a).to(self.device)
+    def _move(self, a: NDArray[np.int64]) -> Any:
+        return a if self.device is None else torch.from_numpy(a).to(self.device)
 
 
 def _tokens(span: Span) -> Sequence[int]:
@@ -157,7 +161,7 @@ def _tokens(span: Span) -> Sequence[int]:
     return r.tokens[span.start : n] + r.drafts[max(0, span.start - n) : span.stop - n]
 
 
-def kept_rows(chosen: Any, count: int) -> Tensor | None:
+def kept_rows(chosen: Any, count: int) -> NDArray[np.int64] | None:
     """What a row filter chose of `count` rows, checked: int64 [n], ascending; None for every row.
 
     ValueError for anything else than that or EVERY_ROW: executors would differ in what they make of it.
@@ -166,10 +170,10 @@ def kept_rows(chosen: Any, count: int) -> Tensor | None:
         if chosen == EVERY_ROW:
             return None
         raise ValueError(f"a row filter gives EVERY_ROW or the rows that go on, not {chosen}")
-    rows = torch.as_tensor(chosen)
-    right = rows.dtype is torch.int64 and rows.dim() == 1
+    rows = np.asarray(chosen.cpu() if hasattr(chosen, "cpu") else chosen)
+    right = rows.dtype == np.int64 and rows.ndim == 1
     if right and len(rows):
-        right = bool((rows.diff() > 0).all()) and int(rows[0]) >= 0 and int(rows[-1]) < count
+        right = bool((np.diff(rows) > 0).all()) and int(rows[0]) >= 0 and int(rows[-1]) < count
     if not right:
         raise ValueError(f"a row filter's rows must be int64, ascend and lie below {count}, got {rows}")
     return rows

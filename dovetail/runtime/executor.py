@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dovetail.core.seams import WALL_CLOCK, Clock
 from dovetail.core.types import Span, SpanResult, StepPlan, StepResult
+from dovetail.host.lazy_torch import torch
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
 from dovetail.runtime.model import Model
-from dovetail.runtime.sampler import Row, by_span, prompt_logprobs, sample
+from dovetail.runtime.sampler import Logits, Row, by_span, prompt_logprobs, sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ModelExecutor:
@@ -32,8 +34,11 @@ class ModelExecutor:
         self.calls = 0
         self._carry: dict[str, Tensor] = {}
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
+        with torch.inference_mode():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         self.kv.begin(plan)
         for request_id in plan.released:
             self._carry.pop(request_id, None)
@@ -86,6 +91,6 @@ class ModelExecutor:
                 results[i] = replace(results[i], prompt_logprobs=tuple(scores))
         return results
 
-    def _logits_of(self, hidden: Tensor, rows: list[int]) -> Tensor:
-        logits: Tensor = self.model.logits(hidden[rows])
+    def _logits_of(self, hidden: Tensor, rows: list[int]) -> Logits:
+        logits: Logits = self.model.logits(hidden[rows]).cpu().numpy()
         return logits

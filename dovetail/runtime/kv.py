@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry, Seams, Variant
 from dovetail.core.types import ALL, Sealed, StepPlan
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.residency import Offload, TieredStore, TierShape, tiers_of
 from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 
 class KV:
     """Pages of K and V of every layer. Writes are provisional until the plan seals their page."""
 
-    def __init__(self, geometry: Geometry, config: KVConfig, device: torch.device) -> None:
+    def __init__(self, geometry: Geometry, config: KVConfig, device: str) -> None:
         kind, dtype = store_type(config.kv_cache_dtype)
         slots = config.num_pages * config.page_size
         shape = (geometry.num_layers * config.num_stages, slots, geometry.num_kv_heads, geometry.head_dim)
@@ -76,16 +80,18 @@ class KV:
         """Carry out what a plan says about pages, before any of its rows is computed."""
         if plan.sealed:
             runs = [self._at_stage(run, s) for run in plan.sealed for s in range(self.num_stages)]
-            pages = torch.tensor([p for run in runs for p in run.pages], device=self.device)
+            pages = np.array([p for run in runs for p in run.pages], np.int64)
             self.seams.selector.seal(pages, self)
             self.seams.residency.put(pages)
         if plan.reopened:
-            pages = torch.tensor(plan.reopened, device=self.device)
-            pages = torch.cat([pages + s * self.stage_pages for s in range(self.num_stages)])
-            self.seams.residency.drop(pages)
+            pages = np.array(plan.reopened, np.int64)
+            self.seams.residency.drop(
+                np.concatenate([pages + s * self.stage_pages for s in range(self.num_stages)])
+            )
         if plan.copies:
-            moves = torch.tensor(plan.copies, device=self.device)
-            source, target = (self._slots(moves[:, i]).flatten() for i in (0, 1))
+            moves = np.array(plan.copies, np.int64)
+            offsets = np.arange(self.page_size)
+            source, target = ((moves[:, i, None] * self.page_size + offsets).ravel() for i in (0, 1))
             self.k.copy(source, target)
             self.v.copy(source, target)
         self._announce(plan)
@@ -114,10 +120,19 @@ class KV:
         """Keys [..., page_size, KV heads, head_dim] of physical pages [...], as written (rotated)."""
         return self.k.read(layer, self._slots(pages))
 
+    def key_array(self, layer: int, pages: IntArray) -> NDArray[Any]:
+        """`keys` of pages [n] as an array, in float32 (float64 for float64 KV)."""
+        if isinstance(self.k, TieredStore):
+            return self.k.store.pages(self.k.tiers.cells_of(layer, pages))
+        if isinstance(self.k, TiledStore):
+            return self.k.pages(np.repeat((pages + layer * self.pages_per_layer)[:, None], self.num_kv_heads, 1))
+        found = self.keys(layer, torch.from_numpy(pages).to(self.device))
+        return found.to(torch.promote_types(found.dtype, torch.float32)).cpu().numpy()
+
     def values(self, layer: int, pages: Tensor) -> Tensor:
         return self.v.read(layer, self._slots(pages))
 
-    def stored(self, pages: Tensor) -> bool:
+    def stored(self, pages: IntArray) -> bool:
         """Whether the completed `pages` [n] of every stage can be brought back to the device."""
         tiers = tiers_of(self.k)
         return tiers is None or all(tiers.stored(pages + s * self.stage_pages) for s in range(self.num_stages))

@@ -76,7 +76,7 @@ class Ledger:
         self.note("linear", cost, weights.native)
 
     def norm_add(self, source: int, destination: int, norm: Normed) -> None:
-        n = len(norm.weight)
+        n = len(norm.values)
         self.note("norm_add", lambda load: Cost({"float32": 5.0 * n * load.rows}))
 
     def rope(self, source: int, layer: int, turning: Turning) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from dovetail.core.model import ModelConfig
 from dovetail.core.seams import Geometry
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.kv import KV
 from dovetail.runtime.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Stage(Protocol):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.cost import Operation
 from dovetail.core.pages import IntArray
@@ -101,8 +101,8 @@ class NativeExecutor:
         self._head = (first, program.mark())
         self._behind = to.operations[behind:]
         program.tune()
-        self._carry: dict[str, Tensor] = {}
-        self._builder = BatchBuilder(kv.page_size, kv.seams.selector.window, kv.stage_pages, kv.device)
+        self._carry: dict[str, NDArray[np.float32]] = {}
+        self._builder = BatchBuilder(kv.page_size, kv.seams.selector.window, kv.stage_pages, None)
 
     @property
     def operations(self) -> list[Operation]:
@@ -172,7 +172,7 @@ class NativeExecutor:
             if layer is None or batch is None:
                 break
             # A copy, because the filter may keep it, and the program's rows change.
-            kept = kept_rows(filter_.keep(layer, self._hidden().clone(), batch), program.num_rows())
+            kept = kept_rows(filter_.keep(layer, self._hidden().copy(), batch), program.num_rows())
             if kept is not None:
                 program.keep(kept.tolist(), self._to.moving)
                 batch = batch.take(kept)
@@ -191,11 +191,12 @@ class NativeExecutor:
         x, at = self._hidden(), 0
         for s in spans:
             if s.stage < last:
-                self._carry[s.request.id] = x[at : at + s.num_rows].clone()
+                self._carry[s.request.id] = x[at : at + s.num_rows].copy()
             at += s.num_rows
 
-    def _hidden(self) -> Tensor:
-        return torch.from_numpy(self.program.view(self._to.x, self.program.num_rows()))[:, : self._width]
+    def _hidden(self) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = self.program.view(self._to.x, self.program.num_rows())[:, : self._width]
+        return rows
 
     # -- sampling ------------------------------------------------------------------------------------
 
@@ -219,12 +220,12 @@ class NativeExecutor:
             at += s.num_rows
         return results
 
-    def _view(self, rows: int) -> Tensor:
+    def _view(self, rows: int) -> NDArray[np.float32]:
         """Logits [rows, vocabulary] of the last head."""
-        view = torch.from_numpy(self.program.view(self.logits, rows))
-        return view[:, : self.model.config.vocab_size]
+        logits: NDArray[np.float32] = self.program.view(self.logits, rows)[:, : self.model.config.vocab_size]
+        return logits
 
-    def _logits_of(self, first: int, rows: list[int]) -> Tensor:
+    def _logits_of(self, first: int, rows: list[int]) -> NDArray[np.float32]:
         self.program.sample([first + r for r in rows])
         self.program.run(*self._head)
         return self._view(len(rows))

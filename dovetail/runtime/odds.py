@@ -8,8 +8,12 @@ The rounding leaves out less than 2^-53 of the likeliest token's odds, times the
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from dovetail.host.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _COEFFICIENTS = (0.0013814561, 0.008368735, 0.04166839, 0.16666521, 0.49999994, 1.0, 1.0)
 

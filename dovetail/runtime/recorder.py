@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dovetail.core.cost import Cost
 from dovetail.core.seams import Variant
 from dovetail.ops import cpu
@@ -66,10 +64,10 @@ class Recorder(Ledger):
     def embed(self, stored: StoredTensor, scale: float) -> None:
         super().embed(stored, scale)
         if stored.format not in cpu.native().formats():
-            stored = cpu.plain(stored, torch.float32)
+            stored = cpu.plain(stored)
         self._held.append(stored)
         data = stored.data
-        self.program.embed(self.x, stored.format, data.data_ptr(), data.stride(0), stored.shape[1], scale)
+        self.program.embed(self.x, stored.format, data.ctypes.data, data.strides[0], stored.shape[1], scale)
 
     def angles(self, rope: Rope) -> None:
         super().angles(rope)
@@ -111,7 +109,7 @@ class Recorder(Ledger):
         to = super().turn(source, layer, turning, keys)
         weights, eps = _numbers(turning.q_norm)
         slots = source, self._angles_of(turning.rope), to
-        basis = keys.basis[layer].data_ptr()
+        basis = keys.basis[layer].ctypes.data
         self.program.turn(slots, self.shape, turning.scale, weights, eps, basis, keys.width)
         return to
 
@@ -157,31 +155,31 @@ class Recorder(Ledger):
         self._held.append(by)
         if isinstance(by, TurnedQueries):
             data, keys = by.keys.data, by.keys
-            self.program.pick_partial(rule, by.slot, layer, data.data_ptr(), keys.width, by.alpha)
-            self._note_pick("pick_partial", data.element_size() * data[0].numel())
+            self.program.pick_partial(rule, by.slot, layer, data.address, keys.width, by.alpha)
+            self._note_pick("pick_partial", data.nbytes / data.shape[0])
         elif isinstance(by, Summaries):
-            self.program.pick(rule, self.q, layer, by.kind, by.data.data_ptr(), by.vectors)
-            self._note_pick("pick", by.data.element_size() * by.data[0].numel())
+            self.program.pick(rule, self.q, layer, by.kind, by.memory.address, by.vectors)
+            self._note_pick("pick", by.memory.nbytes / by.memory.shape[0])
         else:
             self.program.pick(rule, self.q, layer, "bound", 0)
             self._note_pick("pick", 0)
         return rule
 
-    def _note_pick(self, name: str, page_bytes: int) -> None:
+    def _note_pick(self, name: str, page_bytes: float) -> None:
         each = page_bytes / self.kv.page_size
         self.note(name, lambda load: Cost(bytes={DEVICE: each * load.read()}))
 
 
 def _numbers(norm: Normed | None) -> tuple[list[float], float]:
     """Weight and epsilon as the program takes them. No norm is an empty list."""
-    return ([], 0.0) if norm is None else (norm.weight.float().tolist(), norm.eps)
+    return ([], 0.0) if norm is None else (norm.values.tolist(), norm.eps)
 
 
 def add_shape(program: Program, kv: KV) -> int:
     """Tell the program where K and V of layers like these lie, and what moves their pages. Returns the number of
     the shape."""
     k, v = kv.k.memory(), kv.v.memory()
-    cells = len(kv.k.data) if isinstance(kv.k, TiledStore | TieredStore) else 0
+    cells = len(kv.k.array) if isinstance(kv.k, TiledStore | TieredStore) else 0
     shape = program.shape(
         kv.geometry.num_heads, kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
         (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim, cells),

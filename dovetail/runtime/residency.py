@@ -9,16 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import CapacityError
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry, Residency
+from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
 from dovetail.ops.cpu import padded
+from dovetail.ops.memory import ELEMENTS
 from dovetail.runtime.store import TiledStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -48,36 +55,46 @@ class TierShape:
 class Tiers(Residency):
     """Which cell holds which page. `cells` is the device's memory."""
 
-    def __init__(self, cells: Tensor, shape: TierShape, offload: Offload) -> None:
+    def __init__(self, cells: NDArray[Any], shape: TierShape, offload: Offload) -> None:
         g = shape.geometry
-        blob = cells[0, 0].numel() * cells.element_size()
+        blob = cells[0, 0].nbytes
         try:
             self.native = cpu.native().Tiers(
                 (g.num_kv_heads, len(cells), g.num_layers, shape.num_stages, shape.pages, shape.aliases, blob),
-                cells.data_ptr(), offload.folder, offload.link * 1e9,
+                cells.ctypes.data, offload.folder, offload.link * 1e9,
             )  # fmt: skip
         except RuntimeError as error:
             raise CapacityError(f"{error}; see --kv-offloading-size and --kv-offloading-path") from None
         self.cells, self.pages, self.page_size = cells, shape.pages, shape.page_size
         self.stages = [s * g.num_layers * shape.pages for s in range(shape.num_stages)]  # offsets of page numbers
-        self.places = torch.from_numpy(self.native.places())  # [pages of all layers, KV heads]
 
-    def put(self, pages: Tensor) -> None:
+    def put(self, pages: IntArray) -> None:
         self.native.put(pages.tolist())
 
-    def drop(self, pages: Tensor) -> None:
+    def drop(self, pages: IntArray) -> None:
         self.native.drop(pages.tolist())
 
-    def stored(self, pages: Tensor) -> bool:
+    def stored(self, pages: IntArray) -> bool:
         """Whether the slow tier holds all of `pages` [n]. A page that could not be written is missing."""
         return bool(self.native.stored(pages.tolist()))
+
+    def cells_of(self, layer: int, pages: IntArray) -> IntArray:
+        """The cells [n, KV heads] that hold `pages` [n] of a layer, until this or `slots` is called again."""
+        self.native.bring(layer, np.unique(pages).tolist(), False)
+        cells: IntArray = self.native.places()[pages + layer * self.pages].astype(np.int64)
+        return cells
 
     def slots(self, layer: int, slots: Tensor, *, written: bool = False) -> Tensor:
         """Slots [n] of pages as slots of cells [n, KV heads]. The cells hold them until this is called again."""
         pages = slots // self.page_size
         self.native.bring(layer, pages.unique().tolist(), written)
-        cells = self.places[pages + layer * self.pages].long()
+        cells = self._places[pages + layer * self.pages].long()
         return cells * self.page_size + (slots % self.page_size)[:, None]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """[pages of all layers, KV heads], which the native side keeps up to date."""
+        return torch.from_numpy(self.native.places())
 
     def stats(self) -> Mapping[str, float]:
         """Totals: hits, misses, evictions and failures of blobs, bytes_in, bytes_out, stall_seconds."""
@@ -92,17 +109,21 @@ class TieredStore:
 
     def __init__(self, store: TiledStore, tiers: Tiers) -> None:
         self.store = store
-        self.data = store.data  # memory of the cells
+        self.array = store.array  # memory of the cells
+        self.element = store.element
         self.tiers = tiers
         self.kind = store.kind
 
+    @property
+    def data(self) -> Tensor:
+        return self.store.data
+
     @classmethod
-    def pair(cls, shape: TierShape, dtype: torch.dtype, offload: Offload) -> tuple[TieredStore, TieredStore]:
+    def pair(cls, shape: TierShape, kind: str, offload: Offload) -> tuple[TieredStore, TieredStore]:
         """K and V, which share their blobs."""
         g, size = shape.geometry, shape.page_size
-        k, v = TiledStore.pair((1, offload.cells * size, g.num_kv_heads, g.head_dim), dtype, size)
-        memory = k.memory_tensor
-        tiers = Tiers(memory, shape, offload)
+        k, v = TiledStore.pair((1, offload.cells * size, g.num_kv_heads, g.head_dim), kind, size)
+        tiers = Tiers(k.blobs, shape, offload)
         return cls(k, tiers), cls(v, tiers)
 
     def memory(self) -> tuple[int, int]:
@@ -124,7 +145,7 @@ class TieredStore:
         own = torch.arange(heads)[None, :, None, None].expand(*slots.shape, 1)
         return self.store.read_heads(0, at.gather(3, own)[..., 0])
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
+    def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages, given as their slots. V is copied with K, in whose blobs it lies."""
         if self.store.keys:
             size = self.tiers.page_size
@@ -133,9 +154,9 @@ class TieredStore:
                 self.tiers.native.copy(*((p + first).tolist() for p in pages))
 
 
-def blob_bytes(geometry: Geometry, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of K and V of one page and KV head of a layer."""
-    return 2 * page_size * padded(geometry.head_dim) * dtype.itemsize
+def blob_bytes(geometry: Geometry, page_size: int, kind: str) -> int:
+    """Bytes of K and V of one page and KV head of a layer, with values of `kind` (of `ops.memory.ELEMENTS`)."""
+    return 2 * page_size * padded(geometry.head_dim) * ELEMENTS[kind].itemsize
 
 
 def tiers_of(store: Any) -> Tiers | None:

@@ -6,15 +6,19 @@ There is no random generator with a state, so drafts, batch-mates and preemption
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from dovetail.core.types import Request, Span, SpanResult, TokenLogprobs
+from dovetail.host.lazy_torch import torch
 from dovetail.runtime.odds import odds
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Logits = NDArray[Any]  # float32, or float64 of a float64 model
 _MASK = 2**64 - 1
 LOGIT_ROWS = 256  # rows of [rows, vocabulary] at a time when a whole prompt is scored
 UNSOUND = (
@@ -68,7 +72,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLo
         at = torch.tensor(random, device=logits.device)
         tokens[at] = _draw(shaped[at], [rows[i] for i in random])
     chosen = tokens.tolist()
-    return chosen, known(logits, rows, chosen), sound
+    return chosen, known(logits.cpu().numpy(), rows, chosen), sound
 
 
 def uniform(seed: int, position: int) -> float:
@@ -156,35 +160,54 @@ def _invert(odds: Tensor, noise: Tensor) -> Tensor:
 # -- log-probabilities ----------------------------------------------------------------------------------
 
 
-def known(logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
+def known(logits: Logits, rows: Sequence[Row], tokens: Sequence[int]) -> list[TokenLogprobs | None]:
     """Log-probabilities of the chosen tokens (-1: none) by logits [rows, vocabulary], for rows that ask for
     them."""
     asked = [i for i, r in enumerate(rows) if r.request.params.logprobs is not None and tokens[i] >= 0]
     out: list[TokenLogprobs | None] = [None] * len(rows)
     if asked:
-        at = torch.tensor(asked, device=logits.device)
         counts = [rows[i].request.params.logprobs or 0 for i in asked]
-        for i, about in zip(asked, describe(logits[at], [tokens[i] for i in asked], counts), strict=True):
+        for i, about in zip(asked, describe(logits[asked], [tokens[i] for i in asked], counts), strict=True):
             out[i] = about
     return out
 
 
-def describe(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+def describe(logits: Logits, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
     """Log-probability and rank of one token for each row of logits [n, vocabulary], and of its `counts` likeliest
-    ones."""
-    logprobs = torch.log_softmax(logits, -1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    ranks = ((logprobs > own).sum(-1) + 1).tolist()
-    k = min(max(counts), logits.shape[1])
-    values, ids = logprobs.topk(k, -1) if k else (logprobs[:, :0], logprobs[:, :0])
-    best = [list(zip(map(int, i), v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [
-        TokenLogprobs(t, lp, rank, tuple(b[:c]))
-        for t, (lp,), rank, b, c in zip(tokens, own.tolist(), ranks, best, counts, strict=True)
-    ]
+    ones. Of equal ones the first come first."""
+    own = logits[np.arange(len(tokens)), tokens]
+    below = log_sum(logits)
+    ranks = (np.count_nonzero(logits > own[:, None], axis=1) + 1).tolist()
+    out = []
+    for row, token, log_sum_, logprob, rank, count in zip(
+        logits, tokens, below, (own - below).tolist(), ranks, counts, strict=True
+    ):
+        best = likeliest(row, count)
+        values = (row[best] - log_sum_).tolist()
+        out.append(TokenLogprobs(token, logprob, rank, tuple(zip(best.tolist(), values, strict=True))))
+    return out
 
 
-def prompt_logprobs(span: Span, logits: Callable[[list[int]], Tensor]) -> list[TokenLogprobs]:
+def log_sum(logits: Logits) -> Logits:
+    """log(sum(exp(logits))) of each row of [n, vocabulary], in their type."""
+    most = logits.max(-1, keepdims=True)
+    found: Logits = np.log(np.exp(logits - most).sum(-1)) + most[:, 0]
+    return found
+
+
+def likeliest(row: Logits, count: int) -> NDArray[np.int64]:
+    """The tokens with the `count` largest logits of a row [vocabulary], the largest first, and equal ones by their
+    number. NaN counts as the least."""
+    row = np.where(np.isnan(row), -np.inf, row)
+    count = min(count, len(row))
+    if count == 0:
+        return np.zeros(0, np.int64)
+    least = np.partition(row, len(row) - count)[len(row) - count]
+    some = np.flatnonzero(row >= least)
+    return some[np.argsort(-row[some], kind="stable")[:count]]
+
+
+def prompt_logprobs(span: Span, logits: Callable[[list[int]], Logits]) -> list[TokenLogprobs]:
     """Log-probabilities of prompt tokens [max(start, scored) + 1, stop], each from the row before it.
 
     logits: returns the logits [rows, vocabulary] of rows of the span, counted from its first row. It is called for

@@ -5,12 +5,23 @@ Slots are numbered across layers: slot s of layer i is at i * slots per layer + 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ConfigError
-from dovetail.ops.cpu import lazy_zeros, padded
+from dovetail.core.pages import IntArray
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.cpu import padded
+from dovetail.ops.memory import ELEMENTS, Memory, as_tensor, widened, zeros
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NATIVE_KINDS = {"float32": "float32", "bfloat16": "bf16"}  # what native kernels call the types of numbers
 KV_DTYPES = ("float32", "bf16", "float16", "int8", "int4", "float64")
 
 
@@ -19,18 +30,24 @@ class FloatStore:
 
     layout = "NHD"
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
         self.slots = shape[1]
-        self.data = lazy_zeros(shape, dtype, device).flatten(0, 1)
-        self.kind = {torch.float32: "float32", torch.bfloat16: "bf16"}.get(dtype, "")
+        self._data = Memory(_flat(shape), kind, device)
+        self.element = kind  # of `ops.memory.ELEMENTS`: what is read
+        self.kind = NATIVE_KINDS.get(kind, "")
+
+    @property
+    def data(self) -> Tensor:
+        """[layers * slots, KV heads, head_dim]."""
+        return self._data.tensor
 
     def memory(self) -> tuple[int, int]:
         """Addresses of the data and of its scales, for the native kernels."""
-        return self.data.data_ptr(), 0
+        return self._data.address, 0
 
     @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_kv_heads * head_dim * dtype.itemsize
+    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
+        return num_kv_heads * head_dim * ELEMENTS[kind].itemsize
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
         """values [rows, KV heads, head_dim] into slots [rows]."""
@@ -45,8 +62,9 @@ class FloatStore:
         heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
         return self.data[slots + layer * self.slots, heads]
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        _copy(self.data, self.slots, source, target)
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """Copy slots [n] of every layer."""
+        _copy(self._data, self.slots, source, target)
 
 
 class Int8Store:
@@ -54,17 +72,26 @@ class Int8Store:
 
     layout = "NHD"
     kind = "int8"
+    element = "float32"  # what is read
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
         self.slots = shape[1]
-        self.codes = lazy_zeros(shape, torch.int8, device).flatten(0, 1)
-        self.scales = lazy_zeros(shape[:3], torch.float32, device).flatten(0, 1)
+        self._codes = Memory(_flat(shape), kind, device)
+        self._scales = Memory(_flat(shape[:3]), "float32", device)
+
+    @property
+    def codes(self) -> Tensor:
+        return self._codes.tensor
+
+    @property
+    def scales(self) -> Tensor:
+        return self._scales.tensor
 
     def memory(self) -> tuple[int, int]:
-        return self.codes.data_ptr(), self.scales.data_ptr()
+        return self._codes.address, self._scales.address
 
     @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
         return num_kv_heads * (head_dim + 4)
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
@@ -83,15 +110,19 @@ class Int8Store:
         at = slots + layer * self.slots
         return self.codes[at, heads].to(torch.float32) * self.scales[at, heads][..., None]
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        _copy(self.codes, self.slots, source, target)
-        _copy(self.scales, self.slots, source, target)
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        _copy(self._codes, self.slots, source, target)
+        _copy(self._scales, self.slots, source, target)
 
 
-def _copy(data: Tensor, slots: int, source: Tensor, target: Tensor) -> None:
-    """Copy slots [n] of every layer."""
-    layers = data.unflatten(0, (-1, slots))
-    layers.index_copy_(1, target, layers.index_select(1, source))
+def _flat(shape: Sequence[int]) -> tuple[int, ...]:
+    """[layers, slots, ...] with both first dimensions as one."""
+    return (shape[0] * shape[1], *shape[2:])
+
+
+def _copy(data: Memory, slots: int, source: IntArray, target: IntArray) -> None:
+    layers = data.array.reshape(-1, slots, *data.shape[1:])
+    layers[:, target] = layers[:, source]
 
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,17 +138,26 @@ class Int4Store:
 
     layout = "NHD"
     kind = "int4"
+    element = "float32"
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
         self.slots = shape[1]
-        self.codes = lazy_zeros((*shape[:3], shape[3] // 2), torch.uint8, device).flatten(0, 1)
-        self.scales = lazy_zeros((*shape[:3], 2), torch.float32, device).flatten(0, 1)
+        self._codes = Memory(_flat((*shape[:3], shape[3] // 2)), kind, device)
+        self._scales = Memory(_flat((*shape[:3], 2)), "float32", device)
+
+    @property
+    def codes(self) -> Tensor:
+        return self._codes.tensor
+
+    @property
+    def scales(self) -> Tensor:
+        return self._scales.tensor
 
     def memory(self) -> tuple[int, int]:
-        return self.codes.data_ptr(), self.scales.data_ptr()
+        return self._codes.address, self._scales.address
 
     @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
         return num_kv_heads * (head_dim // 2 + 8)
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
@@ -135,9 +175,9 @@ class Int4Store:
         at = slots + layer * self.slots
         return _from_int4(self.codes[at, heads], self.scales[at, heads])
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
-        _copy(self.codes, self.slots, source, target)
-        _copy(self.scales, self.slots, source, target)
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        _copy(self._codes, self.slots, source, target)
+        _copy(self._scales, self.slots, source, target)
 
 
 def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,37 +205,42 @@ class TiledStore:
 
     layout = "tiled"
 
-    def __init__(self, memory: Tensor, slots: int, head_dim: int, *, keys: bool) -> None:
-        """memory: [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)], shared by K and V. In memory, heads
-        are the outermost dimension."""
+    def __init__(self, blobs: NDArray[Any], slots: int, head_dim: int, *, keys: bool) -> None:
+        """blobs: [layers * pages, KV heads, 2, tiles, 16 * padded(head_dim)] of float32 or the bits of bfloat16,
+        shared by K and V. In memory, heads are the outermost dimension."""
         self.slots, self.dim, self.keys = slots, head_dim, keys
-        self.page_size = memory.shape[3] * 16
-        self.kind = "float32" if memory.dtype is torch.float32 else "bf16"
+        self.page_size = blobs.shape[3] * 16
+        self.element = "float32" if blobs.dtype == np.float32 else "bfloat16"
+        self.kind = NATIVE_KINDS[self.element]
         dim = padded(head_dim)
         inner: tuple[int, ...]
         if self.kind == "float32":
             inner = (dim, 16) if keys else (16, dim)
         else:
             inner = (dim // 2, 16, 2) if keys else (8, dim, 2)
-        self.data = memory[:, :, 0 if keys else 1].unflatten(-1, inner)
-        self.memory_tensor = memory
+        part = blobs[:, :, 0 if keys else 1]
+        self.array = part.reshape(*part.shape[:-1], *inner)  # a view: only the last dimension is divided
+        self.blobs = blobs
+
+    @cached_property
+    def data(self) -> Tensor:
+        """`array` as a tensor."""
+        return as_tensor(self.array, self.element)
 
     @classmethod
-    def pair(
-        cls, shape: tuple[int, int, int, int], dtype: torch.dtype, page_size: int
-    ) -> tuple[TiledStore, TiledStore]:
+    def pair(cls, shape: tuple[int, int, int, int], kind: str, page_size: int) -> tuple[TiledStore, TiledStore]:
         """K and V of [layers, pages * page_size, KV heads, head_dim], zero."""
         layers, slots, heads, dim = shape
         by_head = (heads, layers * slots // page_size, 2, page_size // 16, 16 * padded(dim))
-        memory = lazy_zeros(by_head, dtype, torch.device("cpu")).transpose(0, 1)
-        return cls(memory, slots, dim, keys=True), cls(memory, slots, dim, keys=False)
+        blobs = zeros(by_head, ELEMENTS[kind]).swapaxes(0, 1)
+        return cls(blobs, slots, dim, keys=True), cls(blobs, slots, dim, keys=False)
 
     def memory(self) -> tuple[int, int]:
-        return self.data.data_ptr(), 0
+        return self.array.ctypes.data, 0
 
     @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_kv_heads * padded(head_dim) * dtype.itemsize
+    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
+        return num_kv_heads * padded(head_dim) * ELEMENTS[kind].itemsize
 
     def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
         self.write_heads((slots + layer * self.slots)[:, None].expand(-1, self.data.shape[1]), values)
@@ -215,6 +260,17 @@ class TiledStore:
         else:
             self.data[page, heads, tile, t] = values
 
+    def pages(self, cells: IntArray) -> NDArray[Any]:
+        """Whole pages in float32: cells [n, KV heads], the number of each head's page over all layers -> [n,
+        page_size, KV heads, head_dim]."""
+        found = widened(self.array[cells, np.arange(cells.shape[1])], self.element)  # [n, heads, tiles, ...]
+        if self.keys:  # [.., dim, 16] or [.., dim / 2, 16, 2]: tokens behind dimensions
+            found = np.moveaxis(found, 4, 3)
+        elif self.kind == "bf16":  # [.., 8, dim, 2]: a pair of tokens behind dimensions
+            found = np.moveaxis(found, 5, 4)
+        n, heads = cells.shape
+        return found.reshape(n, heads, self.page_size, -1)[..., : self.dim].swapaxes(1, 2)
+
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim]."""
         page, tile, t = self._place(layer, slots.flatten())
@@ -226,12 +282,12 @@ class TiledStore:
         page, tile, t = self._place(layer, slots.flatten())
         return self._vectors((page, heads, tile), t).unflatten(0, slots.shape)
 
-    def copy(self, source: Tensor, target: Tensor) -> None:
+    def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages, given as their slots."""
         per_layer = self.slots // self.page_size
-        layers = self.data.unflatten(0, (-1, per_layer))
-        old, new = (s[:: self.page_size] // self.page_size for s in (source, target))
-        layers[:, new] = layers[:, old]  # index_select would first copy all of this strided view
+        layers = np.arange(len(self.array) // per_layer)[:, None] * per_layer
+        old, new = (s[:: self.page_size] // self.page_size + layers for s in (source, target))
+        self.array[new] = self.array[old]
 
     def _place(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         at = slots + layer * self.slots
@@ -254,15 +310,18 @@ Store = FloatStore | Int8Store | Int4Store | TiledStore
 Flat = type[FloatStore] | type[Int8Store] | type[Int4Store]
 
 
-def store_type(kv_cache_dtype: str) -> tuple[Flat, torch.dtype]:
-    """The class and element type that a `--kv-cache-dtype` names. Raises ConfigError for an unknown one."""
-    floats = {"float32": torch.float32, "bf16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+def store_type(kv_cache_dtype: str) -> tuple[Flat, str]:
+    """The class and element type (of `ops.memory.ELEMENTS`) that a `--kv-cache-dtype` names.
+
+    Raises ConfigError for an unknown one.
+    """
+    floats = {"float32": "float32", "bf16": "bfloat16", "float16": "float16", "float64": "float64"}
     if kv_cache_dtype in floats:
         return FloatStore, floats[kv_cache_dtype]
     if kv_cache_dtype == "int8":
-        return Int8Store, torch.int8
+        return Int8Store, "int8"
     if kv_cache_dtype == "int4":
-        return Int4Store, torch.uint8
+        return Int4Store, "uint8"
     raise ConfigError(f"kv_cache_dtype '{kv_cache_dtype}' is unknown; the known ones are {', '.join(KV_DTYPES)}")
 
 

@@ -19,10 +19,10 @@ from dovetail.ops.stored import StoredTensor
 
 
 class Normed(Protocol):
-    """A norm over the last dimension: weight [width] and epsilon."""
+    """A norm over the last dimension: its weight [width], in float32 or float64, and epsilon."""
 
     @property
-    def weight(self) -> Any: ...
+    def values(self) -> Any: ...
 
     @property
     def eps(self) -> float: ...

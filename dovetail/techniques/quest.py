@@ -12,17 +12,18 @@ multiple of the deviation. Summaries of chunks smaller than a page make both "me
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.pages import pages_for
+from dovetail.core.pages import IntArray, pages_for
 from dovetail.core.seams import Seams, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet
 from dovetail.ops.pages import KINDS, Summaries, num_vectors, pick, summary_bytes
 from dovetail.runtime.target import PageChoice, PageProgram, RecordedSelector, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class QuestSelector(RecordedSelector):
@@ -56,7 +57,7 @@ class QuestSelector(RecordedSelector):
         self._program = to.program
         return PageChoice(self.window, self.budget, by=self.summaries)
 
-    def seal(self, pages: Tensor, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         self.summaries.seal(pages)
 
     def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:

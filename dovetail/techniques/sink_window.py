@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import PageSet
+from dovetail.host.lazy_torch import torch
 from dovetail.runtime.target import PageChoice, PageProgram, RecordedSelector, Target
 
 

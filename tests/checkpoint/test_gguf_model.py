@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 import transformers
 from ggufs import HEADS, HIDDEN, KV_HEADS, metadata, permuted, tensors, write
 from hf_models import save_model
-from safetensors import SafetensorError
 
 from dovetail.checkpoint import RopeConfig
 from dovetail.checkpoint.export import export
@@ -126,7 +126,7 @@ def test_rope_factors_and_their_export(tmp_path: Path) -> None:
     rope = checkpoint.config.rope
     assert rope.kind == "factors" and rope.factors == pytest.approx(factors)
     assert "rope_freqs.weight" not in checkpoint.names()
-    export(checkpoint, tmp_path / "out", torch.float32)
+    export(checkpoint, tmp_path / "out", "float32")
     again = open_checkpoint(tmp_path / "out").config.rope
     assert again.kind == "llama3" and again.parameters == pytest.approx(LLAMA3)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -140,12 +140,13 @@ def test_rope_factors_and_their_export(tmp_path: Path) -> None:
     assert not (tmp_path / "odd").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard", [1 << 32, 20000])
-def test_export_round_trip(dtype: torch.dtype, shard: int, tmp_path: Path) -> None:
+def test_export_round_trip(kind: str, shard: int, tmp_path: Path) -> None:
+    dtype = getattr(torch, kind)
     formats = {name: "Q8_0" for name in tensors() if name.endswith(QUANTIZED)}
     source = open_checkpoint(write(tmp_path / "m.gguf", formats=formats))
-    target = export(source, tmp_path / "out", dtype, shard)
+    target = export(source, tmp_path / "out", kind, shard)
     again = open_checkpoint(target)
     assert again.config == source.config
     assert (target / "model.safetensors").exists() is (shard > 20000)
@@ -189,7 +190,7 @@ EXPORTED: dict[str, dict[str, Any]] = {  # by model_type
 def test_exported_config_means_the_same_to_transformers(kind: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "m", kind, **EXPORTED[kind])
     source = open_checkpoint(tmp_path / "m")
-    assert open_checkpoint(export(source, tmp_path / "out", torch.float32)).config == source.config
+    assert open_checkpoint(export(source, tmp_path / "out", "float32")).config == source.config
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(24).view(1, -1)
     with torch.no_grad():
@@ -211,9 +212,9 @@ def test_crash_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     checkpoint = open_checkpoint(write(tmp_path / "m.gguf"))
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dovetail.checkpoint.export.save_file", full)
+    monkeypatch.setattr("dovetail.checkpoint.export._save", full)
     (tmp_path / "out").mkdir()
     for target in (tmp_path / "out", tmp_path / "new" / "out"):
         with pytest.raises(ModelError, match=r"not enough disk space for the model.*choose another folder"):

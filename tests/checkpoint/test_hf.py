@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_models import edit_json, save_model
@@ -69,7 +70,7 @@ def test_reads_what_transformers_wrote(kind: str, tied: bool, tmp_path: Path) ->
         if kind == "gemma3_text" and "norm" in name:
             value = value + 1  # what rows are multiplied by
         stored = checkpoint.tensor(name)
-        assert stored.data.dtype == torch.uint8 and stored.data.numel() == value.nbytes
+        assert stored.data.dtype == np.uint8 and stored.data.size == value.nbytes
         assert torch.equal(stored.dequantize(), value), name
         assert checkpoint.shape(name) == tuple(value.shape)
     assert checkpoint.bytes == (tmp_path / "m" / "model.safetensors").stat().st_size
@@ -81,7 +82,7 @@ def test_shards(sharded: Path, original: Path) -> None:
     assert len(list(sharded.glob("*.safetensors"))) > 1
     assert sorted(several.names()) == sorted(one.names())
     for name in one.names():
-        assert torch.equal(several.tensor(name).data, one.tensor(name).data)
+        assert np.array_equal(several.tensor(name).data, one.tensor(name).data)
     with pytest.raises(ModelError, match="no tensor 'x'"):
         one.tensor("x")
 
@@ -90,7 +91,7 @@ def test_weights_are_not_copied(original: Path) -> None:
     checkpoint = open_checkpoint(original)
     name = "model.layers.0.mlp.up_proj.weight"
     first, second = checkpoint.tensor(name).data, checkpoint.tensor(name).data
-    assert first.data_ptr() == second.data_ptr()
+    assert first.ctypes.data == second.ctypes.data
 
 
 def test_generation_config_adds_eos_ids(model: Path) -> None:

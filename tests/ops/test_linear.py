@@ -37,7 +37,7 @@ def stored(name: str, n: int, k: int, seed: int) -> torch.Tensor:
 
 def dense(name: str, data: torch.Tensor, k: int) -> torch.Tensor:
     block = BLOCKS[name]
-    return block.dequantize(data.reshape(-1, block.bytes)).view(data.shape[0], k)
+    return torch.from_numpy(block.dequantize(data.numpy().reshape(-1, block.bytes))).view(data.shape[0], k)
 
 
 def quantized_rows(x: torch.Tensor) -> torch.Tensor:

@@ -83,9 +83,7 @@ def test_windows_read_the_same_from_any_layout() -> None:
 
 def test_how_weights_are_read_changes_no_bit() -> None:
     torch.manual_seed(0)
-    weight = cpu.pack(
-        StoredTensor("w", "F32", (4096, 1024), torch.randn(4096, 1024).view(torch.uint8)), torch.float32, 2
-    )
+    weight = cpu.pack(StoredTensor.of("w", torch.randn(4096, 1024).numpy()), "float32", 2)
     outs = []
     for tuned in (False, True):
         program = cpu.native().Program(cpu.isas()[0], 2, False, False)

@@ -19,7 +19,7 @@ SHAPES = [(4, 2, 16), (6, 3, 40), (2, 2, 128)]  # query heads, KV heads, head_di
 
 def stores(heads: int, dim: int, seed: int) -> tuple[TiledStore, TiledStore]:
     torch.manual_seed(seed)
-    pair = TiledStore.pair((1, PAGES * SIZE, heads, dim), torch.float32, SIZE)
+    pair = TiledStore.pair((1, PAGES * SIZE, heads, dim), "float32", SIZE)
     for store in pair:
         store.write(0, torch.arange(PAGES * SIZE), torch.randn(PAGES * SIZE, heads, dim))
     return pair

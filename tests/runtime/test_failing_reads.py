@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,10 +34,10 @@ def exact_keys(engine: Engine) -> Engine:
 def fail_while_sealing(engine: Engine, name: str, first: int) -> None:
     """From the `first`th layer on, nothing can be read while the prompt of request `name` is factorised."""
     kv: Any = engine.executor.kv  # type: ignore[attr-defined]
-    codec, read = engine.seams.codec, kv.keys
+    codec, read = engine.seams.codec, kv.key_array
     seal = codec.seal
 
-    def failing(layer: int, pages: torch.Tensor) -> torch.Tensor:
+    def failing(layer: int, pages: np.ndarray) -> np.ndarray:
         if layer < first:
             return read(layer, pages)
         with unreadable(kv.seams.residency):
@@ -44,11 +45,11 @@ def fail_while_sealing(engine: Engine, name: str, first: int) -> None:
 
     def sealed(requests: Any, kv: Any) -> Any:
         if any(r.id == name for r in requests):
-            kv.keys = failing
+            kv.key_array = failing
         try:
             return seal(requests, kv)
         finally:
-            kv.keys = read
+            kv.key_array = read
 
     codec.seal = sealed  # type: ignore[method-assign]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
 from dovetail.ops.cpu import emulated, isas
+from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.native import NativeExecutor
 from tests.helpers.examples import examples
 from tests.tiny import TinyCheckpoint, finish, make_request, run_all, run_staggered, tiny_config, tiny_engine
@@ -120,11 +121,11 @@ def test_a_shared_prefix_is_read_once() -> None:
 
 def test_a_broken_row_ends_its_own_request_only() -> None:
     weight = CHECKPOINT.tensor("model.embed_tokens.weight")
-    values = weight.dequantize().clone()
+    values = weight.values().copy()
     values[50] = float("nan")
     broken = TinyCheckpoint(replace(CHECKPOINT.config, tie_word_embeddings=False))
     broken.put(replace(weight, name="lm_head.weight"))
-    broken.put(replace(weight, data=values.view(torch.uint8).view(len(values), -1)))
+    broken.put(StoredTensor.of(weight.name, values))
     engine = tiny_engine(
         checkpoint=broken, dtype="float32", kernels=BEST, kv_cache_dtype="bf16", page_size=16, pages=32, threads=2
     )

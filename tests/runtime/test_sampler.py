@@ -138,7 +138,7 @@ def test_logprobs_against_log_softmax() -> None:
         assert any(math.isclose(lp, float(x), rel_tol=1e-6) for x in reference)
     assert math.isclose(known[2].logprob, float(reference[tokens[2]]), rel_tol=1e-6)
     assert known[2].top == ()
-    assert describe(LOGITS[None], [10], [1])[0].rank == V
+    assert describe(LOGITS[None].numpy(), [10], [1])[0].rank == V
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -243,17 +243,17 @@ def test_results_of_a_span_end_before_its_first_unsound_row() -> None:
 
 def test_rows_that_ask_for_nothing_or_have_no_token_are_not_described() -> None:
     rows = [row(), row(logprobs=2), row(logprobs=1), row(logprobs=0)]
-    found = known(LOGITS.repeat(4, 1), rows, [0, 3, -1, 5])
+    found = known(LOGITS.repeat(4, 1).numpy(), rows, [0, 3, -1, 5])
     assert found[0] is None is found[2]
     assert (found[1].token, found[1].rank, [t for t, _ in found[1].top]) == (3, 8, [0, 5])
     assert (found[3].token, found[3].rank, found[3].top) == (5, 2, ())
-    assert known(LOGITS[None], [row()], [0]) == [None]
-    assert known(LOGITS[None], [row(logprobs=0)], [0])[0].top == ()
+    assert known(LOGITS[None].numpy(), [row()], [0]) == [None]
+    assert known(LOGITS[None].numpy(), [row(logprobs=0)], [0])[0].top == ()
 
 
 def test_descriptions_have_as_many_of_the_best_as_each_row_asks_for() -> None:
     logits = torch.stack([LOGITS, -LOGITS])
-    first, second = describe(logits, [5, 10], [2, 20])
+    first, second = describe(logits.numpy(), [5, 10], [2, 20])
     want = torch.log_softmax(logits, -1)
     assert (first.token, first.rank, [t for t, _ in first.top]) == (5, 2, [0, 5])
     assert (second.token, second.rank, len(second.top)) == (10, 1, V)
@@ -269,12 +269,14 @@ def test_scores_of_a_prompt_come_from_the_rows_before_its_tokens(
     monkeypatch.setattr(sampler, "LOGIT_ROWS", rows_at_a_time)
     prompt = [3, 1, 4, 1, 5, 9]
     table = torch.randn(len(prompt), V, generator=torch.Generator().manual_seed(0))
-    want = torch.log_softmax(table, -1)
+    want, rows_of = torch.log_softmax(table, -1), table.numpy()
     for start, stop, scored in ((0, 6, 0), (0, 4, 0), (2, 5, 0), (0, 6, 3), (2, 6, 4), (4, 6, 1), (0, 3, 5)):
         request = row(prompt=prompt, prompt_logprobs=1).request
         seen: list[tuple[int, int]] = []
         request.scored, request.observe = scored, lambda at, rows, seen=seen: seen.append((at, len(rows)))
-        found = prompt_logprobs(Span(request, start, stop), lambda at, start=start: table[[start + i for i in at]])
+        found = prompt_logprobs(
+            Span(request, start, stop), lambda at, start=start: rows_of[[start + i for i in at]]
+        )
         rows = range(max(start, scored), min(stop, len(prompt) - 1))
         assert [about.token for about in found] == [prompt[i + 1] for i in rows]
         for i, about in zip(rows, found, strict=True):

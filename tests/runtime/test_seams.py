@@ -274,7 +274,7 @@ def test_a_format_loads_the_weights() -> None:
             self.seen += [w.name for w in weights]
             return super().linear(weights, bias)
 
-    fmt = Counting(torch.float64, torch.device("cpu"))
+    fmt = Counting("float64")
     assert run_all(tiny_engine(fill(format=fmt)), PROMPTS, PARAMS) == PLAIN
     assert len(fmt.seen) == 2 * 7 + 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,10 +30,10 @@ def site_of(checkpoint: TinyCheckpoint) -> Site:
 def test_layer_inputs_are_what_the_layers_see(windows: tuple[int | None, ...]) -> None:
     site = site_of(TinyCheckpoint(tiny_config(num_layers=3, sliding_windows=windows)))
     tokens = [i * 5 % 11 for i in range(37)]
-    inputs = dict(layer_inputs(site, tokens))
+    inputs = dict(layer_inputs(site, [tokens]))
     torch.testing.assert_close(inputs[0], site.model.embed(torch.tensor(tokens)))
     for prefix in (1, 20):  # every layer is causal
-        for layer, hidden in layer_inputs(site, tokens[:prefix]):
+        for layer, hidden in layer_inputs(site, [tokens[:prefix]]):
             torch.testing.assert_close(hidden, inputs[layer][:prefix])
     assert sorted(inputs) == [0, 1, 2]
     assert len({tuple(x.flatten().tolist()) for x in inputs.values()}) == 3
@@ -54,16 +55,16 @@ def test_a_measurement_is_kept_and_a_broken_file_is_measured_again(
 ) -> None:
     calls = []
 
-    def measure() -> dict[str, torch.Tensor]:
+    def measure() -> dict[str, np.ndarray]:
         calls.append(1)
-        return {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(1, dtype=torch.float64)}
+        return {"a": np.arange(6.0).reshape(2, 3).T, "b": np.ones(1)}
 
     shapes = {"a": (3, 2), "b": (1,)}
 
     def get(*key: str) -> None:
         found = kept(key, shapes, measure)
-        assert torch.equal(found["a"], torch.arange(6.0).view(2, 3).T)
-        assert {t.dtype for t in found.values()} == {torch.float32}
+        assert np.array_equal(found["a"], np.arange(6).reshape(2, 3).T)
+        assert {a.dtype for a in found.values()} == {np.dtype(np.float32)}
 
     get("x", "y")
     get("x", "y")
@@ -86,7 +87,7 @@ def test_a_measurement_is_kept_and_a_broken_file_is_measured_again(
         get("x", "y")
         assert len(calls) == before + 1
     assert "calibrating again" in capsys.readouterr().err
-    assert kept(("x", "y"), {"a": (3, 2)}, lambda: {"a": torch.zeros(3, 2)})["a"].sum() == 0
+    assert kept(("x", "y"), {"a": (3, 2)}, lambda: {"a": np.zeros((3, 2))})["a"].sum() == 0
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(
@@ -94,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DOVETAIL_HOME", str(tmp_path / "file"))
-    assert kept(("x",), {"a": (1,)}, lambda: {"a": torch.ones(1)})["a"] == 1
+    assert kept(("x",), {"a": (1,)}, lambda: {"a": np.ones(1)})["a"] == 1
     assert "repeated at the next start" in capsys.readouterr().err
 
 

@@ -86,7 +86,7 @@ def test_with_all_columns_and_the_true_input_the_rule_sees_true_scores() -> None
     still = TinyCheckpoint(config)
     for i in range(3):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            still.tensor(f"model.layers.{i}.{name}.weight").data.zero_()
+            still.tensor(f"model.layers.{i}.{name}.weight").data[:] = 0
     engine = tiny_engine("infinigen:partial=1,skip_layers=1,fit=none", checkpoint=still)
     selector: Any = engine.seams.selector
     seen = []
@@ -166,7 +166,7 @@ def test_fitted_guesses_are_right_on_the_average(fit: str) -> None:
         engine = tiny_engine(f"infinigen:skip_layers=1,fit={how}", checkpoint=DEEP)
         selector: Any = engine.seams.selector
         guess, before = selector.guess, None
-        for layer, hidden in layer_inputs(selector.site, calibration("")):
+        for layer, hidden in layer_inputs(selector.site, [calibration("")]):
             if before is not None:
                 error = guess.true(layer, hidden) - guess.projected(layer, before)
                 if how != "none":

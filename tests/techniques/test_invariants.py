@@ -116,7 +116,7 @@ def test_outliers_chosen_and_recent_pages_are_disjoint_and_tile_what_the_budget_
                 assert set(mine) <= set(range(last + 1)) and set(range(eligible, last + 1)) <= set(mine)
                 assert (last + 1 - eligible) * size >= min(4 * chunk, position + 1)
                 marked = apart[:, head, :eligible].all(0)  # of every layer; which layer this is, is not said
-                assert set(marked.nonzero().flatten().tolist()) <= set(mine)
+                assert set(marked.nonzero()[0].tolist()) <= set(mine)
                 seen.append(len(mine) == last + 1)
         return logical
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.bench.rounds import Samples, medians, ratios, spreads
 from dovetail.core import technique
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.cpu import TORCH
 
 if TYPE_CHECKING:
     from dovetail.llm import LLM
@@ -32,10 +34,10 @@ class Side:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Set torch's threads for this engine while the body runs: torch has one number for the whole process."""
-        import torch
-
-        torch.set_num_threads(self.llm.config.threads)
+        """Where torch computes, set its threads for this engine while the body runs: torch has one number for the
+        whole process."""
+        if self.llm.config.kernels == TORCH:
+            torch.set_num_threads(self.llm.config.threads)
         yield
 
     @contextlib.contextmanager

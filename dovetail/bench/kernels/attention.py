@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dovetail.core.seams import Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant
 from dovetail.ops.cpu import padded
 from dovetail.ops.template import with_tables
-from dovetail.runtime.store import FloatStore, TiledStore
+from dovetail.runtime.store import FloatStore, TiledStore, store_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE = 16  # tokens
-KV_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+KV_DTYPES = ("bf16", "float32")
 SOME = 1 << 20  # random values, which repeat
 
 
@@ -73,7 +75,7 @@ class KVPool:
 
     def __init__(self, heads: Heads, kind: str, tokens: int, size: int, *, pages: Pages = IN_PLACE) -> None:
         self.heads, self.kind, self.pages = heads, kind, pages
-        dtype = KV_DTYPES[kind]
+        dtype = store_type(kind)[1]
         self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, dtype)
         self.tokens = tokens * -(-size // (tokens * self.token_bytes))
         shape = (1, self.tokens, heads.kv, heads.dim)
@@ -82,7 +84,7 @@ class KVPool:
         if pages.tiled:
             self.k, self.v = TiledStore.pair(shape, dtype, pages.size)
         else:
-            self.k, self.v = (FloatStore(shape, dtype, torch.device("cpu")) for _ in range(2))
+            self.k, self.v = (FloatStore(shape, dtype, "cpu") for _ in range(2))
         for data in (self.k.data, self.v.data):
             most = max(1, SOME // data[0].numel())
             some = torch.randn(min(most, len(data)), *data.shape[1:]).to(data.dtype)

@@ -6,14 +6,17 @@ import collections
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from dovetail.bench.kernels.attention import KV_DTYPES, Attention, Kernels, KVPool, Request
+from dovetail.bench.kernels.attention import Attention, Kernels, KVPool, Request
 from dovetail.core.pages import pages_for
-from dovetail.ops.cpu import lazy_zeros, padded
+from dovetail.host.lazy_torch import torch
+from dovetail.ops.cpu import padded
+from dovetail.ops.memory import ELEMENTS, zeros
 from dovetail.ops.pages import num_vectors
+from dovetail.runtime.store import store_type
 
 SPAN = 16  # pages
 NOISE = 0.5  # deviation of a token's key from its page's mean, relative to that mean
@@ -51,7 +54,7 @@ class SparseAttention(Attention):
         self, pool: KVPool, requests: Sequence[Request], tokens: int, kernels: Kernels, *, choosing: Choosing
     ) -> None:  # fmt: skip
         self.choosing = choosing
-        self.summaries: Tensor
+        self.summaries: NDArray[Any]
         super().__init__(pool, requests, tokens, kernels)
         size = pool.pages.size
         listed = min(pages_for(choosing.budget, size), pages_for(tokens, size))
@@ -61,12 +64,10 @@ class SparseAttention(Attention):
     def _record(self, pages: int) -> None:
         program, choosing, pool = self.program, self.choosing, self.pool
         size, heads = pool.pages.size, pool.heads
-        dtype = KV_DTYPES[pool.kind]
+        dtype = ELEMENTS[store_type(pool.kind)[1]]
         vectors = num_vectors(choosing.kind, size, 0, dtype.itemsize)
-        self.summaries = lazy_zeros(
-            (self.layers * pages, heads.kv, vectors, padded(heads.dim)), dtype, torch.device("cpu")
-        )
-        at = self.summaries.data_ptr()
+        self.summaries = zeros((self.layers * pages, heads.kv, vectors, padded(heads.dim)), dtype)
+        at = self.summaries.ctypes.data
         chosen = program.choosing(0, size, pages_for(choosing.budget, size), -1, False)
         program.summarise(choosing.kind, self.layers, list(range(pages)), at, vectors)
         for layer in range(self.layers):

@@ -9,24 +9,25 @@ requests share. Partial states are merged in order, so the result has the same b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.seams import Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import kernel_variant
 from dovetail.ops.attention.page_lists import Numbers, page_lists, placed
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LAYOUTS = ("NHD", "HND")
 # (dtype, whether there are scales) -> name, dimensions per stored element, scales per vector.
 _KINDS = {
-    (torch.float32, False): ("float32", 1, 0),
-    (torch.bfloat16, False): ("bf16", 1, 0),
-    (torch.int8, True): ("int8", 1, 1),
-    (torch.uint8, True): ("int4", 2, 2),
+    ("float32", False): ("float32", 1, 0),
+    ("bfloat16", False): ("bf16", 1, 0),
+    ("int8", True): ("int8", 1, 1),
+    ("uint8", True): ("int4", 2, 2),
 }
 _STORED = "float32, bfloat16, int8 with scales, or int4 (uint8, two codes each) with scales"
 MAX_THREADS = 4096
@@ -157,7 +158,7 @@ class PagedAttention:
             if t.device.type != "cpu":
                 raise ConfigError(f"{name} is on {t.device}; the native kernels need it on the CPU")
         inner = (s.page_size, s.num_kv_heads) if self.layout == "NHD" else (s.num_kv_heads, s.page_size)
-        kind, codes, pairs = _KINDS.get((kv[0].dtype, scales is not None), ("", 1, 0))
+        kind, codes, pairs = _KINDS.get((str(kv[0].dtype).removeprefix("torch."), scales is not None), ("", 1, 0))
         for name, t in (("k", kv[0]), ("v", kv[1])):
             wanted = (*inner, s.head_dim // codes)
             if not kind or t.dtype != kv[0].dtype or tuple(t.shape[1:]) != wanted or len(t) < self._pages:

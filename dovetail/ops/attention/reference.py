@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dovetail.core.seams import Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.template import with_tables
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 1 << 20  # scores at a time: larger tensors are returned to the system and cost page faults each time
 

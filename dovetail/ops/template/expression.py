@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.template.errors import TraceError
 
 Kind = Literal["float", "int", "bool"]
@@ -233,12 +236,12 @@ class Table(tuple):
         return all(isinstance(v, Integral) for v in self)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, np.ndarray):
+            return np.array(self, np.int64 if self.whole else np.float32)[index]
         if isinstance(index, Parameter) or not hasattr(index, "__torch_function__"):
             return super().__getitem__(index)
         if isinstance(index, Expr):
             return _load(self, index)
-        import torch
-
         dtype = torch.int64 if self.whole else torch.float32
         return torch.tensor(self, dtype=dtype, device=index.device)[index]
 

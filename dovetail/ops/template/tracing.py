@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import sys
 import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from dovetail.core.seams import Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.template.errors import TraceError
 from dovetail.ops.template.evaluate import Clamped, evaluate
 from dovetail.ops.template.expression import HEADS, POSITIONS, Expr, Parameter, Range, Table, as_expr
 from dovetail.ops.template.program import Program, program
 
-_OURS = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, torch.__file__))
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _WITH_TABLES: dict[int, Variant] = {}  # by identity: a variant need not be hashable
 INSTEAD = "attention uses the torch reference for this variant instead, which is slower"
 
@@ -65,13 +69,13 @@ class Traced:
 
         A kernel reads the last number of a table for heads beyond; the torch reference raises IndexError.
         """
-        every = dict.fromkeys(("score", "q_pos", "k_pos", "head"), torch.arange(HEADS))
+        every = dict.fromkeys(("score", "q_pos", "k_pos", "head"), np.arange(HEADS))
         values = self.program.fold(Clamped(self.program, every))
         found = []
         for step in self.program.steps:
             if step.op == "load" and self.program.steps[step.args[0]].inputs <= {"head"}:
                 fits = values[step.args[0]] < len(self.program.tables[step.value])
-                found.append(int(fits.long().cumprod(0).sum()))
+                found.append(int(fits.astype(np.int64).cumprod().sum()))
         return min((n for n in found if n < HEADS), default=None)
 
 
@@ -123,10 +127,19 @@ def _call(variant: Variant, method: str, *args: Expr) -> Expr:
         return as_expr(getattr(variant, method)(*args))
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [f for f in frames if not os.path.abspath(f.filename).startswith(_OURS)]
+        theirs = [f for f in frames if not _inside(f.filename)]
         line = f" ({os.path.basename(theirs[-1].filename)}, line {theirs[-1].lineno})" if theirs else ""
         told = str(error) if isinstance(error, TraceError) else f"{type(error).__name__}: {error}"
         raise TraceError(f"{where}{line} cannot be traced: {told}; {INSTEAD}") from error
+
+
+def _inside(file: str) -> bool:
+    """Whether a file is ours or torch's, and not the definition's."""
+    path = os.path.abspath(file)
+    loaded = sys.modules.get("torch")
+    return path.startswith(_OURS) or (
+        loaded is not None and path.startswith(os.path.dirname(os.path.abspath(loaded.__file__ or "")) + os.sep)
+    )
 
 
 def _bind(variant: Variant, number: Callable[[Any, str], Any], prefix: str) -> Variant:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import torch
 
 from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import GROUPED, PAGE, Attention, Heads, Kernels, KVPool, Pages, Request
 from dovetail.bench.rounds import Ratio
 from dovetail.bench.verdict import Bar, Looks, decide, decide_exact
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.attention.paged import PagedAttention, Shape
 from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.flashinfer.effort import Effort

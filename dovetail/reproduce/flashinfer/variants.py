@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import GROUPED, Attention, Kernels, KVPool, Unfused
 from dovetail.bench.rounds import Ratio
 from dovetail.core.seams import SlidingWindow, Variant
+from dovetail.host.lazy_torch import torch
 from dovetail.host.units import format_duration
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.template import ALiBi, SoftCap, compile_variant

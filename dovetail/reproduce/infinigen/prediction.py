@@ -9,26 +9,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from dovetail.core.pages import IntArray
 from dovetail.core.seams import Selector, Site
 from dovetail.core.technique import Technique
 from dovetail.core.types import ALL, PageSet
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.pages import pick
 from dovetail.ops.skew import margins
 from dovetail.show.table import table
 from dovetail.techniques import technique
-from dovetail.techniques.infinigen.calibration import layer_inputs
+from dovetail.techniques.infinigen.calibration import as_array, layer_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def likeness(site: Site, tokens: Sequence[int]) -> list[float]:
     """The mean cosine, over rows, of the inputs of layers i - 1 and i, for i = 1 and on."""
-    inputs = [hidden for _, hidden in layer_inputs(site, tokens)]
-    pairs = itertools.pairwise(inputs)
-    return [float(torch.cosine_similarity(a.float(), b.float(), dim=-1).mean()) for a, b in pairs]
+    inputs = [as_array(hidden) for _, hidden in layer_inputs(site, [tokens])]
+    return [_cosine(a, b) for a, b in itertools.pairwise(inputs)]
+
+
+def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return float(((a * b).sum(-1) / lengths).mean())
 
 
 @dataclass
@@ -86,7 +95,7 @@ class Watch(Selector):
         self.predictions = [Prediction(rule) for rule in rules]
         self._guesses: dict[int, list[Tensor]] = {}
 
-    def seal(self, pages: Tensor, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         for selector in self.selectors:
             selector.seal(pages, kv)
 

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import PAGE, Attention, Kernels, KVPool, Request
 from dovetail.bench.kernels.sparse_attention import Choosing, SparseAttention, drift
 from dovetail.bench.rounds import Ratio
 from dovetail.bench.verdict import Decision, Looks, at_least, decide
+from dovetail.host.lazy_torch import torch
 from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.quest.effort import KIB, Effort
 

@@ -9,22 +9,26 @@ little data leaves W_i as it is. "mean" fits b_i alone. "none" adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.seams import Geometry, Site
-from dovetail.layers.linear import Dense, DenseLinear, Linear, PackedLinear, Unrecorded
+from dovetail.host.lazy_torch import torch
+from dovetail.layers.linear import Dense, DenseLinear, Linear, Packed, PackedLinear, Unrecorded
 from dovetail.layers.norm import Norm
 from dovetail.ops.quant import q8_0
 from dovetail.ops.skew import skew
 from dovetail.ops.stored import StoredTensor
 from dovetail.show.progress import counter
-from dovetail.techniques.infinigen.calibration import layer_inputs
+from dovetail.techniques.infinigen.calibration import as_array, layer_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NORMS = ("next", "same")
 FITS = ("linear", "mean", "none")
@@ -43,7 +47,7 @@ class How:
 class Guesser:
     """Guesses the queries of a layer from the hidden rows that enter the layer before it."""
 
-    def __init__(self, site: Site, how: How, fitted: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, site: Site, how: How, fitted: dict[str, NDArray[Any]] | None = None) -> None:
         """fitted: what `calibrate` returned. Without it nothing is added to guesses."""
         self.blocks = site.model.blocks()
         for qkv in (block.attention.qkv for block in self.blocks):
@@ -53,30 +57,29 @@ class Guesser:
                     f"({type(qkv).__name__}) cannot be divided; leave infinigen or the format out"
                 )
         self.layers = site.geometry.num_layers
+        self.device: str = site.device
         self.how = how
         self._linear = [self._corrected(i, fitted) if fitted else self._plain(i) for i in range(self.layers)]
 
-    def projected(self, index: int, hidden: Tensor) -> Tensor:
-        """hidden [rows, width] is the input of block `index` - 1. Returns [rows, heads x head_dim], not
-        rotated."""
+    def projected(self, index: int, hidden: Any) -> Any:
+        """hidden [rows, width], tensor or array, is the input of block `index` - 1. Returns [rows, heads x
+        head_dim], not rotated."""
         return self._linear[index % self.layers](self.norm_of(index)(hidden))[:, : self.width]
 
     def norm_of(self, index: int) -> Norm:
         found: Norm = self.blocks[index if self.how.norm == "next" else index - 1].attention_norm
         return found
 
-    def true(self, index: int, hidden: Tensor) -> Tensor:
+    def true(self, index: int, hidden: Any) -> Any:
         """The true queries of block `index` from its own input, in the same shape, not rotated."""
         block = self.blocks[index]
-        found: Tensor = block.attention.qkv(block.attention_norm(hidden))
-        return found[:, : self.width]
+        return block.attention.qkv(block.attention_norm(hidden))[:, : self.width]
 
-    def rotated(self, index: int, q: Tensor, positions: Tensor) -> Tensor:
+    def rotated(self, index: int, q: Any, positions: Any) -> Any:
         """q [rows, heads x head_dim] at `positions` [rows] -> [rows, heads, head_dim]."""
         attention = self.blocks[index].attention
         angles = attention.rope.angles(positions, q.dtype)
-        found: Tensor = attention.queries(q.unflatten(1, (-1, attention.head_dim)), angles)
-        return found
+        return attention.queries(q.reshape(len(q), -1, attention.head_dim), angles)
 
     @property
     def width(self) -> int:
@@ -99,7 +102,7 @@ class Guesser:
         found: Linear = qkv
         return found
 
-    def _corrected(self, layer: int, fitted: dict[str, Tensor]) -> Linear:
+    def _corrected(self, layer: int, fitted: dict[str, NDArray[Any]]) -> Linear:
         qkv = self.blocks[layer].attention.qkv
         bias = fitted["bias"][layer]
         if "weight" not in fitted and isinstance(qkv, PackedLinear):
@@ -108,31 +111,37 @@ class Guesser:
             return PackedLinear(qkv.weights.packed[:1], both, qkv.format)
         weight, own_bias = _matrix(qkv, self.width, self._inputs)
         weight = weight + fitted["weight"][layer] if "weight" in fitted else weight
-        dense = qkv.weight if isinstance(qkv, DenseLinear) else weight
-        form = qkv.format if isinstance(qkv, PackedLinear) else Dense(dense.dtype, dense.device)
         name = f"guesses of layer {layer}"
-        stored = _stored(name, weight)
+        stored = StoredTensor.of(name, weight)
         if isinstance(qkv, PackedLinear) and qkv.weights.activation == "int8" and weight.shape[1] % 32 == 0:
             stored = StoredTensor(name, "Q8_0", tuple(weight.shape), q8_0(weight))
-        found: Linear = form.linear([stored], [_stored(name, own_bias + bias)])
+        found: Linear = self._format(qkv).linear([stored], [StoredTensor.of(name, own_bias + bias)])
         return found
+
+    def _format(self, qkv: Linear) -> Packed | Dense:
+        if isinstance(qkv, PackedLinear):
+            return qkv.format
+        kind = str(qkv.weight.dtype).removeprefix("torch.") if isinstance(qkv, DenseLinear) else "float32"
+        return Dense(kind, self.device)
 
     @property
     def _inputs(self) -> int:
-        return int(self.blocks[0].attention_norm.weight.shape[0])
+        return len(self.blocks[0].attention_norm.values)
 
 
-def _matrix(linear: Any, width: int, inputs: int) -> tuple[Tensor, Tensor]:
+def _matrix(linear: Any, width: int, inputs: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Weights [width, inputs] and bias [width] of the first `width` outputs of a linear layer, in float32, however
     they are stored."""
-    dtype = getattr(getattr(linear, "weight", None), "dtype", torch.float32)
-    bias = linear(torch.zeros(1, inputs, dtype=dtype))[0, :width].float()
-    return (linear(torch.eye(inputs, dtype=dtype))[:, :width].float() - bias).T, bias
 
+    def product(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        if isinstance(linear, PackedLinear):
+            return linear(rows)[:, :width]
+        like = getattr(linear, "weight", torch.empty(0))
+        found: NDArray[np.float32] = linear(torch.from_numpy(rows).to(like))[:, :width].float().cpu().numpy()
+        return found
 
-def _stored(name: str, values: Tensor) -> StoredTensor:
-    data = values.float().contiguous().view(torch.uint8).view(values.shape[0], -1)
-    return StoredTensor(name, "F32", tuple(values.shape), data)
+    bias = product(np.zeros((1, inputs), np.float32))[0]
+    return (product(np.eye(inputs, dtype=np.float32)) - bias).T, bias
 
 
 def shapes(shape: Geometry, hidden: int, fit: str) -> dict[str, tuple[int, ...]]:
@@ -146,55 +155,50 @@ def shapes(shape: Geometry, hidden: int, fit: str) -> dict[str, tuple[int, ...]]
     return found
 
 
-def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def calibrate(site: Site, how: How, texts: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
     """Measure the model on texts of one length.
 
     basis: A of `ops.skew` for the queries of these texts, [layers, KV heads, head_dim, head_dim]. bias [layers,
     heads x head_dim] and weight [layers, heads x head_dim, width]: b and E, as far as `how.fit` asks for them.
     """
     guesser, shape = Guesser(site, how), site.geometry
-    n = len(texts[0])
-    positions = torch.arange(n, device=site.device).repeat(len(texts))
+    n, group = len(texts[0]), shape.num_heads // shape.num_kv_heads
+    positions = np.tile(np.arange(n), len(texts))
     context = site.model.config.max_position_embeddings
-    found: dict[str, list[Tensor]] = {"basis": [], "bias": [], "weight": []}
+    found: dict[str, list[NDArray[np.float32]]] = {"basis": [], "bias": [], "weight": []}
     before = None
     with counter("calibrating layers", shape.num_layers) as advance:
-        for layer, hidden in _inputs(site, texts):
-            q = guesser.true(layer, hidden)
-            inputs = guesser.norm_of(layer)(hidden if before is None else before)
-            error = q - guesser.projected(layer, before) if before is not None else torch.zeros_like(q)
+        for layer, hidden in layer_inputs(site, texts):
+            q = as_array(guesser.true(layer, hidden))
+            inputs = as_array(guesser.norm_of(layer)(hidden if before is None else before))
+            error = q - as_array(guesser.projected(layer, before)) if before is not None else np.zeros_like(q)
             for name, part in zip(("weight", "bias"), fit(inputs, error, how.fit), strict=True):
-                found[name].append(part.float())
+                found[name].append(part.astype(np.float32))
             placed = [guesser.rotated(layer, q, positions * f) for f in stretches(context // n)]
-            groups = torch.cat(placed).unflatten(1, (shape.num_kv_heads, -1))
-            found["basis"].append(skew(groups.transpose(0, 1).flatten(1, 2)))
+            groups = np.concatenate(placed).reshape(-1, shape.num_kv_heads, group * shape.head_dim)
+            turned = skew(groups.swapaxes(0, 1).reshape(shape.num_kv_heads, -1, shape.head_dim))
+            found["basis"].append(turned.astype(np.float32))
             before = hidden
             advance(1)
     kept = shapes(shape, before.shape[1] if before is not None else 0, how.fit)
-    return {name: torch.stack(found[name]) for name in kept}
+    return {name: np.stack(found[name]) for name in kept}
 
 
-def _inputs(site: Site, texts: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
-    """For each layer, the hidden rows of all texts that enter it."""
-    for parts in zip(*(layer_inputs(site, text) for text in texts), strict=True):
-        yield parts[0][0], torch.cat([hidden for _, hidden in parts])
-
-
-def fit(inputs: Tensor, error: Tensor, how: str) -> tuple[Tensor, Tensor]:
+def fit(inputs: NDArray[Any], error: NDArray[Any], how: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """E [m, width] and b [m] that explain error [n, m] by inputs [n, width], in float64.
 
     They minimise the sum of squares of error - E x - b, plus that of E times n times `RIDGE` of the mean square of
     the inputs. With "mean", E is 0.
     """
-    x, y = inputs.double(), error.double()
+    x, y = inputs.astype(np.float64), error.astype(np.float64)
     if how != "linear":
-        return torch.zeros(y.shape[1], x.shape[1]), y.mean(0)
+        return np.zeros((y.shape[1], x.shape[1])), y.mean(0)
+    ridge = RIDGE * len(x) * np.square(x).mean()
     middle, rest = x.mean(0), y.mean(0)
     x, y = x - middle, y - rest
-    ridge = RIDGE * len(x) * inputs.double().square().mean()
     gram = x.T @ x
-    gram.diagonal().add_(ridge.clamp_min(torch.finfo(torch.float64).tiny))
-    found = torch.linalg.solve(gram, x.T @ y).T
+    gram[np.diag_indices_from(gram)] += max(ridge, np.finfo(np.float64).tiny)
+    found = np.linalg.solve(gram, x.T @ y).T
     return found, rest - found @ middle
 
 

@@ -19,17 +19,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.pages import pages_for
+from dovetail.core.pages import IntArray, pages_for
 from dovetail.core.seams import Seams, Selector, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import ALL, PageSet, Request
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.pages import pick
 from dovetail.ops.skew import PartialKeys, TurnedKeys, counted, kept_columns, partial_bytes
 from dovetail.runtime.target import Fused, PageChoice, RecordedSelector, Target, TurnedQueries
@@ -37,6 +38,9 @@ from dovetail.show.progress import note
 from dovetail.techniques.infinigen.calibration import kept
 from dovetail.techniques.infinigen.eviction import POLICIES, Evictions
 from dovetail.techniques.infinigen.guess import FITS, NORMS, Guesser, How, calibrate, shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS, TEXTS = 1024, 8  # tokens of a calibration text, and how many texts
 
@@ -84,21 +88,21 @@ class Speculation(Selector):
             what = f"calibration={named}" if named else "the calibration text"
             raise ConfigError(f"infinigen: {what} has {len(texts[0])} tokens; give at least {d}")
 
-        def measure() -> dict[str, Tensor]:
+        def measure() -> dict[str, NDArray[np.float32]]:
             note(f"infinigen measures the model on {sum(map(len, texts))} tokens, once")
             return calibrate(self.site, how, texts)
 
         how = How(self.rule.norm, self.rule.fit)
         text = hashlib.sha256(repr(texts).encode()).hexdigest()
         wanted = shapes(shape, self.site.model.config.hidden_size, how.fit)
-        found = kept(["skew 2", source.key(), how.norm, how.fit, text], wanted, measure)
-        basis = found.pop("basis").to(self.site.device)
+        found = kept(["skew 3", source.key(), how.norm, how.fit, text], wanted, measure)
+        basis = found.pop("basis")
         self.keys = PartialKeys(
             self.site.kv, basis[..., : kept_columns(d, self.rule.partial)], self.rule.skip_layers
         )
         self.guess = Guesser(self.site, how, found)
 
-    def seal(self, pages: Tensor, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         self.keys.seal(pages)
 
     def ahead(self, layer: int, hidden: Tensor, batch: Any) -> PageSet:
@@ -170,7 +174,7 @@ class RecordedSpeculation(Speculation, RecordedSelector):
         by = TurnedQueries(turned, self._native, self.rule.alpha)
         return PageChoice(self.window, self.rule.budget, by=by)
 
-    def seal(self, pages: Tensor, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         (self._native or self.keys).seal(pages)
 
 

@@ -20,20 +20,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import IntArray, pages_for
 from dovetail.core.seams import Geometry, Seams, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import PageSet, Request
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.cpu import padded
 from dovetail.ops.pages import Summaries, landmark_scores, num_vectors, page_scores, pick, summary_bytes
 from dovetail.runtime.target import PageChoice, RecordedCodec, RecordedSelector, Target
 from dovetail.techniques.shadowkv.prompt_keys import KeyFormat, PromptKeys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCORES = ("landmarks", "codes")
 LOCAL = 4  # chunks of recent tokens that every row reads: the paper's number
@@ -90,7 +91,7 @@ class ShadowKVSelector(RecordedSelector):
         self.summaries.program = to.program
         return PageChoice(self.window, self.budget, by=self.summaries)
 
-    def seal(self, pages: Tensor, kv: Any) -> None:
+    def seal(self, pages: IntArray, kv: Any) -> None:
         self.summaries.seal(pages)
 
     def select(self, layer: int, q: Tensor, batch: Any) -> PageSet:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from dovetail.core.pages import IntArray
 from dovetail.core.seams import Site
 from dovetail.core.types import Request
+from dovetail.host.lazy_torch import torch
 from dovetail.ops.low_rank import LowRank, factorise, rebuild
 from dovetail.ops.pages import outliers
-from dovetail.ops.rope import unrotate
+from dovetail.ops.rope import Rope, unrotate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Prompt:
     """
 
     pages: tuple[int, ...]
-    outliers: Tensor
+    outliers: NDArray[np.bool_]
     aliases: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     keys: dict[int, LowRank] = field(default_factory=dict)
     users: int = 0
@@ -65,7 +68,7 @@ class PromptKeys:
         self._by_alias: dict[int, Prompt] = {}  # by the first alias of each prompt
         self._native: Any = None  # rebuilds keys in native programs
         self._free = list(range(self.capacity - 1, -1, -1))
-        self._places = torch.zeros(2, self.capacity, dtype=torch.int64, device=site.device)
+        self._places = np.zeros((2, self.capacity), np.int64)
 
     def add(self, request: Request) -> IntArray:
         """Keep the dense part of `request`, which must be committed. Returns the aliases of its pages, or none."""
@@ -132,7 +135,7 @@ class PromptKeys:
         for mine, span in zip(out, batch.spans, strict=True):
             prompt = self._of.get(span.request.id)
             if prompt is not None:  # else none of its rows may leave pages unread yet
-                known = prompt.outliers[span.stage * shape.num_layers + layer, :, :pages]
+                known = torch.from_numpy(prompt.outliers[span.stage * shape.num_layers + layer, :, :pages])
                 mine[:, : known.shape[1]] = known
         return out
 
@@ -143,7 +146,7 @@ class PromptKeys:
         for stage in range(kv.num_stages):
             alias = pages - kv.num_pages - stage * kv.stage_pages
             inside = (alias >= 0) & (alias < self.capacity)
-            first, page = self._places[:, alias.where(inside, 0)]
+            first, page = torch.from_numpy(self._places).to(pages.device)[:, alias.where(inside, 0)]
             for name in first[inside].unique().tolist():
                 index = stage * kv.geometry.num_layers + layer
                 wanted = inside & (first == name)
@@ -155,10 +158,11 @@ class PromptKeys:
         size, dim = keys.shape[-2:]
         wide = torch.promote_types(keys.dtype, torch.float32)
         for head, mine in enumerate(pages.unbind(1)):
-            wanted = (mine >= 0) & ~prompt.outliers[index, head][mine.clamp_min(0)]
+            apart = torch.from_numpy(prompt.outliers[index, head]).to(mine.device)
+            wanted = (mine >= 0) & ~apart[mine.clamp_min(0)]
             found, back = mine[wanted].unique(return_inverse=True)
             tokens = (found[:, None] * size + torch.arange(size, device=found.device)).flatten()
-            columns, angles = slice(head * dim, (head + 1) * dim), self._angles(index, tokens, wide)
+            columns, angles = slice(head * dim, (head + 1) * dim), self._rope(index).angles(tokens, wide)
             rebuilt = rebuild(prompt.keys[index], tokens, columns, angles).unflatten(0, (-1, size))
             keys[:, head][wanted] = rebuilt.to(keys.dtype)[back]
             self.rebuilt += len(back)
@@ -166,19 +170,20 @@ class PromptKeys:
     def _make(self, pages: Sequence[int]) -> Prompt:
         kv, layers, how = self.site.kv, self.site.geometry.num_layers, self.how
         shape = (layers * kv.num_stages, kv.num_kv_heads, len(pages))
-        prompt = Prompt(tuple(pages), torch.zeros(shape, dtype=torch.bool, device=kv.device))
+        prompt = Prompt(tuple(pages), np.zeros(shape, np.bool_))
+        numbers = np.array(pages, np.int64)
         if len(pages) <= how.longer_than:
             return prompt
-        if not kv.stored(torch.tensor(pages, device=kv.device)):
+        if not kv.stored(numbers):
             return replace(prompt, whole=False)
         for i in range(shape[0]):
             if i % layers in kv.own_window:
                 continue
-            keys = kv.keys(i % layers, torch.tensor(pages, device=kv.device) + i // layers * kv.stage_pages)
-            if not bool(keys.isfinite().all()):
-                return replace(prompt, outliers=torch.zeros_like(prompt.outliers), keys={}, whole=False)
+            keys = kv.key_array(i % layers, numbers + i // layers * kv.stage_pages)
+            if not np.isfinite(keys).all():
+                return replace(prompt, outliers=np.zeros_like(prompt.outliers), keys={}, whole=False)
             prompt.outliers[i] = outliers(keys, how.chunk, how.outliers)
-            prompt.keys[i] = self._factorise(i, keys.flatten(0, 1))
+            prompt.keys[i] = self._factorise(i, keys.reshape(-1, *keys.shape[2:]))
         self._name(prompt)
         self._tell(prompt)
         return prompt
@@ -192,17 +197,17 @@ class PromptKeys:
         if self._native is None:
             return
         kv, names = self.site.kv, (prompt.aliases - self.site.kv.num_pages).tolist()
-        absent = LowRank(*(torch.zeros(0, 0) for _ in range(2)))
+        absent = LowRank(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
         kept = [prompt.keys.get(i, absent) for i in range(len(prompt.outliers))]
-        self._native.add(names, [(k.coefficients.data_ptr(), k.basis.data_ptr(), k.rank) for k in kept])
-        kv.seams.residency.native.alias(names, list(prompt.pages), prompt.outliers.data_ptr())
+        self._native.add(names, [(k.coefficients.ctypes.data, k.basis.ctypes.data, k.rank) for k in kept])
+        kv.seams.residency.native.alias(names, list(prompt.pages), prompt.outliers.ctypes.data)
 
-    def _factorise(self, index: int, keys: Tensor) -> LowRank:
+    def _factorise(self, index: int, keys: NDArray[Any]) -> LowRank:
         """The low-rank form of keys [tokens, KV heads, head_dim] of a layer; the first token is at position 0."""
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        angles = self._angles(index, torch.arange(len(keys), device=keys.device), wide)
-        found = factorise(unrotate(keys.to(wide), angles).flatten(1), self.how.rank, self.how.energy)
-        return _even(found.to(torch.bfloat16 if self.site.kv.k.kind in ("int8", "int4") else keys.dtype))
+        stored = self.site.kv.k
+        angles = self._rope(index).angles(np.arange(len(keys)), keys.dtype)
+        found = factorise(unrotate(keys, angles).reshape(len(keys), -1), self.how.rank, self.how.energy)
+        return _even(found).to("bfloat16" if stored.kind in ("int8", "int4") else stored.element)
 
     def _name(self, prompt: Prompt) -> None:
         n = len(prompt.pages)
@@ -211,18 +216,17 @@ class PromptKeys:
         names, self._free = self._free[-n:], self._free[:-n]
         self._by_alias[names[0]] = prompt
         self._places[0, names] = names[0]
-        self._places[1, names] = torch.arange(n, device=self._places.device)
+        self._places[1, names] = np.arange(n)
         prompt.aliases = self.site.kv.num_pages + np.array(names)
 
-    def _angles(self, index: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.site.model.blocks()[index].attention.rope.angles(positions, dtype)
+    def _rope(self, index: int) -> Rope:
+        found: Rope = self.site.model.blocks()[index].attention.rope
         return found
 
 
 def _even(factors: LowRank) -> LowRank:
     """The same with an even rank: native products take pairs of bfloat16."""
     odd = factors.rank % 2
-    pad = torch.nn.functional.pad
     return LowRank(
-        pad(factors.coefficients, (0, odd)).contiguous(), pad(factors.basis, (0, 0, 0, odd)).contiguous()
+        np.pad(factors.coefficients, ((0, 0), (0, odd))), np.pad(factors.basis, ((0, odd), (0, 0))), factors.kind
     )
