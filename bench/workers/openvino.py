@@ -4,7 +4,7 @@
 in steps. Both get token ids and give token ids, so that counts are exact and no text is made on this side.
 Everything not named in a setting is the library's default: weights in the file's groups, activations quantized to
 8 bits in groups of 32, KV in u8. Left out, because never the fastest: the SDPA backend of `LLMPipeline`,
-activations in other groups or in full, and prompts in chunks of the default 256 tokens.
+activations in full, wider groups of them with a GGUF file, and prompts in chunks of the default 256 tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import openvino
 import openvino_genai as genai
 from workers.protocol import Engine, Event, Prompts, Run, build, serve
 
-# KV of 16 bits takes more memory than the default u8 but has been the faster one, most of all behind long prompts.
+# The name's end -> properties. KV of 16 bits takes more memory than the default u8 but has been the faster one, most
+# of all behind long prompts.
 SETTINGS: dict[str, dict[str, Any]] = {
     "": {},
     ", bf16 KV": {"KV_CACHE_PRECISION": "bf16"},
     ", f16 KV": {"KV_CACHE_PRECISION": "f16"},
 }
+# With weights in groups of 128, which folders of int4 weights have.
+WIDE = {", f16 KV, groups of 128": {**SETTINGS[", f16 KV"], "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}}
 BATCHING = "ContinuousBatchingPipeline"
 BATCHED_TOKENS = 8192  # in a step: whole prompts
 
@@ -51,7 +54,7 @@ def load(setup: dict[str, Any]) -> Engine:
     kinds: dict[str, Callable[[str, dict[str, Any]], Run]] = {"LLMPipeline": alone, BATCHING: batching}
     ways = {
         f"{kind}{name}": partial(make, model, {**properties, **threads})
-        for name, properties in SETTINGS.items()
+        for name, properties in {**SETTINGS, **(WIDE if setup["converted"] else {})}.items()
         for kind, make in kinds.items()
     }
     built = build(ways, setup)
