@@ -20,8 +20,8 @@ import openvino
 import openvino_genai as genai
 from workers.protocol import Engine, Event, Prompts, Run, build, serve
 
-# The name's end -> properties. KV of 16 bits takes more memory than the default u8 but has been the faster one, most
-# of all behind long prompts.
+# The name's end -> properties. KV of 16 bits takes more memory than the default u8 but has been the faster one,
+# most of all behind long prompts.
 SETTINGS: dict[str, dict[str, Any]] = {
     "": {},
     ", bf16 KV": {"KV_CACHE_PRECISION": "bf16"},
