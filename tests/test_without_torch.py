@@ -65,3 +65,12 @@ def test_generating_imports_no_torch(model: Path, tmp_path: Path, use: str, kv: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert not use or "0}" not in done.stdout, done.stdout
+
+
+def test_writing_random_weights_imports_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from dovetail.cli import main\ntry:\n main()\nfinally:\n assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, "random", "qwen3", str(tmp_path / "m.gguf"), "--format", "Q4_K_M"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
