@@ -10,6 +10,7 @@ namespace {
 
 constexpr double READ = 14, ROW = 1;  // relative cost of a key: to fetch it, and for each query row and head
 constexpr int ITEM_ROWS = 32;         // the most rows of an item
+constexpr int LEAST_ROWS = 6;         // packed rows of an item: a register block
 constexpr int PIECES = 8;             // items per thread to aim at
 
 int chunks_of(int tokens) { return (tokens + CHUNK - 1) / CHUNK; }
@@ -148,7 +149,7 @@ void AttentionPlan::cut() {
         const int chunks = n.last - n.first;
         // Rows are cut before chunks, because that needs no states. At least a register block of rows stays together.
         const int wanted = std::max(1, (int)std::ceil(cost(chunks * CHUNK, n.rows) / target));
-        const int together = (MAX_QUERIES + heads_.group() - 1) / heads_.group();
+        const int together = (LEAST_ROWS + heads_.group() - 1) / heads_.group();
         const int each = std::clamp((n.rows + wanted - 1) / wanted, std::min(together, ITEM_ROWS), ITEM_ROWS);
         const int row_parts = (n.rows + each - 1) / each;
         n.parts = std::clamp((wanted + row_parts - 1) / row_parts, 1, std::max(1, chunks));

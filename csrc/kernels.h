@@ -10,7 +10,7 @@ constexpr int MAX_TILES = 3;   // tiles of a register block
 constexpr int TALL_ROWS = 48;  // rows of a tall register block
 constexpr int KEYS = 128;      // keys that attention handles at a time
 constexpr int KEY_TILES = KEYS / 16;
-constexpr int MAX_QUERIES = 6; // query rows of a register block of attention
+constexpr int MAX_QUERIES = 12;  // query rows that meet a block of keys at a time: two register blocks with AVX-512
 
 // A register block: some tiles of weights times some activation rows. Meanwhile `lines` cache lines per block of K are
 // fetched, from `ahead` on.

@@ -17,29 +17,39 @@ using dovetail::State;
 // processor follows them by itself. Measured on Zen 4.
 constexpr int SHORT_DIM = 64;
 
-template <int R, int U>
-INLINE void scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBlock& keys, int first, float* out) {
+// Register blocks of R rows are functions of their own: inlined into their loops they would lose registers to them.
+#define BLOCK_OF_ROWS __attribute__((noinline)) void
+
+// AHEAD: fetch what comes next.
+template <int R, int U, bool AHEAD>
+BLOCK_OF_ROWS scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBlock& keys, int first, float* out) {
     F acc[R][U];
-    UNROLL for (int r = 0; r < R; r++)
+    const char *tile[U], *x = (const char*)q;
+    size_t row[R];
+    UNROLL for (int u = 0; u < U; u++) tile[u] = (const char*)keys.k[first + u];
+    UNROLL for (int r = 0; r < R; r++) {
+        row[r] = r * stride * 2;
+        if (r) hold(row[r]);
         UNROLL for (int u = 0; u < U; u++) acc[r][u] = zero();
-    for (int d = 0; d < pairs; d++) {
+    }
+    for (size_t d = 0; d < (size_t)pairs * 64; d += 64, x += 4) {
         I k[U];
         UNROLL for (int u = 0; u < U; u++) {
-            k[u] = iload((const char*)keys.k[first + u] + 64 * d);
+            k[u] = iload(tile[u] + d);
             pin(k[u]);
-            if (d % 2 == 0 || pairs > SHORT_DIM / 2) prefetch_far((const char*)keys.next_k[first + u] + 64 * d);
+            if (AHEAD && (d % 128 == 0 || pairs > SHORT_DIM / 2)) prefetch_far((const char*)keys.next_k[first + u] + d);
         }
         UNROLL for (int r = 0; r < R; r++) {
-            const I x = iall(((const int32_t*)(q + r * stride))[d]);
-            UNROLL for (int u = 0; u < U; u++) acc[r][u] = dot_bf16(acc[r][u], k[u], x);
+            const I y = iall(*(const int32_t*)(x + row[r]));
+            UNROLL for (int u = 0; u < U; u++) acc[r][u] = dot_bf16(acc[r][u], k[u], y);
         }
     }
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) store(out + r * KEYS + (first + u) * 16, acc[r][u]);
 }
 
-template <int R, int U>
-INLINE void scores_f32(const float* q, size_t stride, int n, const KeyBlock& keys, int first, float* out) {
+template <int R, int U, bool AHEAD>
+BLOCK_OF_ROWS scores_f32(const float* q, size_t stride, int n, const KeyBlock& keys, int first, float* out) {
     F acc[R][U];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) acc[r][u] = zero();
@@ -47,7 +57,7 @@ INLINE void scores_f32(const float* q, size_t stride, int n, const KeyBlock& key
         F k[U];
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = load((const float*)keys.k[first + u] + 16 * d);
-            prefetch_far((const float*)keys.next_k[first + u] + 16 * d);
+            if (AHEAD) prefetch_far((const float*)keys.next_k[first + u] + 16 * d);
             pin(k[u]);
         }
         UNROLL for (int r = 0; r < R; r++) {
@@ -59,14 +69,31 @@ INLINE void scores_f32(const float* q, size_t stride, int n, const KeyBlock& key
         UNROLL for (int u = 0; u < U; u++) store(out + r * KEYS + (first + u) * 16, acc[r][u]);
 }
 
-// Tiles [u, keys.last) in steps of U, then of half of it.
-template <bool WIDE, int R, int U> INLINE void scores_from(const void* q, size_t stride, int n, const KeyBlock& keys,
-                                                           int u, float* out) {
-    for (; u + U <= keys.last; u += U) {
-        if (WIDE) scores_f32<R, U>((const float*)q, stride, n, keys, u, out);
-        else scores_bf16<R, U>((const uint16_t*)q, stride, n / 2, keys, u, out);
-    }
-    if constexpr (U > 2) scores_from<WIDE, R, U / 2>(q, stride, n, keys, u, out);
+template <bool WIDE, int R, int U, bool AHEAD>
+INLINE void scores_of(const void* q, size_t stride, int n, const KeyBlock& keys, int u, float* out) {
+    if (WIDE) scores_f32<R, U, AHEAD>((const float*)q, stride, n, keys, u, out);
+    else scores_bf16<R, U, AHEAD>((const uint16_t*)q, stride, n / 2, keys, u, out);
+}
+template <bool WIDE, int R, int U>
+void scores_by(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, int u, bool ahead, float* out) {
+    if (rows == R && ahead) return scores_of<WIDE, R, U, true>(q, stride, n, keys, u, out);
+    if (rows == R) return scores_of<WIDE, R, U, false>(q, stride, n, keys, u, out);
+    if constexpr (R > 1) scores_by<WIDE, R - 1, U>(q, stride, rows, n, keys, u, ahead, out);
+}
+
+// Tiles [u, keys.last) in steps of U, then of half of it. All rows meet the tiles of a step, and the first ones fetch.
+template <bool WIDE, int U>
+void scores_from(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, int u, float* out) {
+    for (; u + U <= keys.last; u += U)
+        for (int r = 0; r < rows; r += QUERIES) {
+            const int some = rows - r < QUERIES ? rows - r : QUERIES;
+            const char* from = (const char*)q + r * stride * (WIDE ? 4 : 2);
+            scores_by<WIDE, QUERIES, U>(from, stride, some, n, keys, u, r == 0, out + r * KEYS);
+        }
+    if constexpr (U > 2) scores_from<WIDE, U / 2>(q, stride, rows, n, keys, u, out);
+}
+template <bool WIDE> void scores(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, float* out) {
+    scores_from<WIDE, KEY_STEP>(q, stride, rows, n, keys, keys.first, out);
 }
 
 // ---- softmax and V
@@ -119,7 +146,8 @@ template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBloc
     return sum(add(add(parts[0], parts[1]), add(parts[2], parts[3])));
 }
 
-template <int R, int V> INLINE void mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
+template <int R, int V, bool AHEAD>
+BLOCK_OF_ROWS mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) acc[r][v] = zero();
@@ -130,7 +158,8 @@ template <int R, int V> INLINE void mix_bf16(const uint16_t* p, int n, const Key
             UNROLL for (int v = 0; v < V; v++) {
                 x[v] = iload((const char*)keys.v[u] + at + 64 * v);
                 pin(x[v]);
-                if ((d / 16 + v) % 2 == 0 || n > SHORT_DIM) prefetch_far((const char*)keys.next_v[u] + at + 64 * v);
+                if (AHEAD && ((d / 16 + v) % 2 == 0 || n > SHORT_DIM))
+                    prefetch_far((const char*)keys.next_v[u] + at + 64 * v);
             }
             UNROLL for (int r = 0; r < R; r++) {
                 const I w = iall(((const int32_t*)(p + r * 2 * KEYS))[8 * u + t]);  // rows keep the scores' stride
@@ -141,7 +170,8 @@ template <int R, int V> INLINE void mix_bf16(const uint16_t* p, int n, const Key
         UNROLL for (int v = 0; v < V; v++) store(out + r * stride + d + 16 * v, acc[r][v]);
 }
 
-template <int R, int V> INLINE void mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
+template <int R, int V, bool AHEAD>
+BLOCK_OF_ROWS mix_f32(const float* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) acc[r][v] = zero();
@@ -151,7 +181,7 @@ template <int R, int V> INLINE void mix_f32(const float* p, int n, const KeyBloc
             F x[V];
             UNROLL for (int v = 0; v < V; v++) {
                 x[v] = load((const float*)keys.v[u] + at + 16 * v);
-                prefetch_far((const float*)keys.next_v[u] + at + 16 * v);
+                if (AHEAD) prefetch_far((const float*)keys.next_v[u] + at + 16 * v);
                 pin(x[v]);
             }
             UNROLL for (int r = 0; r < R; r++) {
@@ -163,47 +193,36 @@ template <int R, int V> INLINE void mix_f32(const float* p, int n, const KeyBloc
         UNROLL for (int v = 0; v < V; v++) store(out + r * stride + d + 16 * v, acc[r][v]);
 }
 
-template <bool WIDE, int R> void mix_rows(float* scores, int n, const KeyBlock& keys, State& state, int first) {
-    // In two loops: a row's exponentials need not wait for its own maximum.
-    for (int r = 0; r < R; r++)
-        state.max[first + r] = largest(scores + r * KEYS, keys, state.from[first + r], state.to[first + r]);
-    for (int r = 0; r < R; r++) {
-        float *row = scores + r * KEYS, most = state.max[first + r];
-        state.sum[first + r] = whole(keys) ? weigh<WIDE, true>(row, keys, most) : weigh<WIDE, false>(row, keys, most);
-    }
-    float* out = state.out + first * state.stride;
-    int d = 0;
-    for (; d + 16 * VALUE_STEP <= n; d += 16 * VALUE_STEP) {
-        if (WIDE) mix_f32<R, VALUE_STEP>(scores, n, keys, d, out, state.stride);
-        else mix_bf16<R, VALUE_STEP>((const uint16_t*)scores, n, keys, d, out, state.stride);
-    }
-    for (; d < n; d += 16) {
-        if (WIDE) mix_f32<R, 1>(scores, n, keys, d, out, state.stride);
-        else mix_bf16<R, 1>((const uint16_t*)scores, n, keys, d, out, state.stride);
-    }
+template <bool WIDE, int R, int V, bool AHEAD>
+INLINE void mix_of(const float* scores, int n, const KeyBlock& keys, int d, float* out, int stride) {
+    if (WIDE) mix_f32<R, V, AHEAD>(scores, n, keys, d, out, stride);
+    else mix_bf16<R, V, AHEAD>((const uint16_t*)scores, n, keys, d, out, stride);
+}
+template <bool WIDE, int R, int V>
+void mix_by(const float* scores, int rows, int n, const KeyBlock& keys, int d, bool ahead, float* out, int stride) {
+    if (rows == R && ahead) return mix_of<WIDE, R, V, true>(scores, n, keys, d, out, stride);
+    if (rows == R) return mix_of<WIDE, R, V, false>(scores, n, keys, d, out, stride);
+    if constexpr (R > 1) mix_by<WIDE, R - 1, V>(scores, rows, n, keys, d, ahead, out, stride);
 }
 
-template <bool WIDE, int R>
-void scores_by(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, float* out) {
-    if (rows == R) return scores_from<WIDE, R, KEY_STEP>(q, stride, n, keys, keys.first, out);
-    if constexpr (R > 1) scores_by<WIDE, R - 1>(q, stride, rows, n, keys, out);
-}
-template <bool WIDE> void scores(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, float* out) {
-    for (int r = 0; r < rows; r += QUERIES) {
-        const int some = rows - r < QUERIES ? rows - r : QUERIES;
-        scores_by<WIDE, QUERIES>((const char*)q + r * stride * (WIDE ? 4 : 2), stride, some, n, keys, out + r * KEYS);
-    }
-}
-template <bool WIDE, int R>
-void mix_by(float* scores, int rows, int n, const KeyBlock& keys, State& state, int first) {
-    if (rows == R) return mix_rows<WIDE, R>(scores, n, keys, state, first);
-    if constexpr (R > 1) mix_by<WIDE, R - 1>(scores, rows, n, keys, state, first);
+// Dimensions [d, n) in steps of V vectors, then of one.
+template <bool WIDE, int V>
+void mix_from(const float* scores, int rows, int n, const KeyBlock& keys, int d, const State& state) {
+    for (; d + 16 * V <= n; d += 16 * V)
+        for (int r = 0; r < rows; r += QUERIES) {
+            const int some = rows - r < QUERIES ? rows - r : QUERIES;
+            mix_by<WIDE, QUERIES, V>(scores + r * KEYS, some, n, keys, d, r == 0, state.out + r * state.stride, state.stride);
+        }
+    if constexpr (V > 1) mix_from<WIDE, 1>(scores, rows, n, keys, d, state);
 }
 template <bool WIDE> void mix(float* scores, int rows, int n, const KeyBlock& keys, State& state) {
-    for (int r = 0; r < rows; r += QUERIES) {
-        const int some = rows - r < QUERIES ? rows - r : QUERIES;
-        mix_by<WIDE, QUERIES>(scores + r * KEYS, some, n, keys, state, r);
+    // In two loops: a row's exponentials need not wait for its own maximum.
+    for (int r = 0; r < rows; r++) state.max[r] = largest(scores + r * KEYS, keys, state.from[r], state.to[r]);
+    for (int r = 0; r < rows; r++) {
+        float *row = scores + r * KEYS, most = state.max[r];
+        state.sum[r] = whole(keys) ? weigh<WIDE, true>(row, keys, most) : weigh<WIDE, false>(row, keys, most);
     }
+    mix_from<WIDE, VALUE_STEP>(scores, rows, n, keys, 0, state);
 }
 
 void merge(float* const* records, int rows, const State& state, int n) {

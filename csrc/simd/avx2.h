@@ -63,6 +63,7 @@ INLINE I choose(M m, I a, I b) { return as_int(choose(m, as_float(a), as_float(b
 
 // n is a whole number; results below the smallest normal number are not asked for.
 INLINE F times_power_of_two(F a, F n) { return mul(a, as_float(left32<23>(iadd(to_int(n), iall(127))))); }
+INLINE F times_power_of_two(M m, F a, F n) { return keep(m, times_power_of_two(a, keep(m, n))); }
 
 INLINE F ior_sign(F a, F sign) {  // |a| is a, with the sign of the other
     const __m256 bit = _mm256_set1_ps(-0.f);

@@ -29,6 +29,8 @@ INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 INLINE F magnitude(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.f), a); }
 INLINE F round_even(F a) { return _mm512_roundscale_ps(a, 8); }
 INLINE F times_power_of_two(F a, F n) { return _mm512_scalef_ps(a, n); }
+// a 2^n, n a whole number, or 0 where the mask is not set. Results below the smallest normal number are not asked for.
+INLINE F times_power_of_two(M m, F a, F n) { return _mm512_maskz_scalef_ps(m, a, n); }
 INLINE M not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 INLINE M not_less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }

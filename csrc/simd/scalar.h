@@ -60,6 +60,7 @@ INLINE F as_float(I a) { F r; memcpy(r.v, a.v, 64); return r; }
 INLINE I as_int(F a) { I r; memcpy(r.v, a.v, 64); return r; }
 INLINE I choose(M m, I a, I b) { LANES(I, m.v[i] ? a.v[i] : b.v[i]); }
 INLINE F times_power_of_two(F a, F n) { LANES(F, a.v[i] * __builtin_ldexpf(1.f, (int)n.v[i])); }
+INLINE F times_power_of_two(M m, F a, F n) { return keep(m, times_power_of_two(a, keep(m, n))); }
 
 INLINE F ior_sign(F a, F sign) { LANES(F, __builtin_copysignf(a.v[i], sign.v[i])); }
 INLINE M not_nan(F a) { LANES(M, a.v[i] == a.v[i]); }
