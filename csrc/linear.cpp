@@ -14,6 +14,12 @@ constexpr int GATE_TILES = 8;  // tiles of gate and of up that are computed befo
 constexpr int AHEAD = 4096;    // bytes that a stream of weights is fetched ahead
 constexpr size_t PANEL = 256 << 10;  // bytes of activation rows that stay in a core's cache
 
+// Results of many rows are written to lines that are in no cache. They arrive while the products are computed.
+void fetch_results(const float* out, int stride, int rows, int columns) {
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < columns; i += 16) __builtin_prefetch(out + (size_t)r * stride + i, 1);
+}
+
 }  // namespace
 
 LinearOp::LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kernels& kernels)
@@ -148,8 +154,10 @@ void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int 
             for (int b = 0; b < blocks; b++) {
                 const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
                 const Block block{t, count, rows + at * row_bytes_, some, b, blocks, ahead(work, n)};
+                float* results = out.data.data() + (size_t)at * out.stride + column;
+                if (blocks > 1) fetch_results(results, out.stride, some, columns);
                 if (direct) {
-                    multiply(k, w, block, {out.data.data() + (size_t)at * out.stride + column, out.stride, args_.add});
+                    multiply(k, w, block, {results, out.stride, args_.add});
                     continue;
                 }
                 multiply(k, w, block, {values, MAX_TILES * TILE, false});
@@ -183,6 +191,8 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
         const int column = from * TILE, columns = std::min((to - from) * TILE, out.width - column);
         for (int b = 0; b < blocks; b++) {
             const int at = row + n * b / blocks, some = row + n * (b + 1) / blocks - at;
+            float* results = out.data.data() + (size_t)at * out.stride + column;
+            if (blocks > 1) fetch_results(results, out.stride, some, columns);
             for (int w = 0; w < 2; w++)
                 for (int t = from, count; t < to; t += count) {
                     count = std::min(shape(k, *segments_[w].weights, n).tiles, to - t);
@@ -196,8 +206,7 @@ void LinearOp::gates(const Work& work, const uint8_t* rows, int row, int n, int 
                         values[1][r * width + i] += args_.bias[out.width + column + i];
                     }
             // Up to a whole vector. What lies beyond the slot's width stays zero, because the weights' padding is zero.
-            k.gate({args_.gate, values[0], values[1], width, out.data.data() + (size_t)at * out.stride + column,
-                    out.stride, some, (columns + 15) / 16 * 16});
+            k.gate({args_.gate, values[0], values[1], width, results, out.stride, some, (columns + 15) / 16 * 16});
         }
     }
 }

@@ -299,8 +299,6 @@ void gemm_super_blocks(const GemmArgs& g) {
 
 template <class W, int R, int T>
 void gemm_int8(const GemmArgs& g) {
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) prefetch(g.out + (size_t)r * g.out_stride + 16 * t);
     if constexpr (INFO<W>.blocks > 1) gemm_super_blocks<W, R, T>(g);
     else gemm_blocks<W, R, T>(g);
 }
