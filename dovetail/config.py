@@ -14,6 +14,7 @@ from dovetail.core.model import PLAIN_FORMATS, ModelConfig
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside, Composition
+from dovetail.host.lazy_torch import INSTALL, installed
 from dovetail.ops.cpu import MAX_HEAD_DIM, TORCH, native
 from dovetail.options import Options
 
@@ -168,7 +169,8 @@ def resolve_device(asked: str, cuda: bool) -> str:
     if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
         raise ConfigError(f"device '{asked}' is unknown; use auto, cpu, cuda or cuda:0")
     if kind == "cuda" and not cuda:
-        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use --device cpu")
+        missing = "torch sees no CUDA device here" if installed() else f"torch is not installed: {INSTALL}"
+        raise ConfigError(f"device 'cuda' was asked for, but {missing}; or use --device cpu")
     return asked
 
 
