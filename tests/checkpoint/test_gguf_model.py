@@ -202,7 +202,7 @@ def test_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not an empty directory"):
         export(checkpoint, tmp_path)
     with pytest.raises(ConfigError, match="dtype"):
-        export(checkpoint, tmp_path / "out", torch.int8)
+        export(checkpoint, tmp_path / "out", "int8")
     (tmp_path / "empty").mkdir()
     export(checkpoint, tmp_path / "empty")
     assert json.loads((tmp_path / "empty" / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -27,7 +27,7 @@ def test_perplexity_and_greedy_tokens_equal_transformers(gemma3: Path, tmp_path:
     answer = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=32), progress=False)[0]
     assert answer.outputs[0].text.startswith(" Spain")
 
-    export(open_checkpoint(gemma3), tmp_path / "hf", torch.float32)
+    export(open_checkpoint(gemma3), tmp_path / "hf", "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     ids = llm.tokenizer.encode(corpus("pydoc").text)[:WINDOW]
     with torch.inference_mode():

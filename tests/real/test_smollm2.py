@@ -36,7 +36,7 @@ def llm(smollm2: Path) -> LLM:
 def test_64_greedy_tokens_equal_transformers(llm: LLM, smollm2: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    export(open_checkpoint(smollm2), tmp_path / "hf", torch.float32)
+    export(open_checkpoint(smollm2), tmp_path / "hf", "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     chats = [[{"role": "user", "content": q}] for q in QUESTIONS]
@@ -117,7 +117,7 @@ def test_perplexity_equals_transformers(llm: LLM, smollm2: Path, tmp_path: Path)
     from dovetail.text.corpus import corpus
 
     result = Perplexity(window=512, windows=2).measure(llm, None)
-    export(open_checkpoint(smollm2), tmp_path / "hf", torch.float32)
+    export(open_checkpoint(smollm2), tmp_path / "hf", "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     ids = llm.tokenizer.encode(corpus("pydoc").text)
     losses = []

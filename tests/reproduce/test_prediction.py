@@ -28,7 +28,7 @@ def still() -> TinyCheckpoint:
     checkpoint = TinyCheckpoint(tiny_config(num_layers=4))
     for i in range(4):
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            checkpoint.tensor(f"model.layers.{i}.{name}.weight").data.zero_()
+            checkpoint.tensor(f"model.layers.{i}.{name}.weight").data[:] = 0
     return checkpoint
 
 

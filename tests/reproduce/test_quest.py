@@ -14,11 +14,13 @@ from dovetail.bench.kernels.attention import Attention, Heads, Kernels, KVPool, 
 from dovetail.bench.kernels.sparse_attention import Choosing, SparseAttention, drift
 from dovetail.core.errors import ConfigError
 from dovetail.ops import cpu
+from dovetail.ops.memory import as_tensor
 from dovetail.ops.pages import KINDS, page_scores, pick, summary, unpacked
 from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.needles import Needles
 from dovetail.reproduce.quest import EFFORTS, Effort, experiments
 from dovetail.reproduce.runner import measure
+from dovetail.runtime.store import store_type
 
 pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were not built")
 SMALL = Heads(6, 2, 16)
@@ -98,11 +100,12 @@ def test_the_step_reads_what_the_definitions_choose(
     q = step.q[..., : heads.dim] * heads.dim**-0.5
     q = q.to(torch.bfloat16).float() if dtype == "bf16" else q
     eligible = max(0, stop - 16) // 16
-    found = step.summaries[order][None, ..., : heads.dim].double()
+    summaries = as_tensor(step.summaries, store_type(dtype)[1])
+    found = summaries[order][None, ..., : heads.dim].double()
     if kind == "codes":
-        found = unpacked(step.summaries[order], heads.dim, 16)[None].double()
+        found = unpacked(summaries[order], heads.dim, 16)[None].double()
     torch.testing.assert_close(
-        found[0].float(), summary(k.to(step.summaries.dtype), kind, 16).float(), rtol=0.01, atol=1e-5
+        found[0].float(), summary(k.to(summaries.dtype), kind, 16).float(), rtol=0.01, atol=1e-5
     )
     count = torch.tensor([max(0, listed - (-(-stop // 16) - eligible))])
     chosen = pick(page_scores(q.double(), found, kind).float(), torch.tensor([eligible]), count)[0]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from dovetail.checkpoint.export import export
 from dovetail.core.types import StepPlan, StepResult
@@ -34,7 +33,7 @@ class _WithTokenizer(TinyCheckpoint):
 def save_tiny(directory: Path) -> Path:
     checkpoint = _WithTokenizer(tiny_config(vocab_size=260))
     checkpoint.generation_config = {"eos_token_id": [257, 259]}
-    return export(checkpoint, directory, torch.float32)
+    return export(checkpoint, directory, "float32")
 
 
 class Throttle:
