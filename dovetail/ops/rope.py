@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Floats, float]:
     """Frequencies [head_dim / 2] (float32) and the factor on cos and sin that a scaling asks for."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # The power in float64, rounded once, is what transformers' float32 power gives; numpy's own differs in the last bit.
+    # A power in float64, rounded once, is what transformers' power gives. numpy's float32 power differs by a bit.
     base: Floats = np.float32(1) / np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
     p = rope.parameters
     if rope.kind in ("default", "dynamic"):  # dynamic is the identity within the trained context
