@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.checkpoint.random_model import write_random
+from dovetail.host import lazy_torch
 from dovetail.models.shapes import shape
 from dovetail.ops.cpu import isas
 
@@ -74,3 +75,46 @@ def test_writing_random_weights_imports_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, "random", "qwen3", str(tmp_path / "m.gguf"), "--format", "Q4_K_M"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "broken", ["raise ImportError('libtorch.so is missing')", "import ctypes; ctypes.CDLL('/no/such')", "1 / 0"]
+)
+def test_a_torch_that_does_not_load_is_nobody_s_business_but_the_reference_s(
+    model: Path, tmp_path: Path, broken: str
+) -> None:
+    package = tmp_path / "broken" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(broken)
+    env = {"DOVETAIL_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{package.parent}:{Path.cwd()}"}
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "dovetail",
+            "run",
+            str(model),
+            "hello",
+            "--raw",
+            "--max-tokens",
+            "2",
+            *options,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
+
+    assert run().returncode == 0
+    done = run("--kernels", "torch")
+    assert done.returncode == 2
+    assert "torch is installed but does not load" in done.stderr and "dovetail-llm[torch]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_whose_torch_does_not_load_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise OSError("libcudart is missing")
+
+    monkeypatch.setattr(lazy_torch, "DRIVERS", (__file__,))
+    monkeypatch.setattr(lazy_torch, "import_module", fails)
+    with pytest.warns(UserWarning, match=r"left alone.*libcudart is missing"):
+        assert lazy_torch.cuda_devices() == 0

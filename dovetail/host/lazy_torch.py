@@ -7,6 +7,7 @@ them, so the package runs without torch, and does not import it where it is inst
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -25,19 +26,23 @@ def installed() -> bool:
 def _load() -> Any:
     try:
         return import_module("torch")
-    except ImportError as error:
-        if installed():
-            raise ConfigError(
-                f"torch is installed but does not load ({error}); reinstall it: {INSTALL}"
-            ) from error
-        raise ConfigError(f"this needs torch, which is not installed: {INSTALL}") from error
+    except Exception as error:  # a broken installation fails in many ways
+        if not installed():
+            raise ConfigError(f"this needs torch, which is not installed: {INSTALL}") from error
+        what = f"torch is installed but does not load ({type(error).__name__}: {error})"
+        raise ConfigError(f"{what}; install it again: {INSTALL}") from error
 
 
 def cuda_devices() -> int:
-    """How many CUDA devices torch sees. It is imported only where the driver's files are."""
+    """How many CUDA devices torch sees. It is imported only where the driver's files are; if it does not load, there
+    is a warning, because the CPU needs none of it."""
     if not installed() or not any(os.path.exists(f) for f in DRIVERS):
         return 0
-    return int(_load().cuda.device_count())
+    try:
+        return int(_load().cuda.device_count())
+    except ConfigError as error:
+        warnings.warn(f"the GPU is left alone: {error}", stacklevel=2)
+        return 0
 
 
 class _Torch:
