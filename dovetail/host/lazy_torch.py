@@ -34,8 +34,10 @@ def _load() -> Any:
 
 
 def cuda_devices() -> int:
-    """How many CUDA devices torch sees. It is imported only where the driver's files are; if it does not load, there
-    is a warning, because the CPU needs none of it."""
+    """How many CUDA devices torch sees. It is imported only where the driver's files are.
+
+    If it does not load, that is a warning, because the CPU needs none of it.
+    """
     if not installed() or not any(os.path.exists(f) for f in DRIVERS):
         return 0
     try:
