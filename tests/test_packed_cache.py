@@ -183,7 +183,8 @@ def test_impossible_options(
 
 
 INTERRUPTED = """
-import os
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 from dovetail.checkpoint import packed_cache
 write = os.writev
 def interrupted(*arguments):
@@ -200,7 +201,7 @@ def test_ctrl_c_abandons_it(model: Path, folder: Path, tokens: str) -> None:
     """Whether it comes while the answer goes on or after it."""
     command = argv(["run", model, "hello", "--raw", "--max-tokens", tokens, "--ignore-eos", *SMALL])
     command[2] = INTERRUPTED + command[2]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode in (0, 130), done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in folder.iterdir()] == [".lock"]
