@@ -65,7 +65,7 @@ BlockShape LinearOp::shape(const Kernels& kernels, int n) const {
 }
 
 void LinearOp::prepare(const Work& work) {
-    const size_t need = (size_t)total(work) * row_bytes_;
+    const size_t need = (size_t)total(work) * row_bytes_ + 64;  // sums of the last row are read a vector at a time
     if (work.rows->size() < need) work.rows->resize(need);
     for (Aligned<uint8_t>& own : *work.own)
         if (own.size() < ALONE * row_bytes_ + norm_bytes()) own.resize(ALONE * row_bytes_ + norm_bytes());

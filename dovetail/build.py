@@ -99,7 +99,6 @@ def packed_cache(checkpoint: Checkpoint, config: Config) -> PackedCache | None:
 def _format(config: Config) -> Format:
     if config.kernels != TORCH:
         return Packed(config.dtype, config.activations, config.kernels, config.threads)
-    torch.set_num_threads(config.threads)
     return Dense(config.dtype, config.device)
 
 
@@ -125,6 +124,7 @@ def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cach
         act()
     if native and recordable(model, kv):
         return NativeExecutor(model, kv, config.kernels, config.threads)
+    torch.set_num_threads(config.threads)
     return ModelExecutor(
         model, kv, BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, site.device)
     )

@@ -14,6 +14,7 @@ from dovetail.core.model import PLAIN_FORMATS, ModelConfig
 from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside, Composition
+from dovetail.host import lazy_torch
 from dovetail.host.lazy_torch import INSTALL, installed
 from dovetail.ops.cpu import MAX_HEAD_DIM, TORCH, native
 from dovetail.options import Options
@@ -131,6 +132,18 @@ def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: i
     if reason:
         raise ConfigError(f"kernels '{options.kernels}': {reason}; use --kernels auto or {TORCH}")
     return options.kernels
+
+
+def _why_torch(options: Options, machine: Machine) -> str:
+    """Why the reference is needed, and what else to do."""
+    if options.kernels == TORCH:
+        return "kernels 'torch' are torch's; use --kernels auto"
+    if not machine.isas:
+        return (
+            "the native library is not built or does not load (`dovetail doctor` says why; `make setup` builds it)"
+        )
+    asked = f"--dtype {options.dtype}, --kv-cache-dtype {options.kv_cache_dtype} or this model's head_dim"
+    return f"native kernels cannot do what {asked} ask for"
 
 
 def resolve_activations(options: Options, stored: str, kernels: str) -> str:
@@ -395,6 +408,8 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     machine = found.machine
     device = resolve_device(options.device, machine.cuda)
     kernels = resolve_kernels(options, device, machine, geometry.head_dim)
+    if kernels == TORCH and not lazy_torch.installed():
+        raise ConfigError(f"{_why_torch(options, machine)}, and torch is not installed: {lazy_torch.INSTALL}")
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)

@@ -152,6 +152,8 @@ if wheel.read(sources).decode().strip() != wanted:
     sys.exit(1)
 new = pathlib.Path(fitting[0] + ".new")
 new.write_bytes(wheel.read(fitting[0]))
+for old in pathlib.Path("dovetail").glob("_native.*.so"):
+    old.unlink()  # Python would prefer one for its own version to one for all
 new.rename(fitting[0])
 PYTHON
         loads "$venv/bin/python" || continue
@@ -212,7 +214,10 @@ compile() {
         failed "$(grep -v '^\[ *[0-9]*%\] ' "$log")" "the native library does not compile"
     "$cmake" --install "$build" --prefix "$build/installed" >"$log" 2>&1 9<&- ||
         failed "$(cat "$log")" "the native library cannot be installed"
-    # Moved, not written over: a running program keeps the one that it has loaded.
+    # Moved, not written over: a running program keeps the one that it has loaded. Python would prefer one for its own
+    # version to one for all, so no other may stay.
+    mkdir -p "$build/before"
+    mv -f dovetail/_native.*.so "$build/before/" 2>/dev/null || true
     mv -f "$build"/installed/dovetail/_native.*.so dovetail/
     printf '%s\n' "$native_hash" >"$sources"
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,18 @@ def test_ctrl_c_abandons_it(model: Path, folder: Path, tokens: str) -> None:
     assert done.returncode in (0, 130), done.stderr
     assert "Traceback" not in done.stderr
     assert [p.name for p in folder.iterdir()] == [".lock"]
+
+
+def test_a_system_without_threads_left_keeps_nothing_and_goes_on(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    assert answer(model) == answer(model, packed_cache="off")
+    assert not list(folder.glob("*.packed"))
+    assert "are not kept: can't start new thread" in capsys.readouterr().err
 
 
 def test_measurements_have_it_written_first(model: Path, folder: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from dovetail.checkpoint.random_model import write_random
+from dovetail.core.errors import ConfigError
 from dovetail.host import lazy_torch
 from dovetail.models.shapes import shape
 from dovetail.ops.cpu import isas
@@ -118,3 +121,11 @@ def test_a_gpu_whose_torch_does_not_load_is_left_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(lazy_torch, "import_module", fails)
     with pytest.warns(UserWarning, match=r"left alone.*libcudart is missing"):
         assert lazy_torch.cuda_devices() == 0
+
+
+def test_a_folder_that_torch_left_behind_is_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_torch, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(lazy_torch, "import_module", ModuleType)
+    assert not lazy_torch.installed()
+    with pytest.raises(ConfigError, match="not installed"):
+        lazy_torch.torch.nobody_asks_for_this  # noqa: B018

@@ -300,7 +300,6 @@ void tiles_bf16(const GemmArgs& g) {
 template <class W> void add_tall(dovetail::Kernels& k) {
     k.tall[W::ID][dovetail::INT8] = tall_int8<W>;
     k.many[W::ID][dovetail::INT8] = {dovetail::TALL_ROWS, TALL_TILES};
-    k.many[W::ID][dovetail::INT8] = {dovetail::TALL_ROWS, TALL_TILES};
     for (int r = LEAST_ROWS; r <= dovetail::MAX_ROWS; r++)
         for (int t = 1; t <= TALL_TILES; t++) {
             dovetail::Gemm& gemm = k.gemm[W::ID][dovetail::INT8][r][t];

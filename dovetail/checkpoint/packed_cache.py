@@ -82,9 +82,15 @@ class PackedCache:
         """Begin to write what was added, in a thread of low priority. The process waits for it at its end."""
         if not self._fresh or self._origin is None or self._thread is not None:
             return
-        self._thread = threading.Thread(target=self._write, name="packed weights")
+        thread = threading.Thread(target=self._write, name="packed weights")
         _running.add(self)
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            _running.discard(self)
+            _tell(f"packed weights are not kept: {error}; {_OFF}")
+            return
+        self._thread = thread
 
     def finish(self, progress: bool = False) -> None:
         """Wait until all is written. Ctrl-C ends it; then nothing is kept.

@@ -53,7 +53,10 @@ def load(path: Path, origin: Origin, threads: int) -> Contents:
         found, tensors, length = read_header(file)
         if found != origin:
             raise Unusable(_difference(found, origin))
-        places, start = {name: _Place(**place) for name, place in tensors.items()}, _up(length)
+        try:
+            places, start = {name: _Place(**place) for name, place in tensors.items()}, _up(length)
+        except (TypeError, AttributeError) as error:
+            raise Unusable("another version wrote the file") from error
         size = os.fstat(file.fileno()).st_size
         end = max((p.offset + p.bytes for p in places.values()), default=0)
         if size < start + end:

@@ -106,7 +106,8 @@ def remove(
 
     freed = 0 if packed else hub.remove(model)
     with explaining(packed_home(), 0, "changes"):
-        freed += remove_packed(packed_home(), [hub.place(model)] if packed else [])
+        of_model, of_gone = remove_packed(packed_home(), [hub.place(model)] if packed else [])
+    freed += of_model if packed else of_gone
     if packed and not freed:
         raise ModelError(f"no packed weights of {model} are kept; `dovetail list` shows those that are")
     print(f"removed {'packed weights of ' if packed else ''}{model}, {format_size(freed)} freed")

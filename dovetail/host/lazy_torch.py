@@ -20,12 +20,15 @@ INSTALL = 'pip install "dovetail-llm[torch]"'
 
 def installed() -> bool:
     """Whether torch can be found. It is not imported."""
-    return find_spec("torch") is not None
+    spec = find_spec("torch")
+    return spec is not None and spec.origin is not None  # a folder that was left behind has none
 
 
 def _load() -> Any:
     try:
-        return import_module("torch")
+        module = import_module("torch")
+        module.Tensor  # noqa: B018  a folder that was left behind has none
+        return module
     except Exception as error:  # a broken installation fails in many ways
         if not installed():
             raise ConfigError(f"this needs torch, which is not installed: {INSTALL}") from error

@@ -1,6 +1,7 @@
 """Models from the Hugging Face hub, in its own cache and under its own environment variables.
 
-Nothing here asks the network about a model that is already complete on disk, so a start costs no round trip.
+Nothing here asks the network about a model that is already complete on disk, so a start costs no round trip. A
+repository of GGUF files that is named without a tag is the exception: only the hub knows what else it holds.
 """
 
 from __future__ import annotations

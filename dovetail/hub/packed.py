@@ -101,19 +101,20 @@ def packed_files(folder: Path) -> list[PackedEntry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
-def remove_packed(folder: Path, models: Sequence[Path] = ()) -> int:
-    """Delete packed weights of `models` (files or folders), and those whose model is gone. The bytes freed.
+def remove_packed(folder: Path, models: Sequence[Path] = ()) -> tuple[int, int]:
+    """Delete packed weights of `models` (files or folders), and those whose model is gone.
 
-    Raises OSError.
+    Returns the bytes freed of both. Raises OSError.
     """
     wanted = {f(m) for m in models for f in (os.path.abspath, os.path.realpath)}
-    freed = 0
+    freed = orphaned = 0
     for entry in packed_files(folder):
         names = {f(p) for p in (Path(entry.model), *Path(entry.model).parents) for f in (str, os.path.realpath)}
-        if entry.orphaned or wanted & names:
+        mine = bool(wanted & names)
+        if entry.orphaned or mine:
             entry.path.unlink(missing_ok=True)
-            freed += entry.size
-    return freed
+            freed, orphaned = freed + entry.size * mine, orphaned + entry.size * (not mine)
+    return freed, orphaned
 
 
 def make_room(folder: Path, own: Path, room: int) -> None:

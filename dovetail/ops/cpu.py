@@ -24,7 +24,9 @@ def native() -> Any:
         from dovetail import _native
     except ImportError as error:
         if (file := extension_file()) is not None:
-            warnings.warn(f"the slow torch reference runs, because {file} does not load: {error}", stacklevel=2)
+            warnings.warn(
+                f"the native kernels cannot be used, because {file} does not load: {error}", stacklevel=2
+            )
         return None
     return _native
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.cost import Cost
+from dovetail.core.errors import ConfigError
 from dovetail.core.seams import Variant
+from dovetail.host import lazy_torch
 from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant, kernel_variant
 from dovetail.ops.pages import Summaries
@@ -158,6 +160,11 @@ class Recorder(Ledger):
             self.program.pick_partial(rule, by.slot, layer, data.address, keys.width, by.alpha)
             self._note_pick("pick_partial", data.nbytes / data.shape[0])
         elif isinstance(by, Summaries):
+            if self.kv.page_size % 16 and not lazy_torch.installed():
+                raise ConfigError(
+                    f"pages of {self.kv.page_size} tokens are summarised by torch, which is not installed; use a "
+                    f"--block-size that is a multiple of 16, or {lazy_torch.INSTALL}"
+                )
             self.program.pick(rule, self.q, layer, by.kind, by.memory.address, by.vectors)
             self._note_pick("pick", by.memory.nbytes / by.memory.shape[0])
         else:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dovetail.checkpoint import packed_file
 from dovetail.checkpoint.packed_file import ALIGNMENT, file_bytes, load, store
-from dovetail.hub.packed import Origin, Unusable, packed_files, read_header
+from dovetail.hub.packed import Origin, Unusable, header, packed_files, read_header
 from dovetail.ops.dequant import BLOCKS
 
 native = pytest.importorskip("dovetail._native")
@@ -159,6 +159,14 @@ def test_progress_is_told_and_may_end_the_writing(tmp_path: Path) -> None:
         store(tmp_path / "x.packed", ORIGIN, {"other": packed("F32", 4, 4)}, stop)
     assert [p.name for p in tmp_path.iterdir()] == ["x.packed"]
     assert (tmp_path / "x.packed").read_bytes() == before
+
+
+def test_places_that_another_version_describes_are_refused(tmp_path: Path) -> None:
+    place = {"format": "F32", "n": 1, "k": 1, "offset": 0, "bytes": 4, "checksum": 0}
+    for tensors in ({"w": place | {"device": "gpu"}}, {"w": {"format": "F32"}}, {"w": [1]}, ["w"]):
+        (tmp_path / "f").write_bytes(header(ORIGIN, tensors).ljust(2 * ALIGNMENT, b"\0"))  # type: ignore[arg-type]
+        with pytest.raises(Unusable, match="another version"):
+            load(tmp_path / "f", ORIGIN, 1)
 
 
 def test_a_place_outside_of_the_file_is_refused(file: Path) -> None:

@@ -174,7 +174,8 @@ def test_what_needs_torch_says_so_in_one_sentence(light: Light, tiny_model: Path
         "--kv-offloading-size",
         "4MiB",
     )  # acts in Python
-    for arguments in (("--kernels", "torch"), ("--device", "cuda"), pool):
+    odd = ("--block-size", "8", "--use", "quest:budget=64,skip_layers=0")  # pages that fill no tile
+    for arguments in (("--kernels", "torch"), ("--device", "cuda"), ("--dtype", "float16"), pool, odd):
         done = light.run("-m", "dovetail", "run", tiny_model, "Hi", *SMALL, *arguments)
         assert done.returncode == 2, done.stderr
         assert "pip install" in done.stderr

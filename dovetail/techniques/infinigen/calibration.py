@@ -20,6 +20,8 @@ from dovetail.host.files import explaining, home, replacing
 from dovetail.host.lazy_torch import torch
 from dovetail.layers.linear import Packed, PackedLinear
 from dovetail.ops import cpu
+from dovetail.ops.attention.kernel_variant import kernel_variant
+from dovetail.ops.template import TemplateError
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV, KVConfig
 from dovetail.runtime.recorder import Recorder
@@ -47,11 +49,21 @@ def layer_inputs(site: Site, texts: Sequence[Sequence[int]]) -> Iterator[tuple[i
         request.table.grow(0, len(request.tokens))
     spans = [Span(request, 0, len(request.tokens)) for request in requests]
     qkv = site.model.blocks()[0].attention.qkv
-    if isinstance(qkv, PackedLinear):
+    if isinstance(qkv, PackedLinear) and _recordable(site.model):
         kv = KV(site.geometry, KVConfig(pages, PAGE, "float32", tiled=True), site.device)
         yield from _recorded_inputs(site.model, kv, qkv.format, spans)
     else:
         yield from _inputs(site, KV(site.geometry, KVConfig(pages, PAGE, "float32"), site.device), spans)
+
+
+def _recordable(model: Any) -> bool:
+    """Whether native attention can run the variants of all layers."""
+    try:
+        for block in model.blocks():
+            kernel_variant(block.attention.variant, model.geometry.num_heads)
+    except TemplateError:
+        return False
+    return True
 
 
 def _request(number: int, text: Sequence[int]) -> Request:
