@@ -15,7 +15,6 @@ from dovetail.core.pages import pages_for
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside, Composition
 from dovetail.host import lazy_torch
-from dovetail.host.lazy_torch import INSTALL, installed
 from dovetail.ops.cpu import MAX_HEAD_DIM, TORCH, native
 from dovetail.options import Options
 
@@ -182,7 +181,9 @@ def resolve_device(asked: str, cuda: bool) -> str:
     if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
         raise ConfigError(f"device '{asked}' is unknown; use auto, cpu, cuda or cuda:0")
     if kind == "cuda" and not cuda:
-        missing = "torch sees no CUDA device here" if installed() else f"torch is not installed: {INSTALL}"
+        missing = "torch sees no CUDA device here"
+        if not lazy_torch.installed():
+            missing = f"torch is not installed: {lazy_torch.INSTALL}"
         raise ConfigError(f"device 'cuda' was asked for, but {missing}; or use --device cpu")
     return asked
 

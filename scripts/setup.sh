@@ -152,11 +152,17 @@ if wheel.read(sources).decode().strip() != wanted:
     sys.exit(1)
 new = pathlib.Path(fitting[0] + ".new")
 new.write_bytes(wheel.read(fitting[0]))
+before = pathlib.Path("build/before")
+before.mkdir(parents=True, exist_ok=True)
 for old in pathlib.Path("dovetail").glob("_native.*.so"):
-    old.unlink()  # Python would prefer one for its own version to one for all
+    old.replace(before / old.name)  # Python would prefer one for its own version to one for all
 new.rename(fitting[0])
 PYTHON
-        loads "$venv/bin/python" || continue
+        if ! loads "$venv/bin/python"; then
+            rm -f dovetail/_native.*.so
+            mv -f build/before/_native.*.so dovetail/ 2>/dev/null || true
+            continue
+        fi
         say "taking the native library from $wheel"
         printf '%s\n' "$native_hash" >"$sources"
         return

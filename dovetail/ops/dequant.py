@@ -1,4 +1,4 @@
-"""Block formats of stored weights: bytes -> float32.
+"""Block formats of stored weights: bytes -> float32, and back for the one that is also made here.
 
 Every quantized format cuts a row into blocks of `values` numbers that share a scale d, and in the `_1` and K
 formats an offset m: value = d * q - m, or d * (q - zero). K formats have two levels: 256 values share a float16
@@ -169,6 +169,16 @@ def _q6_k(blocks: Bytes) -> Floats:
     q -= 32.0
     q *= scale[..., None]
     return q.reshape(-1, 256)
+
+
+def q8_0(x: NDArray[Any]) -> Bytes:
+    """x [n, k], k a multiple of 32 -> uint8 [n, k / 32 * 34] in format Q8_0. Each 32 values become a float16
+    scale, their largest magnitude / 127, and 32 signed bytes."""
+    blocks = x.astype(np.float32).reshape(len(x), -1, 32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    steps = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0).round().astype(np.int8)
+    data = np.concatenate([scale.astype(np.float16).view(np.uint8), steps.view(np.uint8)], -1)
+    return data.reshape(len(x), -1)
 
 
 BLOCKS: dict[str, BlockFormat] = {

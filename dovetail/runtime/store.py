@@ -67,17 +67,17 @@ class FloatStore:
         _copy(self._data, self.slots, source, target)
 
 
-class Int8Store:
-    """Symmetric int8 per token and head: scale = max|x| / 127 (float32), x ~ scale * round(x / scale)."""
+class CodeStore:
+    """Codes and their scales: what KV in 8 and in 4 bits has in common."""
 
     layout = "NHD"
-    kind = "int8"
     element = "float32"  # what is read
 
-    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
-        self.slots = shape[1]
-        self._codes = Memory(_flat(shape), kind, device)
-        self._scales = Memory(_flat(shape[:3]), "float32", device)
+    def __init__(self, codes: Sequence[int], scales: Sequence[int], kind: str, device: str) -> None:
+        """Shapes [layers, slots, ...] of codes of `kind` (of `ops.memory.ELEMENTS`) and of float32 scales."""
+        self.slots = codes[1]
+        self._codes = Memory(_flat(codes), kind, device)
+        self._scales = Memory(_flat(scales), "float32", device)
 
     @property
     def codes(self) -> Tensor:
@@ -89,6 +89,19 @@ class Int8Store:
 
     def memory(self) -> tuple[int, int]:
         return self._codes.address, self._scales.address
+
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        _copy(self._codes, self.slots, source, target)
+        _copy(self._scales, self.slots, source, target)
+
+
+class Int8Store(CodeStore):
+    """Symmetric int8 per token and head: scale = max|x| / 127 (float32), x ~ scale * round(x / scale)."""
+
+    kind = "int8"
+
+    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
+        super().__init__(shape, shape[:3], kind, device)
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
@@ -110,10 +123,6 @@ class Int8Store:
         at = slots + layer * self.slots
         return self.codes[at, heads].to(torch.float32) * self.scales[at, heads][..., None]
 
-    def copy(self, source: IntArray, target: IntArray) -> None:
-        _copy(self._codes, self.slots, source, target)
-        _copy(self._scales, self.slots, source, target)
-
 
 def _flat(shape: Sequence[int]) -> tuple[int, ...]:
     """[layers, slots, ...] with both first dimensions as one."""
@@ -133,28 +142,13 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.clamp(-127, 127).to(torch.int8), scales
 
 
-class Int4Store:
+class Int4Store(CodeStore):
     """Asymmetric int4 per token and head: x ~ low + scale * code, code 0..15, scale = (max - min) / 15."""
 
-    layout = "NHD"
     kind = "int4"
-    element = "float32"
 
     def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
-        self.slots = shape[1]
-        self._codes = Memory(_flat((*shape[:3], shape[3] // 2)), kind, device)
-        self._scales = Memory(_flat((*shape[:3], 2)), "float32", device)
-
-    @property
-    def codes(self) -> Tensor:
-        return self._codes.tensor
-
-    @property
-    def scales(self) -> Tensor:
-        return self._scales.tensor
-
-    def memory(self) -> tuple[int, int]:
-        return self._codes.address, self._scales.address
+        super().__init__((*shape[:3], shape[3] // 2), (*shape[:3], 2), kind, device)
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
@@ -174,10 +168,6 @@ class Int4Store:
         heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
         at = slots + layer * self.slots
         return _from_int4(self.codes[at, heads], self.scales[at, heads])
-
-    def copy(self, source: IntArray, target: IntArray) -> None:
-        _copy(self._codes, self.slots, source, target)
-        _copy(self._scales, self.slots, source, target)
 
 
 def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.ops.quant import q8_0
+from dovetail.ops.dequant import q8_0
 from dovetail.ops.stored import StoredTensor
 
 

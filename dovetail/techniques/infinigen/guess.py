@@ -21,7 +21,7 @@ from dovetail.core.seams import Geometry, Site
 from dovetail.host.lazy_torch import torch
 from dovetail.layers.linear import Dense, DenseLinear, Linear, Packed, PackedLinear, Unrecorded
 from dovetail.layers.norm import Norm
-from dovetail.ops.quant import q8_0
+from dovetail.ops.dequant import q8_0
 from dovetail.ops.skew import skew
 from dovetail.ops.stored import StoredTensor
 from dovetail.show.progress import counter
