@@ -136,7 +136,7 @@ def resolve_kernels(options: Options, device: str, machine: Machine, head_dim: i
 def _why_torch(options: Options, machine: Machine) -> str:
     """Why the reference is needed, and what else to do."""
     if options.kernels == TORCH:
-        return "kernels 'torch' are torch's; use --kernels auto"
+        return "kernels 'torch' need it; use --kernels auto"
     if not machine.isas:
         return (
             "the native library is not built or does not load (`dovetail doctor` says why; `make setup` builds it)"
@@ -410,7 +410,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     device = resolve_device(options.device, machine.cuda)
     kernels = resolve_kernels(options, device, machine, geometry.head_dim)
     if kernels == TORCH and not lazy_torch.installed():
-        raise ConfigError(f"{_why_torch(options, machine)}, and torch is not installed: {lazy_torch.INSTALL}")
+        raise ConfigError(f"torch is not installed, and {_why_torch(options, machine)}; or {lazy_torch.INSTALL}")
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
     activations = resolve_activations(options, found.stored_format, kernels)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
