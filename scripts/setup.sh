@@ -139,7 +139,7 @@ unpack() {
     local wheel
     for wheel in dist/dovetail_llm-*.whl; do
         [ -f "$wheel" ] || continue
-        "$venv/bin/python" - "$wheel" "$sources" "$native_hash" <<'PYTHON' || continue
+        "$venv/bin/python" - "$wheel" "$sources" "$native_hash" <<'PYTHON' || continue # it says why
 import importlib.machinery, pathlib, platform, sys, zipfile
 
 path, sources, wanted = sys.argv[1:]
@@ -147,9 +147,9 @@ wheel = zipfile.ZipFile(path)
 names = [n for n in wheel.namelist() if n.startswith("dovetail/_native.") and n.endswith(".so")]
 fitting = [n for n in names if n.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES[:-1]))]
 if not fitting or platform.machine() not in path or sources not in wheel.namelist():
-    sys.exit(1)
+    sys.exit(f"setup: {path} has no library for this Python and machine")
 if wheel.read(sources).decode().strip() != wanted:
-    sys.exit(1)
+    sys.exit(f"setup: the library in {path} was compiled from other sources")
 new = pathlib.Path(fitting[0] + ".new")
 new.write_bytes(wheel.read(fitting[0]))
 before = pathlib.Path("build/before")

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from dovetail import LLM, SamplingParams, hub
+from dovetail.cli.models import model_of
 from dovetail.config import PACKED_CACHE_SIZE, resolve_packed_cache
 from dovetail.core.errors import ConfigError
 from dovetail.hub import aliases
+from dovetail.hub.models import CachedModel
 from dovetail.ops import cpu
 from dovetail.options import Options
 from tests.helpers import ggufs
@@ -139,6 +141,22 @@ def test_list_and_rm(model: Path, folder: Path, tmp_path: Path) -> None:
     assert other.exists()
     assert "freed" in call("rm", "smollm2-135m").stdout
     assert not list(folder.glob("*.packed"))
+
+
+def test_list_names_the_model_that_packed_weights_are_of(tmp_path: Path) -> None:
+    models = [
+        CachedModel("alias", tmp_path / "alias/file.gguf", 1, "alias"),
+        CachedModel("org/name", tmp_path / "hub/models--org--name", 1, "hugging face"),
+    ]
+    snapshot = tmp_path / "hub/models--org--name/snapshots/1"
+    expected = {
+        tmp_path / "alias/file.gguf": "alias",
+        snapshot: "org/name",
+        snapshot / "Q4_K_M.gguf": "org/name:Q4_K_M.gguf",
+        tmp_path / "mine.gguf": str(tmp_path / "mine.gguf"),
+    }
+    assert {path: model_of(str(path), models) for path in expected} == expected
+    assert model_of("", models) == "no model"
 
 
 def test_rm_says_when_there_is_nothing(model: Path) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dovetail.cli.result import JsonOption, write_json
+
+if TYPE_CHECKING:
+    from dovetail.hub.models import CachedModel
 
 
 def pull(
@@ -56,11 +61,7 @@ def show(
 
     models, packed = hub.list_models(), packed_files(packed_home())
     rows = [(model.name, format_size(model.size), str(model.path)) for model in models]
-    names = {str(model.path): model.name for model in models}
-    rows += [
-        (f"packed weights of {names.get(p.model, p.model) or 'no model'}", format_size(p.size), str(p.path))
-        for p in packed
-    ]
+    rows += [(f"packed weights of {model_of(p.model, models)}", format_size(p.size), str(p.path)) for p in packed]
     if everything:
         cached = {model.name for model in models}
         rows += [
@@ -79,6 +80,17 @@ def show(
     ]
     kept = [{"model": p.model, "path": str(p.path), "bytes": p.size} for p in packed]
     write_json(json_file, {"models": listed, "packed": kept, "aliases": list(ALIASES), "home": str(home())})
+
+
+def model_of(path: str, models: Sequence[CachedModel]) -> str:
+    """The cached model that the file or folder `path` belongs to, with the file if it is one of several; else the
+    path."""
+    for model in models:
+        if Path(path) == model.path:
+            return model.name
+        if Path(path).is_relative_to(model.path):
+            return f"{model.name}:{Path(path).name}" if path.endswith(".gguf") else model.name
+    return path or "no model"
 
 
 def remove(
