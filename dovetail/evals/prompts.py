@@ -85,7 +85,7 @@ def row_prompt(row: Mapping[str, Any]) -> Prompt:
 
     For a model without a chat template a question is written as in lm-evaluation-harness.
     """
-    from dovetail.text.chat import check_messages
+    from dovetail.text.conversation import check_messages
 
     given = [name for name in FIELDS if row.get(name) is not None]
     if len(given) != 1:

@@ -13,7 +13,6 @@ from dovetail.server.params import (
     Prompt,
     chat_params,
     completion_params,
-    messages,
     prompts,
     template_variables,
 )
@@ -76,7 +75,7 @@ class Intake:
     def _conversation(self, request: ChatRequest) -> list[int]:
         variables = template_variables(request)
         generation = request.add_generation_prompt is not False
-        return self.llm.chat_tokens(messages(request.messages), add_generation_prompt=generation, **variables)
+        return self.llm.chat_tokens(request.messages, add_generation_prompt=generation, **variables)
 
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse a prompt that cannot fit, before it is tokenized or copied."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dovetail.core.errors import RequestError
@@ -96,27 +96,3 @@ def template_variables(request: ChatRequest) -> dict[str, Any]:
     if taken := sorted(_TEMPLATE_RESERVED & variables.keys()):
         raise RequestError(f"chat_template_kwargs cannot set {taken[0]}", param="chat_template_kwargs")
     return variables
-
-
-def messages(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: contents as text, parts of text joined by newlines."""
-    return [{**m, "content": _content(m, f"messages[{i}]")} for i, m in enumerate(values)]
-
-
-def _content(message: Mapping[str, Any], where: str) -> str | None:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message.get("role") == "assistant":
-        return None if message.get("tool_calls") else ""
-    if not isinstance(content, list):
-        raise RequestError(f"{where}.content must be text", param=f"{where}.content")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
-            raise RequestError(
-                f"{where}.content[{i}]: only parts of type 'text' are supported", param=f"{where}.content[{i}]"
-            )
-        texts.append(part["text"])
-    return "\n".join(texts)

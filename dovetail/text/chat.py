@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -17,8 +18,8 @@ import jinja2.parser
 import jinja2.sandbox
 
 from dovetail.core.errors import ModelError, RequestError
-
-Message = Mapping[str, Any]
+from dovetail.text.conversation import Message
+from dovetail.text.traits import Traits
 
 _MAX_SOURCE = 1 << 20  # characters
 _MAX_OUTPUT = 1 << 24  # characters
@@ -78,6 +79,10 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise ModelError(f"chat template: {error}") from error
 
+    @cached_property
+    def traits(self) -> Traits:
+        return Traits(self.render, self.source)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -111,20 +116,6 @@ class ChatTemplate:
                 f"the chat template rejected the messages: {type(error).__name__}: {error}", param="messages"
             ) from error
         return "".join(parts)
-
-
-def check_messages(messages: Any) -> None:
-    """RequestError unless `messages` is a non-empty list of objects with a role and content (or tool calls)."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise RequestError("messages must be a non-empty list", param="messages")
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(
-                f"messages[{index}] must be an object with a string role", param=f"messages[{index}]"
-            )
-        calls = message["role"] == "assistant" and message.get("tool_calls")
-        if message.get("content") is None and not calls:
-            raise RequestError(f"messages[{index}] needs content", param=f"messages[{index}].content")
 
 
 class Shield:

@@ -14,7 +14,8 @@ import tokenizers
 
 from dovetail.core.errors import ModelError, RequestError
 from dovetail.host.json_file import read_bytes, read_json_object
-from dovetail.text.chat import ChatTemplate, Message, Shield, check_messages
+from dovetail.text.chat import ChatTemplate, Shield
+from dovetail.text.conversation import Message, conversation
 from dovetail.text.detokenizer import Detokenizer, Pieces, byte_fallback, byte_level
 
 __all__ = ["Detokenizer", "Tokenizer", "guarded"]
@@ -152,7 +153,8 @@ class Tokenizer:
         """A detokenizer, which streams the text of ids as they come."""
         return Detokenizer(self, skip_special_tokens, prompt_ids)
 
-    def _template(self, tools: Any) -> ChatTemplate:
+    def template(self, tools: Any = None) -> ChatTemplate:
+        """The chat template for a conversation with these tools. RequestError if the model has none."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise RequestError(
@@ -172,13 +174,12 @@ class Tokenizer:
     ) -> str:
         """The prompt text for `messages`; `kwargs` are variables for the template.
 
-        RequestError if there is no template, it rejects the messages, or they are malformed.
+        Messages are what the chat API takes (`text.conversation`). RequestError if there is no template, it
+        rejects the messages, or they are malformed.
         """
-        check_messages(messages)
-        template = self._template(tools)
-        return template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs
-        )
+        template = self.template(tools)
+        found = conversation(messages, template.traits)
+        return template.render(found, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs)
 
     def apply_chat_template(
         self,
@@ -191,17 +192,24 @@ class Tokenizer:
 
         Control tokens come from the template only: one that is spelled inside a message stays plain text.
         """
-        text = self.render(messages, add_generation_prompt, tools, **kwargs)
+        template = self.template(tools)
+        found = conversation(messages, template.traits)
+
+        def render(messages: Any, tools: Any, variables: Any) -> str:
+            return template.render(
+                messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+            )
+
+        text = render(found, tools, kwargs)
         if self._special_pattern is None:
             return self.encode(text, add_special_tokens=False)
-        shield = Shield(self._special_pattern, text, messages, tools, kwargs)
+        shield = Shield(self._special_pattern, text, found, tools, kwargs)
         if not shield.active:
             return self.encode(text, add_special_tokens=False)
-        written = [message for message in messages if message["role"] != "assistant"]
         # Some templates look for tokens in the assistant's own words; then shield only what others wrote.
         for everything in (True, False):
-            hidden = [shield.hide(m) if everything or m in written else m for m in messages]
-            shielded = self.render(hidden, add_generation_prompt, shield.hide(tools), **shield.hide(kwargs))
+            hidden = [shield.hide(m) if everything or m["role"] != "assistant" else m for m in found]
+            shielded = render(hidden, shield.hide(tools), shield.hide(kwargs))
             if shield.restore(shielded) == text:
                 ids = self._encode_shielded(shielded, shield)
                 if ids is not None:
