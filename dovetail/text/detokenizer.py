@@ -26,6 +26,10 @@ BYTE_ALPHABET = _byte_alphabet()
 Piece = str | bytes  # whole characters, or bytes that form characters only with others
 
 
+def as_bytes(piece: Piece) -> bytes:
+    return piece.encode() if isinstance(piece, str) else piece
+
+
 def byte_level(piece: str) -> Piece:
     """What a piece of byte-level BPE adds to the text."""
     try:
@@ -49,18 +53,21 @@ def byte_fallback(piece: str) -> Piece:
 
 
 class Pieces(dict[int, Piece]):
-    """What each id of a vocabulary adds to the text, computed when it is first needed."""
+    """What each id of a vocabulary adds to the text, computed when it is first needed.
 
-    def __init__(self, spelling: Callable[[int], str | None], meaning: Callable[[str], Piece]) -> None:
+    `spelling` gives the vocabulary's piece of an id, or None. `meaning` gives what an id with that piece adds.
+    """
+
+    def __init__(self, spelling: Callable[[int], str | None], meaning: Callable[[int, str], Piece]) -> None:
         super().__init__()
         self._spelling = spelling
         self._meaning = meaning
 
     def __missing__(self, token: int) -> Piece:
-        piece = self._spelling(token)
+        piece = self._spelling(token) if 0 <= token < 1 << 32 else None
         if piece is None:
             return b""  # not kept: there is no end of ids outside the vocabulary
-        found = self[token] = self._meaning(piece)
+        found = self[token] = self._meaning(token, piece)
         return found
 
 
@@ -87,56 +94,26 @@ class _Stream(Protocol):
     def finish(self) -> str: ...
 
 
-class _ByteLevel:
-    """Pieces spell bytes: hold the bytes of an incomplete character, at most three."""
+class _Bytes:
+    """Ids are bytes, whatever comes before them: hold those of an incomplete character, at most three."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, strip_first_space: bool) -> None:
         self._pieces = pieces
+        self._strip = strip_first_space
         self._held = b""
 
     def push(self, token: int) -> str:
         piece = self._pieces[token]
         if not self._held and isinstance(piece, str):
-            return piece
-        data = self._held + (piece.encode() if isinstance(piece, str) else piece)
+            return self._emit(piece)
+        data = self._held + as_bytes(piece)
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._held = data[used:]
-        return text
+        return self._emit(text)
 
     def finish(self) -> str:
         held, self._held = self._held, b""
-        return held.decode(errors="replace")
-
-
-class _ByteFallback:
-    """SentencePiece: pieces are text with a mark for space, characters outside the vocabulary are runs of
-    bytes.
-
-    A run is decoded as a whole (one bad byte makes every byte of it U+FFFD), so it is held until it ends.
-    """
-
-    def __init__(self, pieces: Pieces, strip_first_space: bool) -> None:
-        self._pieces = pieces
-        self._strip = strip_first_space
-        self._run = bytearray()
-
-    def push(self, token: int) -> str:
-        piece = self._pieces[token]
-        if isinstance(piece, bytes):
-            self._run += piece
-            return ""
-        return self._emit(self._end_run() + piece if self._run else piece)
-
-    def finish(self) -> str:
-        return self._emit(self._end_run())
-
-    def _end_run(self) -> str:
-        run = bytes(self._run)
-        self._run.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(run)
+        return self._emit(held.decode(errors="replace"))
 
     def _emit(self, text: str) -> str:
         if self._strip and text:
@@ -186,11 +163,8 @@ class Detokenizer:
     ) -> None:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stream: _Stream
-        if tokenizer.decoder == "bytes":
-            self._stream = _ByteLevel(tokenizer.pieces)
-        elif tokenizer.decoder in ("fallback", "fallback-strip"):
-            strip = tokenizer.decoder == "fallback-strip" and not prompt_ids
-            self._stream = _ByteFallback(tokenizer.pieces, strip)
+        if tokenizer.decoder:
+            self._stream = _Bytes(tokenizer.pieces, tokenizer.decoder == "fallback-strip" and not prompt_ids)
         else:
             self._stream = _Windowed(tokenizer, prompt_ids)
 

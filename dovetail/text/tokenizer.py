@@ -16,7 +16,7 @@ from dovetail.core.errors import ModelError, RequestError
 from dovetail.host.json_file import read_bytes, read_json_object
 from dovetail.text.chat import ChatTemplate, Shield
 from dovetail.text.conversation import Message, conversation
-from dovetail.text.detokenizer import Detokenizer, Pieces, byte_fallback, byte_level
+from dovetail.text.detokenizer import Detokenizer, Piece, Pieces, as_bytes, byte_fallback, byte_level
 
 __all__ = ["Detokenizer", "Tokenizer", "guarded"]
 
@@ -105,27 +105,53 @@ class Tokenizer:
     @cached_property
     def decoder(self) -> str:
         """How pieces become text: "bytes", "fallback", "fallback-strip", or "" for anything else."""
-        rule = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {}
-        if rule.get("type") == "ByteLevel":
-            return "bytes"
-        steps = rule.get("decoders", []) if rule.get("type") == "Sequence" else []
+        steps = self._decoding
         kinds = [step["type"] for step in steps]
+        if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
+            return "bytes"
         if kinds[:3] == _FALLBACK and steps[0]["pattern"] == {"String": "\u2581"} and steps[0]["content"] == " ":
             if len(kinds) == 3:
                 return "fallback"
-            if kinds[3:] == ["Strip"] and steps[3] == {
-                "type": "Strip",
-                "content": " ",
-                "start": 1,
-                "stop": 0,
-            }:
+            if steps[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
                 return "fallback-strip"
         return ""
 
     @cached_property
+    def _decoding(self) -> list[dict[str, Any]]:
+        """The decoder's steps in order, without sequences in sequences."""
+        return _steps(json.loads(self.backend.decoder.__getstate__())) if self.backend.decoder is not None else []
+
+    @cached_property
     def pieces(self) -> Pieces:
-        """What each id adds to the text, for decoders where that depends only on the bytes before it."""
-        return Pieces(self.piece, byte_level if self.decoder == "bytes" else byte_fallback)
+        """What each id adds to a text that has begun."""
+        return Pieces(self.piece, self._meaning)
+
+    def _meaning(self, token: int, piece: str) -> Piece:
+        kinds = {step["type"] for step in self._decoding}
+        if token in self.special_ids or ("ByteLevel" in kinds and token in self._added_ids):
+            return piece  # added tokens are spelled in plain text
+        if "ByteLevel" in kinds:
+            return byte_level(piece)
+        found = byte_fallback(piece)
+        if self.decoder or ("ByteFallback" in kinds and isinstance(found, bytes)):
+            return found
+        if self.backend.decoder is None:
+            return " " + piece
+        before = "a"  # any text will do: only what comes first may lose its space
+        text: str = self.backend.decoder.decode([before, piece])
+        return text.removeprefix(before)
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id adds to a text; a special token's are its spelling.
+
+        They may be a part of a character. b"" for ids outside the vocabulary. What a tokenizer leaves out at the
+        beginning of a text (a first space) is included.
+        """
+        return as_bytes(self.pieces[token])
 
     def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the
@@ -145,9 +171,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Ids outside the vocabulary are skipped, bytes that are not UTF-8 become U+FFFD."""
-        known = [token for token in ids if 0 <= token < 1 << 32]
-        text: str = self.backend.decode(known, skip_special_tokens=skip_special_tokens)
-        return text
+        if not self.decoder:
+            known = [token for token in ids if 0 <= token < 1 << 32]
+            text: str = self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+            return text
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        text = b"".join([self.token_bytes(t) for t in ids if t not in skipped]).decode(errors="replace")
+        return text.removeprefix(" ") if self.decoder == "fallback-strip" else text
 
     def detokenizer(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer, which streams the text of ids as they come."""
@@ -267,6 +297,12 @@ class Tokenizer:
             ids += self._encode(self._plain_backends[at > 0], shield.restore(part), False)
             check += self._encode(self._plain_backends[at > 0], part, False)
         return ids if check == self.encode(shielded, add_special_tokens=False) else None
+
+
+def _steps(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    if rule["type"] != "Sequence":
+        return [rule]
+    return [step for inner in rule["decoders"] for step in _steps(inner)]
 
 
 def _directory_templates(directory: Path, configured: Any) -> dict[str, str]:
