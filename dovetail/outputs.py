@@ -14,7 +14,7 @@ from dovetail.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's natural log-probability, its rank (1 is the likeliest) and its text."""
+    """A token's natural log-probability, its rank (1 is the likeliest) and its name (`Tokenizer.token_name`)."""
 
     logprob: float
     rank: int | None = None
@@ -144,11 +144,9 @@ class Stream:
 
 def named(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[int, Logprob]:
     """The chosen token first, then the likeliest ones, in vLLM's form."""
-    out = {
-        entry.token: Logprob(entry.logprob, entry.rank, tokenizer.decode([entry.token], skip_special_tokens=False))
-    }
+    out = {entry.token: Logprob(entry.logprob, entry.rank, tokenizer.token_name(entry.token))}
     for rank, (token, logprob) in enumerate(entry.top, 1):
-        out.setdefault(token, Logprob(logprob, rank, tokenizer.decode([token], skip_special_tokens=False)))
+        out.setdefault(token, Logprob(logprob, rank, tokenizer.token_name(token)))
     return out
 
 

@@ -55,7 +55,7 @@ def completion_body(request: CompletionRequest, answers: Sequence[Answer], token
     tokens = 0
     for answer in answers:
         for whole in answer.whole():
-            choice = text_choice(request, whole, CompletionLogprobs(tokenizer))
+            choice = text_choice(request, whole, CompletionLogprobs(tokenizer, answer.params.skip_special_tokens))
             if request.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
             choices.append(choice)
@@ -74,18 +74,23 @@ def text_choice(request: CompletionRequest, delta: Delta, builder: CompletionLog
     only, echo = scores_only(request), bool(request.echo) and not builder.begun
     builder.begun = True
     text = "" if only else delta.text
+    prompt = _echoed(answer, builder.tokenizer) if echo else ""
     known: dict[str, Any] | None = None
     if request.logprobs is not None:
-        before = builder.take_prompt(answer.prompt_token_ids, answer.prompt_scores) if echo else None
+        before = builder.take_prompt(answer.prompt_token_ids, prompt, answer.prompt_scores) if echo else None
         known = builder.take([] if only else delta.logprobs)
         known = known if before is None else joined(before, known)
-    if echo:
-        prompt = answer.prompt if answer.prompt is not None else builder.tokenizer.decode(answer.prompt_token_ids)
-        text = prompt + text
     return {
         "index": delta.choice,
-        "text": text,
+        "text": prompt + text,
         "logprobs": known,
         "finish_reason": "length" if delta.finish_reason and only else delta.finish_reason,
         "stop_reason": None if only else delta.stop_reason,
     }
+
+
+def _echoed(answer: Answer, tokenizer: Tokenizer) -> str:
+    """The prompt as it was given; ids as text."""
+    if answer.prompt is not None:
+        return answer.prompt
+    return tokenizer.decode(answer.prompt_token_ids, answer.params.skip_special_tokens)

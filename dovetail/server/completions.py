@@ -31,5 +31,6 @@ class Completion(Generation[CompletionRequest]):
         return shown_tokens(self.request, delta)
 
     def parts(self, delta: Delta) -> list[dict[str, Any]]:
-        builder = self._builders.setdefault(delta.choice, CompletionLogprobs(self.tokenizer))
+        skip = delta.answer.params.skip_special_tokens
+        builder = self._builders.setdefault(delta.choice, CompletionLogprobs(self.tokenizer, skip))
         return [text_choice(self.request, delta, builder)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,47 +18,98 @@ def chat_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> dic
 
 
 def _chat_entry(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
-    known = named(entry, tokenizer)
-    top = [_chat_token(known[token]) for token, _ in entry.top]
-    return {**_chat_token(known[entry.token]), "top_logprobs": top}
+    top = [_chat_token(token, logprob, tokenizer) for token, logprob in entry.top]
+    return {**_chat_token(entry.token, entry.logprob, tokenizer), "top_logprobs": top}
 
 
-def _chat_token(logprob: Logprob) -> dict[str, Any]:
-    text = logprob.decoded_token or ""
-    return {"token": text, "logprob": max(logprob.logprob, LOWEST), "bytes": list(text.encode())}
+def _chat_token(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    data = list(tokenizer.token_bytes(token))
+    return {"token": tokenizer.token_name(token), "logprob": max(logprob, LOWEST), "bytes": data}
 
 
 class CompletionLogprobs:
-    """Builds the parallel lists of the completions API. `text_offset` counts on over the chunks of a stream."""
+    """Builds the parallel lists of the completions API. `text_offset` counts on over the chunks of a stream.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    skip_special_tokens: whether control tokens are left out of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self.tokenizer = tokenizer
-        self.offset = 0
+        self.skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self.place = Place()
         self.begun = False  # whether a part of the choice was already shown
 
     def take(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        out = _lists()
         for entry in entries:
-            known = named(entry, self.tokenizer)
-            top: dict[str, float] = {}
-            for logprob in known.values():  # of tokens with the same text, the likelier one counts
-                text = logprob.decoded_token or ""
-                top[text] = max(top.get(text, LOWEST), logprob.logprob)
-            self._add(out, known[entry.token].decoded_token or "", max(entry.logprob, LOWEST), top)
+            data = b"" if entry.token in self.skipped else self.tokenizer.token_bytes(entry.token)
+            self._add(out, entry, self.place.add(data))
         return out
 
-    def take_prompt(self, ids: Sequence[int], entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Add the echoed prompt. Its first token has no log-probability."""
-        first: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        self._add(first, self.tokenizer.decode(ids[:1], skip_special_tokens=False), None, None)
-        return joined(first, self.take(entries))
+    def take_prompt(self, ids: Sequence[int], text: str, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Add the prompt, which is echoed as `text`. Its first token has no log-probability."""
+        out = _lists()
+        place = Place()
+        for token, entry in zip(ids, [None, *entries], strict=False):  # fewer if it was aborted
+            offset = place.add(self._shown(token, text[place.at :]))
+            self._add(out, token if entry is None else entry, min(offset, len(text)))
+        self.place.at = len(text)
+        return out
 
-    def _add(self, out: dict[str, Any], text: str, logprob: float | None, top: dict[str, float] | None) -> None:
-        out["tokens"].append(text)
-        out["token_logprobs"].append(logprob)
-        out["top_logprobs"].append(top)
-        out["text_offset"].append(self.offset)
-        self.offset += len(text)
+    def _shown(self, token: int, rest: str) -> bytes:
+        """What a token of the prompt adds to a text that goes on with `rest`.
+
+        Text that a user wrote may have control tokens; those that were added to it are not there. Nor is a space
+        that the tokenizer put before its first word.
+        """
+        data = self.tokenizer.token_bytes(token)
+        if token in self.tokenizer.special_ids:
+            return data if rest.startswith(data.decode(errors="replace")) else b""
+        return data[1:] if data.startswith(b" ") and not rest.startswith(" ") else data
+
+    def _add(self, out: dict[str, Any], known: TokenLogprobs | int, offset: int) -> None:
+        token = known if isinstance(known, int) else known.token
+        out["tokens"].append(self.tokenizer.token_name(token))
+        out["token_logprobs"].append(None if isinstance(known, int) else max(known.logprob, LOWEST))
+        out["top_logprobs"].append(None if isinstance(known, int) else self._top(known))
+        out["text_offset"].append(offset)
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """By name, and for names that two tokens share by id. The chosen token has its own name."""
+        top: dict[str, float] = {}
+        for token, logprob in {entry.token: entry.logprob, **dict(entry.top)}.items():
+            name = self.tokenizer.token_name(token)
+            top[f"token_id:{token}" if name in top else name] = max(logprob, LOWEST)
+        return top
+
+
+class Place:
+    """Counts the characters of a text whose bytes come in parts."""
+
+    def __init__(self) -> None:
+        self.at = 0  # whole characters so far
+        self._held = b""  # the beginning of the next one
+
+    def add(self, data: bytes) -> int:
+        """Where `data` begins: at its first character, or in the one that it goes on with."""
+        begin = self.at + (bool(self._held and data) and not _goes_on(self._held + data[:1]))
+        text, used = codecs.utf_8_decode(self._held + data, "replace", False)
+        self._held = (self._held + data)[used:]
+        self.at += len(text)
+        return begin
+
+
+def _goes_on(data: bytes) -> bool:
+    """Whether more bytes can make this a character, or it is one."""
+    try:
+        codecs.utf_8_decode(data, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _lists() -> dict[str, Any]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def joined(first: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:

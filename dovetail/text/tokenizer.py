@@ -153,6 +153,10 @@ class Tokenizer:
         """
         return as_bytes(self.pieces[token])
 
+    def token_name(self, token: int) -> str:
+        r"""The text that an id adds, with its leading space; bytes that are no whole character as `\xf0\x9f`."""
+        return self.token_bytes(token).decode(errors="backslashreplace")
+
     def encode(self, text: str | bytes, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Special tokens spelled in it are recognised; `add_special_tokens` adds BOS and the
         like where the model wants them. RequestError for invalid UTF-8 and lone surrogates."""
