@@ -258,8 +258,8 @@ def test_what_is_aborted_in_the_midst_of_a_step_ends_with_the_next_one() -> None
 
 def test_a_request_that_shows_nothing_does_not_hide_what_the_next_ones_gained() -> None:
     class Slow(Policy):
-        def share(self, request: Any, left: int) -> int:
-            return min(left, 4)
+        def shares(self, backlogs: Any, left: int, others: int) -> list[int]:
+            return [4] * len(backlogs)
 
     s = session(seams=Seams(policy=Slow()))
     long = s.submit(s.prepare([1] * 10, SamplingParams(max_tokens=2, prompt_logprobs=0, **GREEDY)))

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, pages_for
 from dovetail.core.prefix import RadixPrefix
-from dovetail.core.seams import Reuse, Seams
+from dovetail.core.seams import Backlog, Reuse, Seams
 from dovetail.core.types import UNLIMITED, Request, Sealed, Span, StepPlan, Stored
 
 MAX_DRAFTS = 32  # per request and step; longer guesses are hardly ever right
+LOOKAHEAD = 64  # waiting requests that are considered in a step
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class _Step:
 class Scheduler:
     """Decides which requests run in a step of at most `max_num_batched_tokens` tokens, and on which pages.
 
-    The oldest running request always advances. When pages run out, the youngest request is preempted: it gives its
-    pages back, keeps its tokens, and waits at the head of the queue. A request that does not fit the pool alone is
-    refused at once.
+    Requests that take their next token come first; the policy shares out what they leave. The oldest running
+    request always advances. When pages run out, the youngest request is preempted: it gives its pages back, keeps
+    its tokens, and waits at the head of the queue. A request that does not fit the pool alone is refused at once.
     """
 
     def __init__(self, pool: PagePool, seams: Seams, limits: Limits, num_stages: int = 1) -> None:
@@ -109,11 +110,14 @@ class Scheduler:
         for request in self.running:
             if request.stage:  # in the middle of the program: its rows and pages are fixed
                 self._span(request, request.computed + request.flying, step)
+        shares = self._shares(step.left)
         i, preemptions = 0, self.stats.preemptions
         while i < len(self.running) and step.left > 0:
-            i += self.running[i].stage > 0 or self._advance(self.running[i], step)
+            request = self.running[i]
+            most = shares.pop(request, step.left)
+            i += request.stage > 0 or most <= 0 or self._advance(request, step, most)
         if self.stats.preemptions == preemptions:  # else an admission could take the pages that were just freed
-            self._admit(step)
+            self._admit(shares, step)
         if not step.spans:  # `sealed` and the rest wait for the next plan that runs
             return StepPlan(())
         plan = StepPlan(
@@ -133,9 +137,35 @@ class Scheduler:
             if span.request in self.running:
                 self._reset(span.request)
 
-    def _advance(self, request: Request, step: _Step) -> bool:
-        """Plan a span of a running request. False if the request was preempted."""
-        stop = self._stop(request, step.left)
+    def _shares(self, left: int) -> dict[Request, int]:
+        """How many of `left` tokens each request takes that has more to compute than its next token.
+
+        Those that run come first, then those that may be admitted, in order.
+        """
+        backlogs, others = [], 0
+        for r in self.running:
+            n = len(r.tokens) - r.computed
+            if r.stage or n == 1:
+                others += 1
+                left -= 0 if r.stage else n + len(r.drafts)
+            else:
+                backlogs.append(Backlog(r, n))
+        running, waiting = len(backlogs), self._candidates()
+        if running + len(waiting) == 1:  # its length is compared with no other
+            backlogs += [Backlog(r, len(r.tokens)) for r in waiting]
+        else:
+            backlogs += [Backlog(r, len(r.tokens) - self._expected(r)) for r in waiting]
+        if not backlogs:
+            return {}
+        amounts = list(self.seams.policy.shares(backlogs, max(1, left), others))
+        if running or not others:
+            amounts[0] = max(1, amounts[0])  # the oldest always advances
+        shares = enumerate(zip(backlogs, amounts, strict=True))
+        return {backlog.request: n for i, (backlog, n) in shares if n > 0 or i < running}
+
+    def _advance(self, request: Request, step: _Step, most: int) -> bool:
+        """Plan a span of at most so many tokens of a running request. False if the request was preempted."""
+        stop = self._stop(request, min(most, step.left))
         copies = request.table.grow(request.computed, stop)
         while copies is None:
             victim = next(r for r in reversed(self.running) if not r.stage)
@@ -157,11 +187,11 @@ class Scheduler:
         step.spans.append(Span(request, start, stop, stage, sample))
         step.left -= stop - start
 
-    def _stop(self, request: Request, left: int) -> int:
-        """Where the next span of a request ends."""
+    def _stop(self, request: Request, most: int) -> int:
+        """Where the next span of a request ends, which has at most `most` tokens."""
         start, stop = request.computed, len(request.tokens) + len(request.drafts)
-        if stop - start > 1:  # every running request gets at least one token
-            stop = min(stop, start + max(1, min(left, self.seams.policy.share(request, left))))
+        if stop - start > 1:
+            stop = min(stop, start + most)
             window = self.seams.selector.window
             if window < UNLIMITED:  # the dense part, and a row's droppable pages, must be sealed before the step
                 stop = min(stop, request.dense_until if start < request.dense_until else start + window)
@@ -172,7 +202,10 @@ class Scheduler:
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
         if not ready:
             return
-        spare = max(0, self.limits.max_num_batched_tokens - len(self.running))
+        spare = self.limits.max_num_batched_tokens
+        if self.waiting or any(len(r.tokens) - r.computed > 1 for r in self.running):
+            spare //= 2  # the other half is for prompts
+        spare = max(0, spare - len(self.running))
         cap = min(MAX_DRAFTS, self.seams.selector.window - 1)
         limits = [cap if (n := r.max_total - len(r.tokens) - 1) > cap else max(0, n) for r in ready]
         proposed = self.seams.drafter.propose(ready, limits, spare)
@@ -184,15 +217,29 @@ class Scheduler:
 
     # -- admission and preemption --------------------------------------------------------------------
 
-    def _admit(self, step: _Step) -> None:
-        if not self.waiting or step.left <= 0 or len(self.running) >= self.limits.max_num_seqs:
-            return
-        for request in self.seams.policy.order(list(self.waiting)):
+    def _candidates(self) -> list[Request]:
+        """The first of those that wait and could begin in this step, in the policy's order."""
+        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
+            return []
+        order = self.seams.policy.order(list(self.waiting))
+        ready = (r for r in order if not self._must_wait_for_fork(r))
+        return list(itertools.islice(ready, LOOKAHEAD))
+
+    def _expected(self, request: Request) -> int:
+        """How many tokens of a waiting request need not be computed, as far as is known before it begins."""
+        if request.fork_of is not None:
+            return self._fork_point(request.fork_of)
+        if request.expected < 0:
+            pages, request.expected = self._stored(request)
+            self.pool.release(pages)
+        return request.expected
+
+    def _admit(self, shares: dict[Request, int], step: _Step) -> None:
+        """Admit those that have a share, in this order. Nobody overtakes one for which there are too few pages."""
+        for request, most in shares.items():
             if step.left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
-            if self._must_wait_for_fork(request):
-                continue
-            if not self._start(request, step):
+            if not self._start(request, step, most):
                 break
 
     def _must_wait_for_fork(self, request: Request) -> bool:
@@ -205,8 +252,9 @@ class Scheduler:
             request.fork_of = None
         return False
 
-    def _start(self, request: Request, step: _Step) -> bool:
-        """Admit a waiting request: take what is stored of it, give it pages for all its tokens, plan a first span.
+    def _start(self, request: Request, step: _Step, most: int) -> bool:
+        """Admit a waiting request: take what is stored of it, give it pages for all its tokens, plan a first span
+        of at most `most` tokens.
 
         False if there are too few pages, or if the codec has no room for it. Then nothing has changed.
         """
@@ -219,7 +267,7 @@ class Scheduler:
         else:
             pages, request.computed = self._stored(request)
             request.table.append(pages)
-        stop = self._stop(request, step.left)
+        stop = self._stop(request, min(most, step.left))
         copies = request.table.grow(request.computed, len(request.tokens))
         if copies is None or not self._headroom():
             request.table.clear()
@@ -279,6 +327,7 @@ class Scheduler:
         self.running.remove(request)
         request.drafts = []
         request.computed = request.stage = request.flying = 0
+        request.expected = -1
         self._let_go(request)
         self.waiting = {request: None, **self.waiting}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.pages import IntArray, PagePool
@@ -28,17 +28,49 @@ from dovetail.core.types import (
 EVERY_ROW = slice(None)
 
 
+class Backlog(NamedTuple):
+    """A request that has more to compute than its next token: a prompt, or what was preempted. tokens: how many,
+    as far as is known. What is stored of a waiting request may grow until it begins."""
+
+    request: Request
+    tokens: int
+
+
 class Policy:
-    """Who runs first, and how many tokens each request gets. Default: first come, first served, as many as fit."""
+    """Who runs first, and how many tokens each request gets.
+
+    Default: first come, first served, but a long prompt does not stop others. A prompt with less to compute than
+    the oldest overtakes it; the oldest keeps half of the tokens. While there is such a prompt, or others generate,
+    prompts take at most `crowded` tokens of a step, so that the step is short.
+    """
+
+    crowded = 64
 
     def order(self, waiting: Sequence[Request]) -> Sequence[Request]:
         """The waiting requests in the order of admission: a permutation."""
         return waiting
 
-    def share(self, request: Request, left: int) -> int:
-        """How many of the step's `left` tokens the request may take, at least 1. Not asked if it wants only
-        one."""
-        return left
+    def shares(self, backlogs: Sequence[Backlog], left: int, others: int) -> Sequence[int]:
+        """How many of the step's `left` tokens each backlog takes.
+
+        Backlogs of running requests come first, the oldest before all; then those that may be admitted, in
+        `order`. 0: it takes none in this step, and is not admitted. The first takes at least 1 if it runs, or if
+        nothing else does. Amounts are cut to what is left, and to what the request has. others: running requests
+        that take their next token in this step, for which room is reserved.
+        """
+        shorter = sorted((b.tokens, i) for i, b in enumerate(backlogs) if b.tokens < backlogs[0].tokens)
+        if shorter or others:
+            left = min(left, self.crowded)
+        amounts, half = [0] * len(backlogs), left // 2
+        for tokens, i in shorter:
+            amounts[i] = min(tokens, half)
+            half -= amounts[i]
+        left -= sum(amounts)
+        for i, backlog in enumerate(backlogs):
+            more = min(backlog.tokens - amounts[i], left)
+            amounts[i] += more
+            left -= more
+        return amounts
 
 
 class Drafter:
@@ -63,7 +95,7 @@ class Reuse(Protocol):
     """What is already computed. Default: `core.prefix.RadixPrefix`.
 
     `match`: what is stored of the request's first `limit` tokens. If `computed` is below what the pages hold, the
-    tokens between are computed again.
+    tokens between are computed again. It may be asked before the request begins, to know how much is to compute.
     `store`: keep the committed whole pages of the request's first `limit` tokens.
     `evict`: free up to n pages, or drop everything that begins as a request does. Returns how many were freed.
     `held`: the lists of pages that this store holds a reference to, for `PagePool.check`.

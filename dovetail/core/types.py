@@ -50,6 +50,7 @@ class Request:
     dense_until: int = -1  # rows before this position read everything; -1: the end of the prompt
     stage: int = 0  # the next stage of the program
     flying: int = 0  # tokens in the span that is between two stages
+    expected: int = -1  # tokens found stored while it waited; -1: nobody has looked
     cached_tokens: int = -1  # prompt tokens found stored at first admission; -1: not admitted yet
     scored: int = 0  # prompt rows whose logprobs were delivered, or not asked for
     observe: Callable[[int, Array], None] | None = None  # see Probe

@@ -94,8 +94,8 @@ class Shuffled(Policy):
     def order(self, waiting):
         return self.random.sample(list(waiting), len(waiting))
 
-    def share(self, request, left):
-        return self.random.randint(1, left)
+    def shares(self, backlogs, left, others):
+        return [self.random.randint(0, left) for _ in backlogs]
 
 
 def build(pages: int, budget: int, seqs: int, seams: Seams | None = None, size: int = 4, **more) -> Engine:
@@ -206,21 +206,23 @@ def test_cancelling_many_that_wait_is_quick_in_any_order() -> None:
     assert [r.finish_reason for r in requests] == ["length", "length", *["abort"] * 59_998]
 
 
-def test_a_share_is_asked_for_only_where_more_than_one_token_is_wanted() -> None:
+def test_shares_are_asked_for_where_more_than_one_token_is_wanted() -> None:
     class Recording(Policy):
-        asked: list[int] = []
+        asked: list[tuple[list[tuple[str, int]], int, int]] = []
 
-        def share(self, request, left):
-            self.asked.append(len(request.tokens) - request.computed)
-            return 2
+        def shares(self, backlogs, left, others):
+            self.asked.append(([(b.request.id, b.tokens) for b in backlogs], left, others))
+            return [2] * len(backlogs)
 
     engine = build(pages=8, budget=16, seqs=2, seams=Seams(policy=Recording()))
-    r = make(engine, "r", [1, 2, 0, 1, 2], 4)
+    r, s = make(engine, "r", [1, 2, 0, 1, 2], 4), make(engine, "s", [2, 1], 2)
     engine.add(r)
+    engine.step()
+    engine.add(s)
     while engine.busy:
         engine.step()
-    assert Recording.asked == [5, 3]
-    assert r.output == expected(r.prompt, 4)
+    assert Recording.asked == [([("r", 5)], 16, 0), ([("r", 3), ("s", 2)], 16, 0)]
+    assert r.output == expected(r.prompt, 4) and s.output == expected(s.prompt, 2)
 
 
 def test_preemption_happens_and_loses_nothing() -> None:

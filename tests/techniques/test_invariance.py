@@ -61,13 +61,17 @@ prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tupl
     st.integers(14, 40),
     st.booleans(),
     st.lists(st.integers(0, 12), min_size=5, max_size=5),
+    st.sampled_from([1, 4, 64]),
 )
 @examples(60)
-def test_same_text_under_any_schedule(batch, spec, drafts, budget, seqs, pages, caching, arrivals) -> None:
+def test_same_text_under_any_schedule(
+    batch, spec, drafts, budget, seqs, pages, caching, arrivals, crowded
+) -> None:
     use = [s for s in (spec, "ngram:tokens=3,min_n=1,max_n=2" if drafts else "") if s]
     engine = tiny_engine(
         *use, pages=pages, max_num_batched_tokens=budget, max_num_seqs=seqs, enable_prefix_caching=caching
     )
+    engine.seams.policy.crowded = crowded
     params = SamplingParams(temperature=0, max_tokens=NEW)
     requests = [make_request(engine, f"r{i}", p, params) for i, p in enumerate(batch)]
     run_staggered(engine, requests, arrivals)
