@@ -106,11 +106,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next plan. It has no spans when there is nothing to do."""
         step = _Step(self.limits.max_num_batched_tokens)
-        self._draft()
+        caught_up = self._draft()
         for request in self.running:
             if request.stage:  # in the middle of the program: its rows and pages are fixed
                 self._span(request, request.computed + request.flying, step)
-        shares = self._shares(step.left)
+        shares = self._shares(step.left) if self.waiting or not caught_up else {}
         i, preemptions = 0, self.stats.preemptions
         while i < len(self.running) and step.left > 0:
             request = self.running[i]
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _advance(self, request: Request, step: _Step, most: int) -> bool:
         """Plan a span of at most so many tokens of a running request. False if the request was preempted."""
-        stop = self._stop(request, min(most, step.left))
+        stop = self._stop(request, step.left, most)
         copies = request.table.grow(request.computed, stop)
         while copies is None:
             victim = next(r for r in reversed(self.running) if not r.stage)
@@ -187,23 +187,25 @@ class Scheduler:
         step.spans.append(Span(request, start, stop, stage, sample))
         step.left -= stop - start
 
-    def _stop(self, request: Request, most: int) -> int:
-        """Where the next span of a request ends, which has at most `most` tokens."""
+    def _stop(self, request: Request, left: int, most: int) -> int:
+        """Where the next span of a request ends, which takes at most `most` of the step's `left` tokens."""
         start, stop = request.computed, len(request.tokens) + len(request.drafts)
         if stop - start > 1:
-            stop = min(stop, start + most)
+            stop = min(stop, start + most, start + left)
             window = self.seams.selector.window
             if window < UNLIMITED:  # the dense part, and a row's droppable pages, must be sealed before the step
                 stop = min(stop, request.dense_until if start < request.dense_until else start + window)
         return stop
 
-    def _draft(self) -> None:
-        """Ask the drafter for guesses, for every request whose accepted tokens are computed except the last."""
+    def _draft(self) -> bool:
+        """Ask the drafter for guesses, for every request whose accepted tokens are computed except the last.
+        Returns whether these are all."""
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
+        caught_up = len(ready) == len(self.running)
         if not ready:
-            return
+            return caught_up
         spare = self.limits.max_num_batched_tokens
-        if self.waiting or any(len(r.tokens) - r.computed > 1 for r in self.running):
+        if self.waiting or not caught_up:
             spare //= 2  # the other half is for prompts
         spare = max(0, spare - len(self.running))
         cap = min(MAX_DRAFTS, self.seams.selector.window - 1)
@@ -214,6 +216,7 @@ class Scheduler:
                 kept = drafts[: min(limit, spare)]
                 r.drafts = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, kept))
                 spare -= len(r.drafts)
+        return caught_up
 
     # -- admission and preemption --------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class Scheduler:
         else:
             pages, request.computed = self._stored(request)
             request.table.append(pages)
-        stop = self._stop(request, min(most, step.left))
+        stop = self._stop(request, step.left, most)
         copies = request.table.grow(request.computed, len(request.tokens))
         if copies is None or not self._headroom():
             request.table.clear()

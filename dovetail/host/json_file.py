@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
     """The whole file; ModelError if it cannot be read or is longer than `limit` bytes."""
     try:
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            # Not limit + 1: reading takes memory for what it is asked for.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if len(data) > limit:
