@@ -199,9 +199,10 @@ class Scheduler:
 
     def _draft(self) -> bool:
         """Ask the drafter for guesses, for every request whose accepted tokens are computed except the last.
-        Returns whether these are all."""
+        Returns whether no other has tokens to compute."""
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
-        caught_up = len(ready) == len(self.running)
+        behind = (r for r in self.running if r.stage == 0 and r.computed < len(r.tokens) - 1)
+        caught_up = len(ready) == len(self.running) or not any(behind)
         if not ready:
             return caught_up
         spare = self.limits.max_num_batched_tokens
