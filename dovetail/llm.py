@@ -17,6 +17,8 @@ from dovetail.host.units import parse_size
 from dovetail.options import SIZES
 from dovetail.outputs import Answer, RequestOutput
 from dovetail.session import SERVING, Session
+from dovetail.tools.request import read_tools
+from dovetail.tools.use import ToolUse
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -113,15 +115,27 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
         progress: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template."""
+        """Answer one conversation or several, through the model's chat template.
+
+        Messages, tools and tool_choice are those of the chat completions API. `outputs[i].message` is the
+        answer as a message, with its calls.
+        """
         if not isinstance(messages, Sequence) or not messages:
             raise RequestError("messages must be a list with at least one message", param="messages")
         many = [messages] if isinstance(messages[0], Mapping) else messages
-        ids = [self.chat_tokens(m, **template) for m in many]  # type: ignore[arg-type]
-        return self.generate(ids, params, progress=progress)
+        use = ToolUse(self.tokenizer, read_tools(tools, tool_choice, parallel_tool_calls))
+        params = use.params(_params(params))
+        answers = []
+        for one in many:
+            answers.append(self.session.prepare(use.prompt(one, **template), params))  # type: ignore[arg-type]
+            answers[-1].tools = use
+        return self._finish(answers, progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt. Yields the growing output after each step. If the reader stops, its pages are
@@ -130,10 +144,12 @@ class LLM:
         with closing(self.session.follow(answer, lambda gained: answer.output() if gained else None)) as outputs:
             yield from (output for output in outputs if output is not None)
 
-    def chat_tokens(self, messages: Sequence[Message], **template: Any) -> list[int]:
-        """The tokens of a conversation, ready for the model's answer."""
-        ids: list[int] = self.tokenizer.apply_chat_template(list(messages), **template)
-        return ids
+    def chat_tokens(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **template: Any
+    ) -> list[int]:
+        """The tokens of a conversation, ready for the model's answer. Messages are those of the chat completions
+        API."""
+        return ToolUse(self.tokenizer, read_tools(tools)).prompt(messages, **template)
 
     def activity(self) -> dict[str, int]:
         """How often each technique in use acted."""

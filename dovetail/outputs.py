@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dovetail.core.engine import Progress
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request, TokenLogprobs
 from dovetail.text.detokenizer import Detokenizer
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.tools.use import ToolUse
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Metrics:
 
 @dataclass
 class CompletionOutput:
+    """One of the n answers. message: in a chat, the assistant's message with its tool calls, ready for the next
+    request. `text` is what the model wrote."""
+
     index: int
     text: str
     token_ids: list[int]
@@ -41,6 +46,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    message: dict[str, Any] | None = None
 
 
 @dataclass
@@ -66,9 +72,7 @@ class Stream:
         p = request.params
         self.request = request
         self.tokenizer = tokenizer
-        self.detokenizer = Detokenizer(
-            tokenizer, skip_special_tokens=p.skip_special_tokens, prompt_ids=request.prompt
-        )
+        self.detokenizer = Detokenizer(tokenizer, p.skip_special_tokens, request.prompt, p.shown_token_ids)
         self.text = ""
         self.ready = 0  # characters of text that will not change
         self.token_ids: list[int] = []
@@ -207,6 +211,7 @@ class Answer:
     prompt_names: list[dict[int, Logprob]] = field(default_factory=list)  # of prompt_scores, as far as shown
     unread: list[Delta] | None = None  # for `Session.follow`, which other threads' steps serve too
     error: str | None = None
+    tools: ToolUse | None = None  # of a chat
 
     @property
     def finished(self) -> bool:
@@ -252,8 +257,11 @@ class Answer:
             new = self.prompt_scores[len(self.prompt_names) :]
             self.prompt_names += [named(entry, self.tokenizer) for entry in new]
             scores = [*[None] * self.score_from, *self.prompt_names]
+        outputs = [s.output() for s in self.streams]
+        for output in outputs:
+            output.message = None if self.tools is None else self.tools.message(output.text)
         return RequestOutput(
-            self.request_id, self.prompt, self.prompt_token_ids, [s.output() for s in self.streams], scores,
+            self.request_id, self.prompt, self.prompt_token_ids, outputs, scores,
             max(0, self.streams[0].request.cached_tokens), self.metrics(), self.finished, self.error,
         )  # fmt: skip
 

@@ -40,6 +40,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_token_ids: Sequence[int] = ()  # special tokens that are part of the text all the same
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
     stops: tuple[str, ...] = field(init=False, default=())
@@ -58,7 +59,8 @@ class SamplingParams:
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", param="min_tokens"
             )
         object.__setattr__(self, "stops", _stops(self.stop))
-        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "shown_token_ids", _token_ids("shown_token_ids", self.shown_token_ids))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
     @property
@@ -119,11 +121,11 @@ def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def _token_ids(ids: Sequence[int] | None) -> tuple[int, ...]:
-    ids = () if ids is None else _items("stop_token_ids", ids)
+def _token_ids(name: str, ids: Sequence[int] | None) -> tuple[int, ...]:
+    ids = () if ids is None else _items(name, ids)
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-            raise RequestError(f"stop_token_ids must be token ids, got {i!r}", param="stop_token_ids")
+            raise RequestError(f"{name} must be token ids, got {i!r}", param=name)
     return ids
 
 

@@ -11,6 +11,8 @@ from dovetail.server.logprobs import CompletionLogprobs, joined
 from dovetail.server.params import scores_only
 from dovetail.server.protocol import ChatRequest, CompletionRequest
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.tools.message import message
+from dovetail.tools.parser import Parser, PlainParser
 
 
 def usage(answers: Sequence[Answer], completion_tokens: int) -> dict[str, Any]:
@@ -40,13 +42,26 @@ def chat_body(request: ChatRequest, answers: Sequence[Answer], tokenizer: Tokeni
 
 
 def _chat_choice(request: ChatRequest, whole: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
+    parser = chat_parser(whole)
+    parts = [*parser.push(whole.text), *parser.finish()]
     return {
         "index": whole.choice,
-        "message": {"role": "assistant", "content": whole.text},
+        "message": message(parts),
         "logprobs": logprobs.chat_logprobs(whole.logprobs, tokenizer) if request.logprobs else None,
-        "finish_reason": whole.finish_reason,
+        "finish_reason": chat_finish(whole.finish_reason, parser),
         "stop_reason": whole.stop_reason,
     }
+
+
+def chat_parser(delta: Delta) -> Parser:
+    """A parser of the choice that a delta belongs to."""
+    use = delta.answer.tools
+    return PlainParser() if use is None else use.parser()
+
+
+def chat_finish(reason: str | None, parser: Parser) -> str | None:
+    """Why an answer ended, with a reason of its own for complete calls."""
+    return "tool_calls" if reason == "stop" and parser.calls and not parser.broken else reason
 
 
 def completion_body(request: CompletionRequest, answers: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dovetail.server.params import (
 )
 from dovetail.server.protocol import ChatRequest, CompletionRequest
 from dovetail.session import mix
+from dovetail.tools.request import read_tools
+from dovetail.tools.use import ToolUse
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Asked:
     request: ChatRequest | CompletionRequest
     params: SamplingParams
     prompts: Sequence[Prompt] = ()
+    tools: ToolUse | None = None
 
     @property
     def choices(self) -> int:
@@ -44,7 +47,9 @@ class Intake:
     def read(self, request: ChatRequest | CompletionRequest) -> Asked:
         """The parameters and prompts of a request whose common fields are checked."""
         if isinstance(request, ChatRequest):
-            return Asked(request, chat_params(request, self.llm.default_params))
+            tools = read_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
+            use = ToolUse(self.llm.tokenizer, tools)
+            return Asked(request, use.params(chat_params(request, self.llm.default_params)), tools=use)
         params = completion_params(request, self.llm.default_params)
         return Asked(request, params, prompts(request.prompt))
 
@@ -55,7 +60,9 @@ class Intake:
         none; each prompt gets its own seed, made from it.
         """
         request, found = asked.request, []
-        given = [self._conversation(request)] if isinstance(request, ChatRequest) else asked.prompts
+        given = asked.prompts
+        if isinstance(request, ChatRequest) and asked.tools is not None:
+            given = [_conversation(request, asked.tools)]
         for i, prompt in enumerate(given):
             self._check_length(prompt)
             params = asked.params
@@ -67,15 +74,11 @@ class Intake:
             answer = self.llm.session.prepare(ids, params, f"{name}-{i}")
             answer.prompt = prompt if isinstance(prompt, str) else None
             answer.first_choice = i * params.n
+            answer.tools = asked.tools
             for stream in answer.streams:
                 stream.request.salt = request.cache_salt or ""
             found.append(answer)
         return found
-
-    def _conversation(self, request: ChatRequest) -> list[int]:
-        variables = template_variables(request)
-        generation = request.add_generation_prompt is not False
-        return self.llm.chat_tokens(request.messages, add_generation_prompt=generation, **variables)
 
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse a prompt that cannot fit, before it is tokenized or copied."""
@@ -85,3 +88,9 @@ class Intake:
             raise RequestError(
                 f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
             )
+
+
+def _conversation(request: ChatRequest, tools: ToolUse) -> list[int]:
+    variables = template_variables(request)
+    generation = request.add_generation_prompt is not False
+    return tools.prompt(request.messages, add_generation_prompt=generation, **variables)

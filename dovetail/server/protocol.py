@@ -91,6 +91,9 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Objects | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -107,8 +110,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (None,),
     "continue_final_message": (None, False),
     "documents": (None, []),
-    "function_call": (None, "none", "auto"),
-    "functions": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
@@ -129,6 +130,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
     "web_search_options": (None,),
 }
+_REPLACED = {"functions": "tools", "function_call": "tool_choice"}
 _CHAT_ONLY: Mapping[str, tuple[Any, ...]] = {"echo": (None, False)}
 
 # Fields that say nothing about the answer.
@@ -145,6 +147,8 @@ def sort_extra(request: GenerationRequest) -> Iterator[str]:
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise RequestError("best_of other than n is not supported", param="best_of")
     for name, value in (request.model_extra or {}).items():
+        if name in _REPLACED and value is not None:
+            raise RequestError(f"{name} is not supported; use {_REPLACED[name]}", param=name)
         if name in unsupported:
             if not any(type(value) is type(v) and value == v for v in unsupported[name]):
                 raise RequestError(f"{name}: this value is not supported yet", param=name)

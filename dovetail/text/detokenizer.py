@@ -155,13 +155,18 @@ class Detokenizer:
 
     `push` returns the text that has become certain: never half a character, never a U+FFFD that a later id
     would resolve. `finish` returns the rest. With `prompt_ids` the text continues a prompt: a first piece
-    keeps its leading space. Ids that the vocabulary does not have are skipped.
+    keeps its leading space. Ids that the vocabulary does not have are skipped, and so are special tokens but
+    `shown_ids`, unless `skip_special_tokens` is False.
     """
 
     def __init__(
-        self, tokenizer: Vocabulary, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Vocabulary,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: Iterable[int] = (),
     ) -> None:
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
         self._stream: _Stream
         if tokenizer.decoder:
             self._stream = _Bytes(tokenizer.pieces, tokenizer.decoder == "fallback-strip" and not prompt_ids)

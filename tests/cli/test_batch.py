@@ -76,7 +76,7 @@ def test_bad_rows_become_errors(tiny_model, tmp_path):
         "the context holds": chat_row(8, messages=[{"role": "user", "content": "x" * 5000}]),
         "cannot be streamed": chat_row(9, stream=True),
         "max_tokens must be": chat_row(10, max_tokens=0),
-        "not supported": chat_row(11, tools=[{"type": "function"}]),
+        "tools[0].function": chat_row(11, tools=[{"type": "function"}]),
         "the prompt is empty": {"custom_id": "e", "method": "POST", "url": TEXT, "body": {"prompt": [[]]}},
     }
     source = write(tmp_path / "in.jsonl", [chat_row(0), "\n", *bad.values(), chat_row(1)])

@@ -1,0 +1,71 @@
+"""Tools in one request: its prompt, the parameters of its answers, and their parsers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dovetail.core.errors import RequestError
+from dovetail.core.sampling import SamplingParams
+from dovetail.text.conversation import Message
+from dovetail.text.tokenizer import Tokenizer
+from dovetail.tools.formats import Format, format_of
+from dovetail.tools.message import message
+from dovetail.tools.parser import Parser, PlainParser, parser_for
+from dovetail.tools.prompt import instructions, with_calls_as_text, with_instructions
+from dovetail.tools.request import Tools
+
+
+class ToolUse:
+    """How a conversation uses tools with this tokenizer's chat template. `tools` is None if none can be called."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: Tools | None) -> None:
+        self.tools = tools
+        self._tokenizer = tokenizer
+        self._shown = tools.shown() if tools is not None else None
+        self._template = tokenizer.template(self._shown)
+        self.format: Format = format_of(self._template.source)
+
+    def prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
+        """The ids of a conversation. Tools, calls and results are text where the template does not know them."""
+        traits, frame, shown = self._template.traits, self.format.frame, self._shown
+        if not traits.shows_calls and _mentions_calls(messages):
+            messages = with_calls_as_text(messages, frame)
+        if self.tools is not None and not traits.takes_tools:
+            messages, shown = with_instructions(messages, instructions(self.tools, frame), traits), None
+        ids: list[int] = self._tokenizer.apply_chat_template(messages, tools=shown, **template)
+        return ids
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Parameters with which the marks of calls can be read, and with which required calls are made."""
+        if self.tools is None:
+            return params
+        marks = tuple(token for mark in self.format.marks if (token := self._control(mark)) is not None)
+        params = replace(params, shown_token_ids=marks)
+        if not self.tools.required:
+            return params
+        raise RequestError("tool_choice: calls cannot be required yet", param="tool_choice")
+
+    def parser(self) -> Parser:
+        """A parser of one answer."""
+        if self.tools is None:
+            return PlainParser()
+        hidden = [mark for mark in self.format.marks if self._control(mark) is not None]
+        return parser_for(self.format, self.tools, hidden)
+
+    def message(self, text: str) -> dict[str, Any]:
+        """The message that an answer's text is."""
+        parser = self.parser()
+        return message([*parser.push(text), *parser.finish()])
+
+    def _control(self, spelling: str) -> int | None:
+        """The id of a control token that is spelled so."""
+        token: int | None = self._tokenizer.backend.token_to_id(spelling)
+        return token if token in self._tokenizer.special_ids else None
+
+
+def _mentions_calls(messages: Any) -> bool:
+    return isinstance(messages, Sequence) and any(
+        hasattr(m, "get") and (m.get("role") == "tool" or m.get("tool_calls")) for m in messages
+    )
