@@ -102,6 +102,10 @@ void shift(Program& p, int row, const std::vector<int32_t>& tokens, const std::v
     for (size_t i = 0; i < tokens.size(); i++) added.emplace_back(tokens[i], values[i]);
 }
 
+void allow(Program& p, int row, nb::ndarray<nb::numpy, const uint32_t, nb::ndim<1>, nb::c_contig> mask) {
+    p.step.changes[row].allowed.assign(mask.data(), mask.data() + mask.size());
+}
+
 using Options = std::tuple<double, int, double, double, double>;  // temperature, top_k, top_p, min_p, noise
 
 std::vector<int> choose(Program& p, int slot, const std::vector<Options>& rows) {
@@ -395,6 +399,7 @@ NB_MODULE(_native, m) {
         .def("argmax", &Program::argmax)
         .def("penalise", penalise)
         .def("shift", shift)
+        .def("allow", allow)
         .def("choose", choose)
         .def("num_rows", [](const Program& p) { return p.step.rows(); })
         .def("view", [](Program& p, int slot, int rows) {  // valid until the program grows

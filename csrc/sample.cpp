@@ -49,6 +49,27 @@ void check(int32_t token, int width) {
     if (token < 0 || token >= width) throw std::invalid_argument("a changed token is outside the vocabulary");
 }
 
+// For each byte of a mask, what to add to eight logits: 0 or -infinity, with which a NaN stays one.
+struct Added {
+    float of[256][8];
+    Added() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int i = 0; i < 8; i++) of[byte][i] = byte >> i & 1 ? 0.0f : -INFINITY;
+    }
+};
+
+void forbid(float* x, int n, const uint32_t* allowed) {
+    static const Added added;
+    for (int i = 0; i < n; i += 8) {
+        const float* by = added.of[allowed[i / 32] >> i % 32 & 255];
+        const int count = std::min(8, n - i);
+        if (count == 8)
+            for (int j = 0; j < 8; j++) x[i + j] += by[j];
+        else
+            for (int j = 0; j < count; j++) x[i + j] += by[j];
+    }
+}
+
 void check(const Choice& c) {
     if (!(c.temperature >= 0 && c.top_p > 0 && c.min_p <= 1 && c.noise >= 0 && c.noise < 1))
         throw std::invalid_argument("temperature, top_p, min_p or noise is out of range");
@@ -88,6 +109,7 @@ const float* Chooser::changed(const float* logits, const Change& change) {
         }
     }
     for (auto [token, value] : change.added) x[token] += value;  // infinity - infinity is NaN, and then there is no token
+    if (!change.allowed.empty()) forbid(x, n_, change.allowed.data());
     return x;
 }
 
@@ -238,6 +260,8 @@ std::vector<int> Sampler::choose(Team& team, const Logits& logits, const std::ve
     for (const auto& [row, change] : changes) {
         for (int32_t token : change.tokens) check(token, logits.width);
         for (auto [token, value] : change.added) check(token, logits.width);
+        if (!change.allowed.empty() && change.allowed.size() * 32 < (size_t)logits.width)
+            throw std::invalid_argument("a mask has fewer bits than the vocabulary has tokens");
     }
     std::vector<int> out(logits.rows);
     const auto one = [&](int thread, int r) {

@@ -26,6 +26,7 @@ struct Change {
     std::vector<int32_t> tokens;  // those of the prompt, then those of the answer
     size_t prompt = 0;
     std::vector<std::pair<int32_t, float>> added;
+    std::vector<uint32_t> allowed;  // token t is bit t % 32 of word t / 32; empty allows all
 };
 
 struct Logits {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RequestError,
     )
     from dovetail.core.sampling import SamplingParams
+    from dovetail.core.structured import StructuredOutputs
     from dovetail.core.technique import Technique
     from dovetail.core.types import Probe
     from dovetail.llm import LLM
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "LLM": "dovetail.llm",
     "SamplingParams": "dovetail.core.sampling",
+    "StructuredOutputs": "dovetail.core.structured",
     "Technique": "dovetail.core.technique",
     "Probe": "dovetail.core.types",
     "RequestOutput": "dovetail.outputs",
@@ -57,6 +59,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "Technique",
 ]
 

@@ -186,6 +186,7 @@ class Program:
         /,
     ) -> None: ...
     def shift(self, row: int, tokens: list[int], values: list[float], /) -> None: ...  # add to logits
+    def allow(self, row: int, mask: NDArray[np.uint32], /) -> None: ...  # token t: bit t % 32 of word t // 32
     def choose(
         self,
         slot: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from dovetail.config import Config
@@ -12,10 +13,13 @@ from dovetail.core.engine import Engine
 from dovetail.core.errors import RequestError
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.structured import StructuredOutputs
 from dovetail.core.types import Probe, Request
 from dovetail.host.interrupts import uninterrupted
 from dovetail.host.turns import Turns
 from dovetail.outputs import Answer, Delta, Stream
+from dovetail.structured.cache import Grammars
+from dovetail.structured.vocabulary import Vocabulary
 from dovetail.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -39,6 +43,7 @@ class Session:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
+        self.grammars = Grammars(partial(Vocabulary.of, tokenizer, vocab_size))
         self.answers: dict[str, Answer] = {}  # running answers by id
         self._owners: dict[Request, Answer] = {}  # the answer to which a running request belongs
         self.turns = Turns()
@@ -59,8 +64,8 @@ class Session:
     ) -> Answer:
         """Check a prompt and its parameters, and build the answer. Nothing is queued yet.
 
-        A string is tokenized with the model's special tokens. Raises RequestError, which names the field.
-        Safe to call from any thread.
+        A string is tokenized with the model's special tokens. A form of the answer that is not known yet is
+        compiled, which may take seconds. Raises RequestError, which names the field. Safe to call from any thread.
         """
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
@@ -78,6 +83,8 @@ class Session:
             if probe.dense_until >= 0:
                 r.dense_until = probe.dense_until
             r.scored, r.observe = probe.score_from - 1, probe.observe
+        if params.structured_outputs is not None:
+            self._constrain(requests, params.structured_outputs)
         streams = [Stream(r, self.tokenizer) for r in requests]
         return Answer(
             request_id, text, ids, params, streams, self.tokenizer, self.clock.now(), score_from=probe.score_from
@@ -185,6 +192,12 @@ class Session:
         return Request(
             request_id, ids, params, PageTable(self.engine.pool), max_total=total, seed=seed, stop_ids=known
         )
+
+    def _constrain(self, requests: Sequence[Request], form: StructuredOutputs) -> None:
+        """Let requests say only what the form allows. Where it is complete, a special token may end the answer."""
+        grammar = self.grammars.compile(form)
+        for r in requests:
+            r.constraint = grammar.matcher(r.stop_ids & (self.eos_ids | self.tokenizer.special_ids))
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
         size = self.vocab_size

@@ -88,6 +88,8 @@ class Engine:
 
     def _fail(self, request: Request, error: str, tokens: Sequence[int] = ()) -> Progress:
         request.finish_reason = "error"
+        if request.constraint is not None and request.constraint.error is not None:
+            error = request.constraint.error
         self.scheduler.distrust(request)
         self.scheduler.leave(request)  # not stored: its KV is not to be trusted
         return Progress(request, tokens, error=error)
@@ -112,6 +114,8 @@ class Engine:
             request.tokens.append(token)
             if token in request.stop_ids and request.num_output > request.params.min_tokens:
                 request.finish_reason, request.stop_reason = "stop", token
+            elif request.constraint is not None and request.constraint.commit(token):
+                request.finish_reason = "stop"
             elif len(request.tokens) >= request.max_total:
                 request.finish_reason = "length"
             if request.finish_reason is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.core.errors import RequestError
+from dovetail.core.structured import StructuredOutputs
 
 MAX_LOGPROBS = 20  # larger reveals the output projection and costs memory per token
 MAX_LOGIT_BIAS = 1024
@@ -20,7 +21,8 @@ class SamplingParams:
     """Sampling options of one request; every value is checked when it is built.
 
     Raises RequestError naming the field for NaN, out-of-range or wrongly typed values.
-    `max_tokens=None` means: up to the end of the context.
+    `max_tokens=None` means: up to the end of the context. structured_outputs: the form of the answer, as
+    StructuredOutputs or a mapping of its fields.
     """
 
     n: int = 1
@@ -43,6 +45,7 @@ class SamplingParams:
     shown_token_ids: Sequence[int] = ()  # special tokens that are part of the text all the same
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] | None = None
+    structured_outputs: StructuredOutputs | None = None
     stops: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "shown_token_ids", _token_ids("shown_token_ids", self.shown_token_ids))
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        if self.structured_outputs is not None:
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.parse(self.structured_outputs))
 
     @property
     def greedy(self) -> bool:

@@ -216,6 +216,8 @@ class Scheduler:
             if drafts:
                 kept = drafts[: min(limit, spare)]
                 r.drafts = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, kept))
+                if r.constraint is not None:
+                    r.drafts = r.drafts[: r.constraint.allowed(r.drafts)]
                 spare -= len(r.drafts)
         return caught_up
 

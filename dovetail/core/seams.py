@@ -80,7 +80,8 @@ class Drafter:
     def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> Sequence[list[int]]:
         """For each request, guessed tokens that follow `request.tokens`: at most its limit, and `total` in all.
 
-        A guess is cut off at either limit, and at the first id outside the vocabulary.
+        A guess is cut off at either limit, and at the first token that is outside the vocabulary or that the form
+        of the answer forbids.
         """
         return [[] for _ in requests]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dovetail.core.pages import PageTable
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.structured import Constraint
 
 Array = Any  # a tensor or an array; core never looks inside
 UNLIMITED = 2**31
@@ -43,6 +44,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # end-of-sequence and stop token ids
     salt: str = ""  # only requests with the same salt share stored KV
     index: int = 0  # which of the n answers
+    constraint: Constraint | None = None  # what the answer may be; it follows `tokens`
     fork_of: Request | None = None  # whose prompt pages it shares, until it has started
     tokens: list[int] = field(default_factory=list)  # prompt + accepted output
     drafts: list[int] = field(default_factory=list)  # unverified tail

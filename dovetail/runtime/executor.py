@@ -13,7 +13,7 @@ from dovetail.host.lazy_torch import torch
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.kv import KV
 from dovetail.runtime.model import Model
-from dovetail.runtime.sampler import Logits, Row, by_span, prompt_logprobs, sample
+from dovetail.runtime.sampler import Logits, by_span, prompt_logprobs, rows_of, sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class ModelExecutor:
         if sampled:
             counts = [spans[i].sample for i in sampled]
             last = torch.cat([hidden[i][-n:] for i, n in zip(sampled, counts, strict=True)])
-            rows = [Row(spans[i].request, j) for i, n in zip(sampled, counts, strict=True) for j in range(n)]
+            rows = [row for i in sampled for row in rows_of(spans[i])]
             chosen = sample(self.model.logits(last), rows)
             for i, result in zip(sampled, by_span(counts, *chosen), strict=True):
                 results[i] = result

@@ -25,7 +25,7 @@ from dovetail.runtime.model import Model, Stage
 from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.recorder import Recorder
 from dovetail.runtime.residency import Tiers
-from dovetail.runtime.sampler import Row, by_span, known, prompt_logprobs
+from dovetail.runtime.sampler import by_span, known, prompt_logprobs, rows_of
 from dovetail.runtime.target import RecordedCodec, RecordedSelector
 
 
@@ -202,7 +202,7 @@ class NativeExecutor:
 
     def _results(self, spans: Sequence[Span], last: int) -> list[SpanResult]:
         counts = [s.sample for s in spans]
-        rows = [Row(s.request, j) for s in spans if s.sample for j in range(s.sample)]
+        rows = [row for s in spans if s.sample for row in rows_of(s)]
         results = [SpanResult()] * len(spans)
         if rows:
             if all(r.plain for r in rows):

@@ -27,7 +27,7 @@ def choose(program: Any, slot: int, rows: Sequence[Row]) -> list[int]:
 
 
 def _change(program: Any, at: int, row: Row) -> None:
-    """Penalties, bias and forbidden ends of one row, in the order in which they are applied."""
+    """Penalties, bias and what is forbidden of one row, in the order in which they are applied."""
     request, p = row.request, row.request.params
     if p.penalised:
         rates = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
@@ -35,5 +35,7 @@ def _change(program: Any, at: int, row: Row) -> None:
         program.penalise(at, rates, tokens, len(request.prompt))
     if p.logit_bias:
         program.shift(at, list(p.logit_bias), list(p.logit_bias.values()))
+    if row.mask is not None:
+        program.allow(at, row.mask)
     if row.too_early:
         program.shift(at, list(request.stop_ids), [FORBIDDEN] * len(request.stop_ids))

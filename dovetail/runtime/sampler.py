@@ -28,10 +28,14 @@ UNSOUND = (
 
 
 class Row(NamedTuple):
-    """A sampled row. The token that is chosen from it follows `request.tokens + request.drafts[:ahead]`."""
+    """A sampled row. The token that is chosen from it follows `request.tokens + request.drafts[:ahead]`.
+
+    mask: the tokens that the form of the answer allows here, as in `Constraint.masks`. None allows all.
+    """
 
     request: Request
     ahead: int
+    mask: NDArray[np.uint32] | None = None
 
     @property
     def plain(self) -> bool:
@@ -43,7 +47,7 @@ class Row(NamedTuple):
     def changed(self) -> bool:
         """Whether the logits are changed before the token is chosen."""
         p = self.request.params
-        return p.penalised or bool(p.logit_bias) or self.too_early
+        return self.mask is not None or p.penalised or bool(p.logit_bias) or self.too_early
 
     @property
     def too_early(self) -> bool:
@@ -53,6 +57,15 @@ class Row(NamedTuple):
     @property
     def position(self) -> int:
         return len(self.request.tokens) + self.ahead
+
+
+def rows_of(span: Span) -> list[Row]:
+    """The sampled rows of a span."""
+    request, count = span.request, span.sample
+    if request.constraint is None or not count:
+        return [Row(request, i) for i in range(count)]
+    masks = request.constraint.masks(request.drafts[: count - 1])
+    return [Row(request, i, mask) for i, mask in enumerate(masks)]
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[TokenLogprobs | None], list[bool]]:
@@ -87,7 +100,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """The logits with penalties, bias and forbidden ends, as a new tensor."""
+    """The logits with penalties, bias, and what is forbidden, as a new tensor."""
     out = logits.clone()
     for i, row in enumerate(rows):
         p = row.request.params
@@ -96,6 +109,9 @@ def shape_logits(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if p.logit_bias:
             ids = torch.tensor(list(p.logit_bias), device=out.device)
             out[i, ids] += torch.tensor(list(p.logit_bias.values()), dtype=out.dtype, device=out.device)
+        if row.mask is not None:
+            allowed = np.unpackbits(row.mask.view(np.uint8), count=out.shape[1], bitorder="little")
+            out[i, torch.from_numpy(np.flatnonzero(allowed == 0)).to(out.device)] += float("-inf")
         if row.too_early and row.request.stop_ids:
             out[i, torch.tensor(sorted(row.request.stop_ids), device=out.device)] = float("-inf")
     return out

@@ -8,6 +8,7 @@ from typing import Any
 from dovetail.core.errors import RequestError
 from dovetail.core.sampling import SamplingParams
 from dovetail.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from dovetail.server.structured import structured_outputs
 
 MAX_PROMPTS = 1024
 MAX_SALT = 128
@@ -68,7 +69,9 @@ def scores_only(request: CompletionRequest) -> bool:
 
 
 def _given(request: GenerationRequest) -> dict[str, Any]:
-    return {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    given = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    form = structured_outputs(request)
+    return given if form is None else given | {"structured_outputs": form}
 
 
 def prompts(value: Any) -> list[Prompt]:

@@ -43,6 +43,7 @@ Prompt = Annotated[
 ]
 Objects = Annotated[list[Any], _all(dict), WithJsonSchema({"type": "array", "items": {"type": "object"}})]
 Stop = Annotated[Any, AfterValidator(_stop), WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS]})]
+Form = Annotated[dict[str, Any], WithJsonSchema({"type": "object"})]
 Ints = Annotated[list[Any], _all(int), WithJsonSchema(TOKEN_IDS)]
 
 
@@ -82,6 +83,14 @@ class GenerationRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
+    response_format: Form | None = None
+    structured_outputs: Form | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[Any] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class ChatRequest(GenerationRequest):
@@ -110,19 +119,14 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (None,),
     "continue_final_message": (None, False),
     "documents": (None, []),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "priority": (None, 0),
-    "response_format": (None, {"type": "text"}),
     "return_token_ids": (None, False),
     "return_tokens_as_token_ids": (None, False),
-    "structured_outputs": (None,),
+    "structural_tag": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None,),

@@ -22,8 +22,8 @@ TECHNIQUE_FILES = sorted(p for p in TECHNIQUES.rglob("*.py") if p != TECHNIQUES 
 # Who may import whom: every folder and loose module may import what stands before it, never what stands behind it.
 # docs/design.md has the same list, with a line for each.
 FLOORS = (
-    "core", "host", "show", "text", "tools", "hub", "ops", "checkpoint", "runtime", "layers", "models",
-    "techniques", "options", "config", "build", "outputs", "session", "llm", "setting", "provenance",
+    "core", "host", "show", "text", "tools", "structured", "hub", "ops", "checkpoint", "runtime", "layers",
+    "models", "techniques", "options", "config", "build", "outputs", "session", "llm", "setting", "provenance",
     "server", "batch", "bench", "evals", "reproduce", "cli",
 )  # fmt: skip
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dovetail.core.engine import Engine
 from dovetail.core.seams import Drafter, Seams
 from dovetail.core.types import Request, Span, SpanResult, StepPlan, TokenLogprobs
-from tests.core.test_scheduler import FakeExecutor, build, expected, make
+from tests.core.test_scheduler import FakeExecutor, Guesser, build, expected, make
+from tests.helpers.examples import examples
 
 
 class Fixed(Drafter):
@@ -285,3 +289,70 @@ def test_a_program_of_several_stages_yields_tokens_after_the_last_one() -> None:
     assert executor.seen == [("a", 0, 3, 2, 1), ("b", 0, 2, 1, 0)] and (a.stage, a.computed) == (0, 3)
     finish(engine)
     assert [a.output, b.output] == [expected([1, 2, 0], 2), expected([2, 1], 2)]
+
+
+class Watched:
+    """A constraint that forbids one token, ends after another, and notes what it is told."""
+
+    def __init__(self, forbids: int = -1, last: int = -1, fails: str | None = None) -> None:
+        self.forbids, self.last, self.error = forbids, last, fails
+        self.committed: list[int] = []
+
+    def allowed(self, drafts: Sequence[int]) -> int:
+        return drafts.index(self.forbids) if self.forbids in drafts else len(drafts)
+
+    def masks(self, drafts: Sequence[int]) -> list[None]:
+        raise AssertionError("the sampler's to ask")
+
+    def commit(self, token: int) -> bool:
+        self.committed.append(token)
+        return token == self.last
+
+
+def test_drafts_are_cut_where_the_form_forbids_them() -> None:
+    drafter = Fixed(right)
+    engine = build(pages=16, budget=16, seqs=1, seams=Seams(drafter=drafter))
+    r = make(engine, "r", [1, 2, 0], 9)
+    r.constraint = Watched(forbids=expected([1, 2, 0], 3)[2])
+    engine.add(r)
+    engine.step()
+    engine.step()
+    assert drafter.told[1] == (right_of([1, 2, 0], 1), 1)
+
+
+@given(st.integers(0, 99), st.integers(10, 20), st.sets(st.integers(1, 40), max_size=5))
+@examples(60)
+def test_a_constraint_is_told_each_token_once_in_order(seed: int, pages: int, raises: set[int]) -> None:
+    """Whatever happens in between: drafts, preemption, steps that fail."""
+    engine = build(pages, 12, 4, Seams(drafter=Guesser(seed)))
+    engine.executor.raises = raises  # type: ignore[attr-defined]
+    requests = [make(engine, f"r{i}", [1, i, 0], 15) for i in range(4)]
+    for r in requests:
+        r.constraint = Watched()
+        engine.add(r)
+    while engine.busy:
+        with contextlib.suppress(MemoryError):
+            engine.step()
+    for r in requests:
+        assert r.constraint.committed == r.output == expected(r.prompt, 15)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_an_answer_ends_when_its_form_is_complete(drafts: int) -> None:
+    engine = build(pages=16, budget=16, seqs=1, seams=Seams(drafter=Fixed(lambda r: right(r, drafts))))
+    r = make(engine, "r", [1, 2, 0], 9)
+    r.constraint = Watched(last=expected([1, 2, 0], 4)[3])
+    engine.add(r)
+    finish(engine)
+    assert (r.finish_reason, r.stop_reason) == ("stop", None)
+    assert r.output == r.constraint.committed == expected([1, 2, 0], 4)
+
+
+def test_an_error_of_a_constraint_is_shown() -> None:
+    engine = build(pages=16, budget=16, seqs=1)
+    r = make(engine, "r", [1, 2, 0], 9)
+    r.constraint = Watched(fails="the grammar is too complex")
+    answering(engine, lambda span, result: SpanResult(error="no token"))
+    engine.add(r)
+    assert [p.error for p in engine.step()] == ["the grammar is too complex"]
+    assert r.finish_reason == "error" and not engine.busy

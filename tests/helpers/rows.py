@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
 from dovetail.core.pages import PagePool, PageTable
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request
@@ -11,7 +15,12 @@ POOL = PagePool(1, 4)
 
 
 def row(
-    output: list[int] = (), ahead: int = 0, prompt: list[int] = (1, 2), drafts: list[int] = (), **params
+    output: list[int] = (),
+    ahead: int = 0,
+    prompt: list[int] = (1, 2),
+    drafts: list[int] = (),
+    mask: np.ndarray | None = None,
+    **params,
 ) -> Row:
     p = SamplingParams(max_tokens=None, **params)
     r = Request(
@@ -19,4 +28,11 @@ def row(
     )
     r.tokens += list(output)
     r.drafts = list(drafts)
-    return Row(r, ahead)
+    return Row(r, ahead, mask)
+
+
+def mask_of(allowed: Iterable[int], width: int) -> np.ndarray:
+    """Bits of the allowed tokens, as `Constraint.masks` gives them."""
+    bits = np.zeros((width + 31) // 32 * 32, np.uint8)
+    bits[list(allowed)] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)

@@ -20,7 +20,7 @@ from dovetail.runtime.native_sampler import choose
 from dovetail.runtime.odds import odds
 from dovetail.runtime.sampler import Row, sample
 from tests.helpers.examples import examples
-from tests.helpers.rows import row
+from tests.helpers.rows import mask_of, row
 from tests.tiny import make_request, run_all, run_staggered, tiny_engine
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
@@ -72,8 +72,18 @@ options = st.fixed_dictionaries(
         "logit_bias": st.dictionaries(st.integers(0, 60), st.floats(-100, 100, width=32), max_size=5),
         "min_tokens": st.integers(0, 6),
         "stop_token_ids": st.lists(st.integers(0, 60), max_size=4),
+        "share": st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]),  # of the tokens that a mask allows
     },
 )
+
+
+def masked(params: dict[str, Any], width: int, seed: int) -> dict[str, Any]:
+    """The options with a random mask, if they speak of one."""
+    if "share" not in params:
+        return params
+    chosen = np.random.default_rng(seed).random(width) < params["share"]
+    rest = {name: value for name, value in params.items() if name != "share"}
+    return {**rest, "mask": mask_of(np.flatnonzero(chosen), width)}
 
 
 @given(
@@ -87,7 +97,7 @@ options = st.fixed_dictionaries(
 def test_tokens_are_those_of_the_reference(mixed, width: int, shape, seed: int, isa: str) -> None:
     logits = random_logits(len(mixed), width, *shape, seed=seed)
     rows = [
-        row([7, 7, 3 + i], ahead=i % 3, prompt=[1, 2, 2], drafts=[9, 7], seed=seed + i, **params)
+        row([7, 7, 3 + i], i % 3, [1, 2, 2], [9, 7], seed=seed + i, **masked(params, width, seed + i))
         for i, params in enumerate(mixed)
     ]
     assert native_tokens(logits, rows, isa) == reference(logits, rows)
@@ -180,7 +190,10 @@ def test_unsound_rows_have_no_token_and_trouble_nobody(bad: float, at: int) -> N
     logits = np.tile(random_logits(1, 70, 1.0), (3, 1))
     logits[1, at] = bad
     forbidden = {"stop_token_ids": [at], "min_tokens": 1}  # what is forbidden still tells that something is wrong
-    for params in ({"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 5}, forbidden, {"repetition_penalty": 2.0}):
+    forbidden_too = {"mask": mask_of({*range(70)} - {at}, 70)}
+    for params in (
+        {"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 5}, forbidden, forbidden_too, {"repetition_penalty": 2.0}
+    ):  # fmt: skip
         rows = [row(prompt=[at], **params) for _ in range(3)]
         got = native_tokens(logits, rows)
         assert got[1] == -1
@@ -248,6 +261,13 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="range"):
             program.choose(slot, [how])
+
+
+def test_a_mask_with_fewer_bits_than_tokens_is_refused() -> None:
+    logits = random_logits(1, 100, 1.0)
+    assert native_tokens(logits, [row(mask=mask_of([99], 100))]) == [99]
+    with pytest.raises(ValueError, match="fewer bits"):
+        native_tokens(logits, [row(mask=mask_of([1], 96))])
 
 
 def test_odds_are_close_to_e_and_their_sums_are_exact() -> None:

@@ -21,7 +21,7 @@ from dovetail.runtime.sampler import (
     shape_logits,
     uniform,
 )
-from tests.helpers.rows import row
+from tests.helpers.rows import mask_of, row
 
 V = 12
 
@@ -126,6 +126,32 @@ def test_min_tokens_forbids_the_end_until_then() -> None:
     assert sample(LOGITS[None], [row([7], ahead=1, drafts=[7], **params)])[0] == [0]
 
 
+def test_a_mask_allows_what_it_says_whatever_else_is_asked() -> None:
+    for params in (
+        {"temperature": 0},
+        {"temperature": 2.0},
+        {"top_k": 2},
+        {"top_p": 0.5},
+        {"logit_bias": {0: 100}},
+    ):
+        r = row(mask=mask_of([3, 9, 10], V), **params)
+        assert {sample(LOGITS[None], [r])[0][0] for _ in range(3)} <= {3, 9, 10}
+    assert sample(LOGITS[None], [row(temperature=0, mask=mask_of([3, 10], V))])[0] == [3]
+    assert sample(LOGITS[None], [row(temperature=0, mask=mask_of([3, 10], V), logit_bias={10: 9})])[0] == [10]
+    early = row(temperature=0, mask=mask_of([3, 10], V), stop_token_ids=[3], min_tokens=1)
+    assert sample(LOGITS[None], [early])[0] == [10]
+    nothing = row(temperature=0, mask=mask_of([], V))
+    assert sample(LOGITS.expand(2, -1), [nothing, early])[2] == [False, True]
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_the_mask() -> None:
+    plain, masked = row(temperature=0, logprobs=2), row(temperature=0, logprobs=2, mask=mask_of([10], V))
+    tokens, known, _ = sample(LOGITS.expand(2, -1), [plain, masked])
+    assert tokens == [0, 10]
+    assert known[1].top == known[0].top
+    assert known[1].logprob == float(torch.log_softmax(LOGITS, -1)[10])
+
+
 def test_logprobs_against_log_softmax() -> None:
     rows = [row(temperature=0, logprobs=3), row(temperature=0), row(temperature=1.0, logprobs=0, seed=3)]
     tokens, known, _ = sample(LOGITS.expand(3, -1), rows)
@@ -172,6 +198,8 @@ def test_what_makes_a_row_more_than_the_largest_logit() -> None:
     plain = row(temperature=0)
     assert plain.plain and not plain.changed
     assert not row(temperature=0.5).plain and not row(temperature=0.5).changed
+    masked = row(temperature=0, mask=mask_of(range(V), V))
+    assert masked.changed and not masked.plain
     assert not row(temperature=0, logprobs=0).plain and not row(temperature=0, logprobs=0).changed
     for change in ({"logit_bias": {1: 1.0}}, {"frequency_penalty": 0.1}, {"min_tokens": 1}):
         assert row(temperature=0, **change).changed and not row(temperature=0, **change).plain

@@ -1,0 +1,101 @@
+"""From the form that a user asks for to a grammar, and to the parser of its answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from dovetail.core.structured import StructuredOutputs
+from dovetail.structured.matcher import Matcher
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from dovetail.structured.vocabulary import Vocabulary
+
+# Between the parts of JSON. Small models that may write any number of spaces and newlines never stop.
+WHITESPACE = r"[ \t]{1,8}|(\r?\n){1,2}[ \t]{0,32}"
+
+MAX_STATES = 20_000  # of a lexer, 1 to 2 KB each
+NO_ANSWER = "no answer can have this form"
+
+
+class GrammarError(Exception):
+    """Why a grammar cannot be used, in words for the user who wrote it."""
+
+
+class Grammar:
+    """A grammar that is compiled for a vocabulary.
+
+    source: the grammar in llguidance's words. size: bytes of memory.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, source: str, size: int = 0) -> None:
+        self.size = size
+        self._vocabulary = vocabulary
+        self._parser = compiled(vocabulary, source)
+
+    def matcher(self, ends: Collection[int]) -> Matcher:
+        """The constraint of an answer, which `ends` may end where it is complete."""
+        return Matcher(self._parser, self._vocabulary, ends)
+
+
+def compiled(vocabulary: Vocabulary, source: str) -> LLMatcher:
+    """The parser at the beginning of an answer. GrammarError if there is no answer."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
+    parser = LLMatcher(vocabulary.native, source, log_level=0, limits=limits)
+    if not parser.is_error():
+        parser.compute_bitmask()
+    if parser.is_error():
+        raise GrammarError(_readable(parser.get_error()))
+    if parser.is_stopped() and not parser.is_accepting():
+        raise GrammarError(NO_ANSWER)
+    return parser
+
+
+def source(asked: StructuredOutputs) -> str:
+    """What a user asks for as a grammar of llguidance. GrammarError if it is not written correctly."""
+    from llguidance import LLMatcher
+
+    if asked.form in ("json", "json_object"):
+        return _json(asked)
+    if asked.form == "regex":
+        return LLMatcher.grammar_from_regex(asked.text)
+    if asked.form == "choice":
+        return "start: CHOICE\nCHOICE: " + " | ".join(
+            json.dumps(text, ensure_ascii=False) for text in json.loads(asked.text)
+        )
+    if re.search(r"^\s*[\w-]+\s*::=", asked.text, re.MULTILINE):
+        return _from_gbnf(asked.text)
+    return asked.text
+
+
+def _json(asked: StructuredOutputs) -> str:
+    schema = json.loads(asked.text)
+    if not isinstance(schema, dict):
+        if not schema:
+            raise GrammarError(NO_ANSWER)
+        schema = {}
+    own = schema.get("x-guidance")
+    options: dict[str, object] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
+    if asked.disable_any_whitespace:
+        options = {"whitespace_flexible": False}
+    schema = {**schema, "x-guidance": {**options, **(own if isinstance(own, dict) else {})}}
+    return json.dumps({"grammars": [{"json_schema": schema}]}, ensure_ascii=False)
+
+
+def _from_gbnf(text: str) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except Exception as error:  # its own errors, and Python's for what it does not foresee
+        raise GrammarError(f"the GBNF grammar cannot be read: {str(error)[:300]}") from None
+
+
+def _readable(message: str) -> str:
+    return " ".join(message.replace("<state>", "").split())[:500]
