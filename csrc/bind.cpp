@@ -102,7 +102,8 @@ void shift(Program& p, int row, const std::vector<int32_t>& tokens, const std::v
     for (size_t i = 0; i < tokens.size(); i++) added.emplace_back(tokens[i], values[i]);
 }
 
-void allow(Program& p, int row, nb::ndarray<nb::numpy, const uint32_t, nb::ndim<1>, nb::c_contig> mask) {
+void allow(Program& p, int row, nb::ndarray<nb::numpy, uint32_t> mask) {
+    if (mask.ndim() != 1 || mask.stride(0) != 1) throw std::invalid_argument("a mask is one row of words");
     p.step.changes[row].allowed.assign(mask.data(), mask.data() + mask.size());
 }
 

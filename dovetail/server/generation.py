@@ -39,7 +39,9 @@ class Generation(ABC, Generic[R]):
         model = service.name(self.request)
         asked = service.intake.read(self.request)
         with service.gate.room_for(asked.choices):
+            form = await service.compiled(asked)  # held until the answers have it
             answers = await service.aside(service.intake.answers, asked, uuid.uuid4().hex)
+            del form
             async with service.running(answers, bool(self.request.stream), self.arrival) as job:
                 name = f"{self.prefix}-{uuid.uuid4().hex}"
                 self.head = {"id": name, "created": int(time.time()), "model": model}

@@ -17,7 +17,9 @@ from dovetail.server.params import (
     template_variables,
 )
 from dovetail.server.protocol import ChatRequest, CompletionRequest
+from dovetail.server.structured import asking_field, renamed
 from dovetail.session import mix
+from dovetail.structured.grammar import Grammar
 from dovetail.tools.request import read_tools
 from dovetail.tools.use import ToolUse
 
@@ -53,6 +55,19 @@ class Intake:
         params = completion_params(request, self.llm.default_params)
         return Asked(request, params, prompts(request.prompt))
 
+    def compile(self, asked: Asked) -> Grammar | None:
+        """The form that the answers must have, compiled; None if they may be anything. It may take seconds.
+
+        While the result is held, `answers` finds it. RequestError if the form is wrong or too expensive.
+        """
+        form = asked.params.structured_outputs
+        if form is None:
+            return None
+        try:
+            return self.llm.session.grammars.compile(form)
+        except RequestError as error:
+            raise renamed(error, asking_field(asked.request)) from None
+
     def answers(self, asked: Asked, name: str, seed: int | None = None) -> list[Answer]:
         """An answer for each prompt, with ids made from `name`. Nothing is queued. Long prompts take a while.
 
@@ -60,6 +75,7 @@ class Intake:
         none; each prompt gets its own seed, made from it.
         """
         request, found = asked.request, []
+        grammar = self.compile(asked)  # held, so that it need not be compiled for each prompt
         given = asked.prompts
         if isinstance(request, ChatRequest) and asked.tools is not None:
             given = [_conversation(request, asked.tools)]
@@ -78,6 +94,7 @@ class Intake:
             for stream in answer.streams:
                 stream.request.salt = request.cache_salt or ""
             found.append(answer)
+        del grammar
         return found
 
     def _check_length(self, prompt: Prompt) -> None:

@@ -16,11 +16,13 @@ from dovetail.outputs import Answer
 from dovetail.server.engine_thread import EngineThread
 from dovetail.server.errors import NotFound
 from dovetail.server.gate import Gate
-from dovetail.server.intake import Intake
+from dovetail.server.intake import Asked, Intake
 from dovetail.server.job import Job
 from dovetail.server.metrics import Metrics
 from dovetail.server.params import check_common
 from dovetail.server.protocol import GenerationRequest, sort_extra
+from dovetail.structured.compiler import AT_ONCE
+from dovetail.structured.grammar import Grammar
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,15 +52,25 @@ class Service:
         self.gate = Gate(llm.config.max_num_seqs + options.max_queue)
         self.engine = EngineThread(llm.session, self.metrics)
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="dovetail-text")
+        self.compilers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dovetail-form")  # they only wait
         self.intake = Intake(llm)
 
     def close(self) -> None:
         self.engine.stop()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.llm.session.grammars.close()
 
     async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run `function` in another thread, so that it does not block the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    async def compiled(self, asked: Asked) -> Grammar | None:
+        """`Intake.compile` in a thread of its own kind, so that a form that takes long delays no other request."""
+        if asked.params.structured_outputs is None:
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.compilers, self.intake.compile, asked)
 
     def name(self, request: GenerationRequest) -> str:
         """Check the fields that every route has. Returns the model name that the request used."""

@@ -24,6 +24,16 @@ _SCHEMA_FIELDS = {"name", "description", "schema", "strict"}
 
 def structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
     """The form that a request asks for, by whichever field. RequestError if it asks in two ways."""
+    return next(iter(_asked(request).values()), None)
+
+
+def asking_field(request: GenerationRequest) -> str:
+    """The field by which a request asks for a form."""
+    return next(iter(_asked(request)), "structured_outputs")
+
+
+def _asked(request: GenerationRequest) -> dict[str, StructuredOutputs]:
+    """At most one field and its form."""
     found: dict[str, StructuredOutputs] = {}
     if request.structured_outputs is not None:
         found["structured_outputs"] = _form("structured_outputs", request.structured_outputs)
@@ -39,7 +49,7 @@ def structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
             f"{' and '.join(found)} both say what form the answer has; leave one of them out",
             param=next(iter(found)),
         )
-    return next(iter(found.values()), None)
+    return found
 
 
 def _form(param: str, fields: Mapping[str, Any]) -> StructuredOutputs:
@@ -47,9 +57,14 @@ def _form(param: str, fields: Mapping[str, Any]) -> StructuredOutputs:
     try:
         return StructuredOutputs.parse(fields)
     except RequestError as error:
-        text = str(error).removeprefix("structured_outputs: ")
-        inner = (error.param or "").removeprefix("structured_outputs")
-        raise RequestError(f"{param}{inner}: {text}", param=f"{param}{inner}") from None
+        raise renamed(error, param) from None
+
+
+def renamed(error: RequestError, param: str) -> RequestError:
+    """An error of structured_outputs that names the field that the client wrote."""
+    name = (error.param or "").replace("structured_outputs", param, 1)
+    message = str(error).replace("structured_outputs", param, 1)
+    return RequestError(message, param=name, status=error.status, type=error.type)
 
 
 def _response_format(value: Mapping[str, Any]) -> dict[str, Any] | None:

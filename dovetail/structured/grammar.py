@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from dovetail.core.structured import StructuredOutputs
-from dovetail.structured.matcher import Matcher
+from dovetail.structured.matcher import DEAD_END, Matcher
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 WHITESPACE = r"[ \t]{1,8}|(\r?\n){1,2}[ \t]{0,32}"
 
 MAX_STATES = 20_000  # of a lexer, 1 to 2 KB each
-NO_ANSWER = "no answer can have this form"
 
 
 class GrammarError(Exception):
@@ -43,17 +42,16 @@ class Grammar:
 
 
 def compiled(vocabulary: Vocabulary, source: str) -> LLMatcher:
-    """The parser at the beginning of an answer. GrammarError if there is no answer."""
+    """The parser at the beginning of an answer. GrammarError if there is none."""
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
     parser = LLMatcher(vocabulary.native, source, log_level=0, limits=limits)
-    if not parser.is_error():
-        parser.compute_bitmask()
-    if parser.is_error():
+    first = int.from_bytes(parser.compute_bitmask(), "little") & ~(1 << vocabulary.complete)
+    if parser.is_error() and not parser.get_error().startswith(DEAD_END):
         raise GrammarError(_readable(parser.get_error()))
-    if parser.is_stopped() and not parser.is_accepting():
-        raise GrammarError(NO_ANSWER)
+    if not first:
+        raise GrammarError("no answer but the empty one can have this form")
     return parser
 
 
@@ -66,19 +64,22 @@ def source(asked: StructuredOutputs) -> str:
     if asked.form == "regex":
         return LLMatcher.grammar_from_regex(asked.text)
     if asked.form == "choice":
-        return "start: CHOICE\nCHOICE: " + " | ".join(
-            json.dumps(text, ensure_ascii=False) for text in json.loads(asked.text)
-        )
+        return LLMatcher.grammar_from_regex("|".join(map(_literally, json.loads(asked.text))))
     if re.search(r"^\s*[\w-]+\s*::=", asked.text, re.MULTILINE):
         return _from_gbnf(asked.text)
     return asked.text
+
+
+def _literally(text: str) -> str:
+    """An expression that matches a text and nothing else."""
+    return "".join([c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text])
 
 
 def _json(asked: StructuredOutputs) -> str:
     schema = json.loads(asked.text)
     if not isinstance(schema, dict):
         if not schema:
-            raise GrammarError(NO_ANSWER)
+            raise GrammarError("nothing is valid by the schema false")
         schema = {}
     own = schema.get("x-guidance")
     options: dict[str, object] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}

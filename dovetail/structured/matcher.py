@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dovetail.structured.vocabulary import Vocabulary
 
-DEAD_END = "no token of the vocabulary continues an answer of the requested form"
+DEAD_END = "NoExtensionBias"  # how the error begins when no token can follow
 
 
 class Matcher:
@@ -66,7 +66,7 @@ class Matcher:
     def _mask(self, parser: LLMatcher, out: NDArray[np.uint32]) -> str | None:
         """Write which tokens may follow. Returns why none can be named, if so."""
         parser.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
-        if parser.is_error() or (parser.is_stopped() and not parser.is_accepting()):
+        if parser.is_error():
             out[:] = 0
             return _why(parser)
         word, bit = divmod(self._complete, 32)
@@ -85,5 +85,7 @@ class Matcher:
 
 def _why(parser: LLMatcher) -> str:
     """What a parser has to say about its end."""
-    said = parser.get_error().strip().splitlines() if parser.is_error() else []
-    return f"the form of the answer cannot be followed: {said[0][:200]}" if said else DEAD_END
+    said = [*parser.get_error().strip().splitlines(), ""][0]
+    if said == DEAD_END:
+        return "no token of the vocabulary continues an answer of the requested form"
+    return f"the form of the answer cannot be followed: {said[:200]}"

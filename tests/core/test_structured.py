@@ -95,9 +95,7 @@ def test_limits_are_reached() -> None:
 
 def test_fields_that_there_are_not_are_named() -> None:
     for name in ("structural_tag", "backend", "jsno"):
-        with pytest.raises(
-            RequestError, match=f"{name} is not supported; the fields are choice"
-        ) as caught:
+        with pytest.raises(RequestError, match=f"{name} is not supported; the fields are choice") as caught:
             StructuredOutputs.parse({"json": {}, name: "x"})
         assert caught.value.param == f"structured_outputs.{name}"
     assert StructuredOutputs.parse({"json": {}, "structural_tag": None}).form == "json"

@@ -54,8 +54,11 @@ COMPLETION_ONLY = [
     {"prompt": "x", "logprobs": 21}, {"prompt": "x", "logprobs": True}, {"prompt": "x", "suffix": "y"},
     {"prompt": "x", "echo": "yes"}, {"prompt": "x", "stream_options": {}},
     {"prompt": "x", "stream": True, "prompt_logprobs": 1},
-    {"prompt": "x", "response_format": {"type": "json_object"}}, {"prompt": "x", "guided_regex": "a+"},
-    {"prompt": "x", "structured_outputs": {"regex": "a+"}}, {"prompt": "x", "use_beam_search": True},
+    {"prompt": "x", "response_format": {"type": "yaml"}}, {"prompt": "x", "guided_regex": "a("},
+    {"prompt": "x", "response_format": {"type": "json_schema"}}, {"prompt": "x", "guided_regex": 5},
+    {"prompt": "x", "structured_outputs": {"regex": "a", "json": {}}}, {"prompt": "x", "guided_choice": []},
+    {"prompt": "x", "structured_outputs": {}},
+    {"prompt": "x", "structured_outputs": {"structural_tag": "x"}}, {"prompt": "x", "use_beam_search": True},
     {"prompt": "x", "use_beam_search": 1}, {},
 ]  # fmt: skip
 
