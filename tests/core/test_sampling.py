@@ -17,7 +17,8 @@ DEFAULTS = {  # vLLM's
     "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "temperature": 1.0,
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None, "stop": None, "stop_token_ids": (), "ignore_eos": False,
     "max_tokens": 16, "min_tokens": 0, "logprobs": None, "prompt_logprobs": None, "skip_special_tokens": True,
-    "include_stop_str_in_output": False, "logit_bias": {}, "structured_outputs": None, "stops": (),
+    "include_stop_str_in_output": False, "logit_bias": {}, "structured_outputs": None, "shown_token_ids": (),
+    "stops": (),
 }  # fmt: skip
 TINY = 5e-324
 RANGES = {  # the least and the largest that are taken, and the nearest on both sides that are not
