@@ -65,7 +65,8 @@ class RequestOutput:
 class Stream:
     """One of the n answers: turns tokens into text and watches for stop strings.
 
-    Text that could still become a stop string is held back until it cannot.
+    Text that could still become a stop string is held back until it cannot. A stop string may spell control
+    tokens: they count where it is looked for, whether the text shows them or not.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
@@ -73,6 +74,8 @@ class Stream:
         self.request = request
         self.tokenizer = tokenizer
         self.detokenizer = Detokenizer(tokenizer, p.skip_special_tokens, request.prompt, p.shown_token_ids)
+        spelled = tokenizer.control_tokens_in(p.stops).items()
+        self._unshown = {token: text for token, text in spelled if token in self.detokenizer.skipped}
         self.text = ""
         self.ready = 0  # characters of text that will not change
         self.token_ids: list[int] = []
@@ -81,6 +84,8 @@ class Stream:
         self.stop_reason: int | str | None = None
         self.last_token: float | None = None  # when it last gained tokens
         self._names: list[dict[int, Logprob]] = []
+        self._read = ""  # where stop strings are looked for: the text, with the control tokens that they spell
+        self._gaps: list[tuple[int, int]] = []  # where those are in it
         self._stoppable = 0  # stop strings may be found from this character on
         self._margin = max((len(s) for s in p.stops), default=1) - 1
 
@@ -92,7 +97,7 @@ class Stream:
             if progress.logprobs:
                 self.logprobs += progress.logprobs[i : i + 1]
             if not (reason == "stop" and self.request.stop_reason == token and i + 1 == len(tokens)):
-                self._add(self.detokenizer.push(token))
+                self._add(self._unshown.get(token) or self.detokenizer.push(token), token in self._unshown)
             if self.finish_reason is not None:
                 return
         if reason is not None:
@@ -119,29 +124,36 @@ class Stream:
         reason = self.request.stop_reason
         return reason if isinstance(reason, int) and reason in (self.request.params.stop_token_ids or ()) else None
 
-    def _add(self, piece: str) -> None:
+    def _add(self, piece: str, unshown: bool = False) -> None:
         params = self.request.params
-        before = len(self.text)
-        self.text += piece
+        self.text += "" if unshown else piece
         if not params.stops:
             self.ready = len(self.text)
             return
+        before = len(self._read)
+        self._read += piece
+        if unshown:
+            self._gaps.append((before, len(self._read)))
         if len(self.token_ids) <= params.min_tokens:  # this text was shown and cannot be taken back
-            self._stoppable = self.ready = len(self.text)
+            self._stoppable, self.ready = len(self._read), len(self.text)
             return
         start = max(self._stoppable, before - self._margin)
-        found = [(at, s) for s in params.stops if (at := self.text.find(s, start)) >= 0]
+        found = [(at, s) for s in params.stops if (at := self._read.find(s, start)) >= 0]
         if found:
             at, stop = min(found)
-            self.text = self.text[: at + (len(stop) if params.include_stop_str_in_output else 0)]
+            self.text = self.text[: self._shown(at)] + (stop if params.include_stop_str_in_output else "")
             self.close("stop", stop)
             return
-        self.ready = len(self.text) - self._held()
+        self.ready = self._shown(len(self._read) - self._held())
+
+    def _shown(self, at: int) -> int:
+        """How many characters of the text come before character `at` of what is read."""
+        return at - sum(min(at, end) - begin for begin, end in self._gaps if begin < at)
 
     def _held(self) -> int:
         """Length of the longest tail that begins a stop string."""
-        for n in range(min(self._margin, len(self.text) - self._stoppable), 0, -1):
-            if any(s.startswith(self.text[-n:]) for s in self.request.params.stops if len(s) > n):
+        for n in range(min(self._margin, len(self._read) - self._stoppable), 0, -1):
+            if any(s.startswith(self._read[-n:]) for s in self.request.params.stops if len(s) > n):
                 return n
         return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dovetail.core.engine import Progress
 from dovetail.core.pages import PagePool, PageTable
@@ -10,6 +12,7 @@ from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request, TokenLogprobs
 from dovetail.outputs import Answer, Logprob, Metrics, Stream, named, text_of
 from dovetail.text.byte_tokenizer import ByteTokenizer
+from tests.helpers.examples import examples
 
 TOKENIZER = ByteTokenizer()
 PROMPT = [80, 81, 82]
@@ -156,6 +159,67 @@ def test_a_stop_string_is_not_found_in_what_least_tokens_have_shown() -> None:
 def test_a_text_may_begin_with_a_stop_string() -> None:
     answer = answer_of(stop="ab")
     assert [push(answer, c).text for c in "ab"] == ["", ""] and answer.streams[0].stop_reason == "ab"
+
+
+END, BEGIN = 259, 258  # <|im_end|> and <|im_start|>
+
+
+def step(answer: Answer, *tokens: int):
+    return answer.push(Progress(answer.streams[0].request, list(tokens)), 11.0)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_control_token_may_be_a_stop_string(include: bool) -> None:
+    answer = answer_of(stop=["<|im_end|>"], include_stop_str_in_output=include)
+    assert step(answer, 97, BEGIN).text == "a" and not answer.finished
+    delta = step(answer, 98, END, 99)
+    assert (delta.text, delta.token_ids) == ("b<|im_end|>" if include else "b", [98, END])
+    assert (delta.finish_reason, delta.stop_reason) == ("stop", "<|im_end|>")
+
+
+def test_a_stop_string_may_have_control_tokens_in_it() -> None:
+    answer = answer_of(stop="x<|im_end|>\n")
+    assert [step(answer, t).text for t in (97, 120, END, 98)] == ["a", "", "", "xb"]  # the token is not shown
+    assert [step(answer, t).text for t in (120, END, 10)] == ["", "", ""]
+    assert answer.streams[0].text == "axb" and answer.streams[0].stop_reason == "x<|im_end|>\n"
+
+
+def test_control_tokens_that_no_stop_string_spells_are_not_there() -> None:
+    answer = answer_of(stop="ab")
+    assert [step(answer, t).text for t in (97, END, 98)] == ["", "", ""] and answer.finished
+    shown = answer_of(stop="a<|im_end|>b", skip_special_tokens=False)
+    assert [step(shown, t).text for t in (97, END, 98)] == ["", "", ""] and shown.finished
+
+
+STOPS = ["<|im_end|>", "a<|im_end|>", "<|im_end|>b", "<|im_end|><|im_end|>", "ab", "b<|im_start|>a"]
+
+
+@examples(400)
+@given(
+    tokens=st.lists(st.sampled_from([97, 98, END, BEGIN]), max_size=10),
+    stops=st.lists(st.sampled_from(STOPS), min_size=1, max_size=3, unique=True),
+    include=st.booleans(),
+)
+def test_stop_strings_against_brute_force(tokens: list[int], stops: list[str], include: bool) -> None:
+    spelled = {END: "<|im_end|>", BEGIN: "<|im_start|>"}
+    read = [spelled[t] if t in spelled else chr(t) for t in tokens]
+    heard = [
+        r if t not in spelled or any(r in s for s in stops) else "" for t, r in zip(tokens, read, strict=True)
+    ]
+    ends = [(n, "".join(heard[:n])) for n in range(1, len(tokens) + 1)]
+    count, before = next(((n, text) for n, text in ends if any(s in text for s in stops)), (0, ""))
+    answer = answer_of(stop=stops, include_stop_str_in_output=include)
+    gained = [step(answer, token) for token in tokens[: count or len(tokens)]]
+    if not count:
+        assert not answer.finished
+        gained.append(push(answer, "", end="length"))
+        expected = "".join([r for t, r in zip(tokens, read, strict=True) if t not in spelled])
+    else:
+        at, stop = min((before.find(s), s) for s in stops if s in before)
+        assert answer.finished and answer.streams[0].stop_reason == stop
+        shown = before[:at].replace("<|im_end|>", "").replace("<|im_start|>", "")
+        expected = shown + (stop if include else "")
+    assert text_of([delta for delta in gained if delta]) == answer.streams[0].text == expected
 
 
 def test_text_that_was_shown_is_not_held_again() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.fields import Fields, Keys
-from dovetail.checkpoint.geometry import check_geometry
+from dovetail.checkpoint.geometry import check_geometry, extended, known_ids
 from dovetail.checkpoint.layout import BLOCK_NAMES, decoder_tensors
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ModelConfig
@@ -53,9 +53,9 @@ Architectures = Mapping[str, Architecture]  # by name
 
 
 def read_hf_config(
-    values: Mapping[str, Any], source: str, known: Architectures, eos_token_ids: tuple[int, ...] = ()
+    values: Mapping[str, Any], source: str, known: Architectures, generation: Fields | None = None
 ) -> tuple[Architecture, ModelConfig]:
-    """Read config.json's object. `eos_token_ids` (from generation_config.json) are added to the config's own.
+    """Read config.json's object. The ends in `generation` (generation_config.json) are added to the config's own.
 
     ModelError naming `source` and the field for an unknown architecture, a missing or wrongly typed field, or
     numbers that contradict each other.
@@ -67,9 +67,12 @@ def read_hf_config(
         raise ModelError(f"{source}: model_type {kind!r} holds more than text (text_config); only text can be run")
     types = {record.model_type: record for record in known.values()}
     record = _find(values.get("model_type"), types, f"{source}: model_type")
-    config = record.from_hf(Fields(dict(values), source))
-    config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + eos_token_ids)))
-    return record, check_geometry(config, source)
+    config = extended(check_geometry(record.from_hf(Fields(dict(values), source)), source))
+    if generation is not None:
+        ends = generation.token_ids("eos_token_id")
+        ends = config.eos_token_ids + known_ids(ends, "eos_token_id", generation.source, config.vocab_size)
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
+    return record, config
 
 
 def read_gguf_config(file: GGUFFile, known: Architectures) -> tuple[Architecture, ModelConfig]:
@@ -77,7 +80,7 @@ def read_gguf_config(file: GGUFFile, known: Architectures) -> tuple[Architecture
     contradictory, and for an unknown architecture."""
     name = file.metadata.read("general.architecture", str)
     record = _find(name, known, f"{file.path}: general.architecture")
-    return record, check_geometry(record.from_gguf(Keys(file, record.name)), str(file.path))
+    return record, extended(check_geometry(record.from_gguf(Keys(file, record.name)), str(file.path)))
 
 
 def _find(name: Any, known: Architectures, source: str) -> Architecture:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +13,8 @@ from dovetail.core.model import ModelConfig
 from dovetail.ops.stored import StoredTensor
 from dovetail.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # saved by old versions of transformers, recomputed from the config
 
 
@@ -53,8 +57,8 @@ class Checkpoint(Protocol):
 def validate(checkpoint: Checkpoint) -> None:
     """Compare the checkpoint's names and shapes with its config.
 
-    ModelError for a tensor that is missing, that has another shape than the config says, or that the model does
-    not use.
+    ModelError for a tensor that is missing, that has another shape than the config says, or that is of a layer
+    that the config does not know. Any other tensor that the model does not use is a warning.
     """
     present = set(checkpoint.names())
     for name, shape in checkpoint.architecture.tensors(checkpoint.config):
@@ -69,9 +73,13 @@ def validate(checkpoint: Checkpoint) -> None:
     extra = sorted(name for name in present if not name.endswith(_IGNORED_SUFFIX))
     if checkpoint.config.tie_word_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")  # a second copy of the embedding
-    if extra:
-        listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+    if not extra:
+        return
+    listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+    layers = [int(match[1]) for name in extra if (match := _LAYER.match(name))]
+    if max(layers, default=0) >= checkpoint.config.num_layers:
         raise ModelError(
             f"{checkpoint.path}: unexpected tensors for {checkpoint.config.architecture}: {listed}; "
-            "loading the model without them would change its output"
+            f"the config has {checkpoint.config.num_layers} layers, and without the others the output is another"
         )
+    _LOG.warning("%s: %s does not use %s", checkpoint.path, checkpoint.config.architecture, listed)

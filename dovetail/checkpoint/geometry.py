@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from dovetail.core.errors import ModelError
 from dovetail.core.model import ACTIVATIONS, ModelConfig, RopeConfig
 
+_LOG = logging.getLogger(__name__)
 LIMIT = 1 << 31  # kernels index rows with 32 bits; no model's size comes near
 ROPE_KINDS = {
     "default": (),
@@ -21,7 +25,7 @@ ROPE_KINDS = {
 
 def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
     """Return `config` if its numbers agree with each other; ModelError naming `source` and the field
-    otherwise.
+    otherwise. Token ids outside the vocabulary are left out, with a warning.
     """
     sizes = (
         "vocab_size",
@@ -54,10 +58,6 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
     for window in config.sliding_windows:
         if window is not None and not 0 < window < LIMIT:
             raise ModelError(f"{source}: sliding_window is {window}, not between 1 and 2^31 - 1")
-    for name, ids in (("bos_token_id", (config.bos_token_id,)), ("eos_token_id", config.eos_token_ids)):
-        for token in ids:
-            if token is not None and not 0 <= token < config.vocab_size:
-                raise ModelError(f"{source}: {name} {token} is outside the vocabulary of {config.vocab_size}")
     if config.layer_ropes and len(config.layer_ropes) != config.num_layers:
         raise ModelError(f"{source}: {len(config.layer_ropes)} rotations for {config.num_layers} layers")
     for rope in (config.rope, *config.layer_ropes):
@@ -66,7 +66,30 @@ def check_geometry(config: ModelConfig, source: str) -> ModelConfig:
         scale = getattr(config, name)
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ModelError(f"{source}: {name} is {scale}, not a positive number")
-    return config
+    bos = () if config.bos_token_id is None else (config.bos_token_id,)
+    begins = known_ids(bos, "bos_token_id", source, config.vocab_size)
+    ends = known_ids(config.eos_token_ids, "eos_token_id", source, config.vocab_size)
+    return replace(config, bos_token_id=begins[0] if begins else None, eos_token_ids=ends)
+
+
+def known_ids(ids: Sequence[int], name: str, source: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids that the model has; the others are named in a warning."""
+    for token in ids:
+        if token >= vocab_size:
+            _LOG.warning("%s: %s %d is not used, the model has %d tokens", source, name, token, vocab_size)
+    return tuple(token for token in ids if token < vocab_size)
+
+
+def extended(config: ModelConfig) -> ModelConfig:
+    """`config` with the context that YaRN extends: what the model was trained on, times the factor.
+
+    Model cards ask for the factor without the new length. Files that give the new length keep theirs.
+    """
+    if config.rope.kind != "yarn":
+        return config
+    length = config.rope.parameters["original_max_position_embeddings"] * config.rope.parameters["factor"]
+    longest = max(config.max_position_embeddings, min(int(length), LIMIT - 1))
+    return replace(config, max_position_embeddings=longest)
 
 
 def _check_rope(rope: RopeConfig, head_dim: int, source: str) -> None:

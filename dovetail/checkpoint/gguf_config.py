@@ -6,6 +6,7 @@ An architecture's record composes these functions and adds what is its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dovetail.checkpoint.fields import Keys
@@ -15,6 +16,7 @@ from dovetail.core.model import ModelConfig, RopeConfig
 if TYPE_CHECKING:
     from dovetail.checkpoint.gguf import GGUFFile
 
+ENDS = ("eos", "eot", "eom")  # end of the text, of a turn, of a message
 _YARN = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 
@@ -93,8 +95,8 @@ def decoder_config(keys: Keys) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        bos_token_id=file.metadata.read("tokenizer.ggml.bos_token_id", int),
-        eos_token_ids=gguf_eos_ids(file),
+        bos_token_id=next(iter(gguf_ids(file, ("bos",), vocab)), None),
+        eos_token_ids=gguf_ids(file, ENDS, vocab),
     )
 
 
@@ -148,13 +150,7 @@ def sliding_layers(keys: Keys, layers: int, period: int) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def gguf_eos_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ids that end a turn: eos, end of turn, end of message, and the control tokens chat formats use for
-    it.
-    """
-    ids = []
-    for name in ("eos", "eot", "eom"):
-        value = file.metadata.read(f"tokenizer.ggml.{name}_token_id", int)
-        if value is not None:
-            ids.append(value)
-    return tuple(dict.fromkeys(ids))
+def gguf_ids(file: GGUFFile, names: Sequence[str], count: int) -> tuple[int, ...]:
+    """The ids that tokenizer.ggml.<name>_token_id give and that are among `count` tokens."""
+    ids = [file.metadata.read(f"tokenizer.ggml.{name}_token_id", int) for name in names]
+    return tuple(dict.fromkeys(token for token in ids if token is not None and token < count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,27 +12,31 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from dovetail.checkpoint.gguf import GGUFFile
-from dovetail.checkpoint.gguf_config import gguf_eos_ids
+from dovetail.checkpoint.gguf_config import ENDS, gguf_ids
 from dovetail.core.errors import ModelError
-from dovetail.text.tokenizer import Tokenizer, guarded
+from dovetail.text.detokenizer import looks_byte_level
+from dovetail.text.tokenizer import Tokenizer
+from dovetail.text.tokenizer_files import TEKKEN, cased_words, guarded
 
 _LOG = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 
 
 @dataclass(frozen=True)
 class _Family:
-    """How a byte-level BPE cuts text into words: digits one by one first, then a regex ("": GPT-2's own)."""
+    """How a byte-level BPE cuts text into words: digits one by one first, then by `cuts` one after the other, each
+    within the parts that the ones before it left, then by a regex ("": GPT-2's own, unless there are cuts).
+    """
 
     regex: str = ""
     names: tuple[str, ...] = ()
     split_digits: bool = False
+    cuts: tuple[str, ...] = ()
     ignore_merges: bool = False
     add_bos: bool = False
     nfc: bool = False
@@ -41,13 +46,11 @@ def _words(letters: str, digits: str, tail: str = r"\p{L}\p{N}") -> str:
     return rf"{_SHORT}|{_LEAD}{letters}+|{digits}| ?[^\s{tail}]+[\r\n]*|{_SPACES}"
 
 
-def _cased(suffix: str, digits: str) -> str:
-    return (
-        rf"{_LEAD}{_UPPER}*{_LOWER}+{suffix}|{_LEAD}{_UPPER}+{_LOWER}*{suffix}|{digits}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-    )
-
-
+_EAST_ASIAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, r"\p{N}")
+_CASED_WORDS = r"\s?[\p{Lu}\p{Ll}\p{Lt}]+"
+_SIGNS = r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_LLM = (r"[\r\n]", _CASED_WORDS, _SIGNS, r"\s+$", _EAST_ASIAN, r"\p{N}")
 _LLAMA3 = (
     "llama3",
     "llama-v3",
@@ -67,8 +70,10 @@ _FAMILIES = (
     _Family(_words(r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}\p{N}"), ("qwen35",), nfc=True),
     _Family("", ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "phi-2")),
     _Family("", _DIGITS, split_digits=True),
-    _Family(_cased(_SHORT + "?", r"\p{N}{1,3}"), ("gpt-4o", "minimax-m2")),
-    _Family(_cased("", r"\p{N}"), ("tekken",), ignore_merges=True, add_bos=True),
+    _Family(cased_words(_SHORT + "?", r"\p{N}{1,3}"), ("gpt-4o", "minimax-m2")),
+    _Family(TEKKEN, ("tekken",), ignore_merges=True, add_bos=True),
+    _Family("", ("deepseek-coder",), cuts=_DEEPSEEK_CODER, add_bos=True),
+    _Family("", ("deepseek-llm",), cuts=_DEEPSEEK_LLM, add_bos=True),
 )
 FAMILIES: dict[str, _Family] = {name: family for family in _FAMILIES for name in family.names}
 
@@ -120,9 +125,9 @@ def _byte_level(file: GGUFFile, vocabulary: _Vocabulary, family: _Family) -> Bac
     steps: list[pre_tokenizers.PreTokenizer] = []
     if family.split_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if family.regex:
-        steps.append(pre_tokenizers.Split(Regex(family.regex), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not family.regex))
+    cuts = (*family.cuts, family.regex) if family.regex else family.cuts
+    steps += [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cuts))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -159,12 +164,18 @@ def _sentencepiece(file: GGUFFile, vocabulary: _Vocabulary) -> Backend:
         raise ModelError(
             f"{file.path}: tokenizer.ggml.scores[{int(np.argmin(np.isfinite(scores)))}] is not a number"
         )
-    unknown = file.metadata.read("tokenizer.ggml.unknown_token_id", int, 0)
-    merges = _score_merges(vocabulary, scores)
+    unknown: int | None = file.metadata.read("tokenizer.ggml.unknown_token_id", int, 0)
+    if unknown is not None and unknown >= len(vocabulary.tokens):
+        if not all(f"<0x{byte:02X}>" in vocabulary.ids for byte in range(256)):
+            raise ModelError(
+                f"{file.path}: tokenizer.ggml.unknown_token_id is {unknown}, there are {len(vocabulary.tokens)} "
+                "tokens, and characters without a token or bytes need it"
+            )
+        unknown = None
     model = models.BPE(
         vocab=vocabulary.ids,
-        merges=merges,
-        unk_token=vocabulary.tokens[unknown],
+        merges=_score_merges(vocabulary, scores),
+        unk_token=None if unknown is None else vocabulary.tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
@@ -204,16 +215,18 @@ def _post_processor(
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
-def _special_tokens(file: GGUFFile, vocabulary: _Vocabulary) -> dict[str, int]:
+def _special_tokens(file: GGUFFile, vocabulary: _Vocabulary, needed: Sequence[str]) -> dict[str, int]:
+    """Ids by the names that templates use. `needed`: keys of tokens that are put into every text."""
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     found = {}
     for key in (*names, "eot", "eom"):
         token = file.metadata.read(f"tokenizer.ggml.{key}_token_id", int)
         if token is not None and token >= len(vocabulary.tokens):
-            raise ModelError(
-                f"{file.path}: tokenizer.ggml.{key}_token_id is {token}, there are {len(vocabulary.tokens)} tokens"
-            )
-        if token is not None and key in names:
+            why = f"tokenizer.ggml.{key}_token_id is {token}, there are {len(vocabulary.tokens)} tokens"
+            if key in needed:
+                raise ModelError(f"{file.path}: {why}, and tokenizer.ggml.add_{key}_token asks for it")
+            _LOG.warning("%s: %s; it is not used", file.path, why)
+        elif token is not None and key in names:
             found[names[key]] = token
     return found
 
@@ -232,22 +245,21 @@ def build_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
             f"{file.path}: tokenizer.ggml.model {model[:64]!r} is not supported, only gpt2 and llama are"
         )
     vocabulary = _vocabulary(file, vocab_size)
-    special = _special_tokens(file, vocabulary)
-    add_bos = model == "llama"
-    if model == "gpt2":
-        pre = metadata.read("tokenizer.ggml.pre", str, "default")
-        if pre not in FAMILIES:
-            _LOG.warning(
-                "%s: tokenizer.ggml.pre %r is not known, splitting text as GPT-2 does", file.path, pre[:64]
-            )
-        family = FAMILIES.get(pre, _Family())
-        add_bos = family.add_bos
-        backend = guarded(f"{file.path}: tokenizer", lambda: _byte_level(file, vocabulary, family))
-    else:
-        backend = guarded(f"{file.path}: tokenizer", lambda: _sentencepiece(file, vocabulary))
+    if model == "llama" and looks_byte_level(vocabulary.ids.get):
+        _LOG.warning("%s: tokenizer.ggml.model is llama, but the tokens are gpt2's; read as gpt2", file.path)
+        model = "gpt2"
+    family = _family(file) if model == "gpt2" else _Family(add_bos=True)
+    backend = guarded(
+        f"{file.path}: tokenizer",
+        lambda: _byte_level(file, vocabulary, family) if model == "gpt2" else _sentencepiece(file, vocabulary),
+    )
     guarded(f"{file.path}: tokenizer", lambda: _add_tokens(backend, vocabulary))
-    bos = special.get("bos_token") if metadata.read("tokenizer.ggml.add_bos_token", bool, add_bos) else None
-    eos = special.get("eos_token") if metadata.read("tokenizer.ggml.add_eos_token", bool, False) else None
+    asked = {
+        "bos": metadata.read("tokenizer.ggml.add_bos_token", bool, family.add_bos),
+        "eos": metadata.read("tokenizer.ggml.add_eos_token", bool, False),
+    }
+    special = _special_tokens(file, vocabulary, [key for key, wanted in asked.items() if wanted])
+    bos, eos = (special.get(f"{key}_token") if wanted else None for key, wanted in asked.items())
     processor = _post_processor(vocabulary, bos, eos)
     if processor is not None:
         backend.post_processor = processor
@@ -258,4 +270,12 @@ def build_tokenizer(file: GGUFFile, vocab_size: int) -> Tokenizer:
     if prefix in metadata:
         templates["default"] = metadata.read(prefix, str)
     texts = {name: vocabulary.tokens[token] for name, token in special.items()}
-    return Tokenizer(backend, special_tokens=texts, eos_ids=gguf_eos_ids(file), templates=templates)
+    ends = gguf_ids(file, ENDS, len(vocabulary.tokens))
+    return Tokenizer(backend, special_tokens=texts, eos_ids=ends, templates=templates)
+
+
+def _family(file: GGUFFile) -> _Family:
+    pre = file.metadata.read("tokenizer.ggml.pre", str, "default")
+    if pre not in FAMILIES:
+        _LOG.warning("%s: tokenizer.ggml.pre %r is not known, splitting text as GPT-2 does", file.path, pre[:64])
+    return FAMILIES.get(pre, _Family())

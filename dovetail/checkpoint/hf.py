@@ -5,9 +5,10 @@ Only data is read: nothing in the directory is imported or executed, and pickle 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from dovetail.host.json_file import parse_json_object, read_json_object
 from dovetail.ops.stored import CUT_SHORT, StoredTensor
 from dovetail.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
 _HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,21 @@ def _open(path: Path) -> MappedFile:
 
 
 def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files, and the index's tensor -> file map if there is an index."""
+    """The weight files, and the index's tensor -> file map if it is used.
+
+    Where there is both model.safetensors and an index of other files, transformers reads the former, and so do we.
+    """
     index = directory / _INDEX
-    if index.exists():
-        weights = read_json_object(index, limit=64 << 20).get("weight_map")
-        if not isinstance(weights, dict) or not weights:
-            raise ModelError(f"{index}: weight_map must be a non-empty object")
-        for tensor, shard in weights.items():
-            # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of
-            # them.)
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
-                raise ModelError(f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name")
+    weights = _weight_map(index) if index.exists() else None
+    if (directory / _SINGLE).exists():
+        others = set((weights or {}).values()) - {_SINGLE}
+        if others:
+            _LOG.warning(
+                "%s is read; the %d other files that %s names are not", directory / _SINGLE, len(others), _INDEX
+            )
+        return [_SINGLE], None
+    if weights is not None:
         return sorted(set(weights.values())), weights
-    if (directory / "model.safetensors").exists():
-        return ["model.safetensors"], None
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(found) == 1:
         return found, None
@@ -112,6 +117,17 @@ def _shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
             f"{directory / pickles[0]}: pickle checkpoints can run code when loaded; convert it to safetensors"
         )
     raise ModelError(f"{directory}: no safetensors file")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weights = read_json_object(index, limit=64 << 20).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ModelError(f"{index}: weight_map must be a non-empty object")
+    for tensor, shard in weights.items():
+        # A plain name cannot leave the directory. (Links are fine: the Hugging Face cache is made of them.)
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\:\0"):
+            raise ModelError(f"{index}: {tensor[:80]}: {str(shard)[:80]!r} is not a safetensors file name")
+    return weights
 
 
 class HFCheckpoint:
@@ -126,8 +142,8 @@ class HFCheckpoint:
         generation = self.path / "generation_config.json"
         if generation.exists():
             self.generation_config = read_json_object(generation)
-        eos = Fields(self.generation_config, str(generation)).token_ids("eos_token_id")
-        self.architecture, self.config = read_hf_config(values, str(self.path / "config.json"), known, eos)
+        ends = Fields(self.generation_config, str(generation))
+        self.architecture, self.config = read_hf_config(values, str(self.path / "config.json"), known, ends)
         self._locations: dict[str, _Location] = {}
         self._files: dict[str, MappedFile] = {}
         self.bytes = 0
@@ -138,6 +154,25 @@ class HFCheckpoint:
         for name in index or ():
             if name not in self._locations:
                 raise ModelError(f"{self.path / _INDEX}: {name} is not in {(index or {})[name]}")
+        if self.config.tie_word_embeddings and not self._tied():
+            _LOG.warning(
+                "%s: config.json says tie_word_embeddings, but %s holds other values than %s; they are used",
+                self.path, _HEAD, _EMBEDDING,
+            )  # fmt: skip
+            self.config = replace(self.config, tie_word_embeddings=False)
+
+    def _tied(self) -> bool:
+        """Whether the files have no head of their own, or one that is the embedding."""
+        if _HEAD not in self._locations or _EMBEDDING not in self._locations:
+            return True
+        head, embedding = self.tensor(_HEAD), self.tensor(_EMBEDDING)
+        if (head.format, head.shape) != (embedding.format, embedding.shape):
+            return False
+        rows = 4096  # at a time, so that a difference is found early
+        return all(
+            np.array_equal(head.data[at : at + rows], embedding.data[at : at + rows])
+            for at in range(0, len(head.data), rows)
+        )
 
     def _read_shard(self, shard: str, index: dict[str, str] | None) -> None:
         path = self.path / shard
@@ -181,7 +216,14 @@ class HFCheckpoint:
         self._files[found.shard].release(found.begin, found.end - found.begin)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+        tokenizer = Tokenizer.from_directory(self.path, self.config.eos_token_ids)
+        for token in tokenizer.encode(""):
+            if token >= self.config.vocab_size:
+                raise ModelError(
+                    f"{self.path / 'tokenizer.json'}: puts token {token} into every text, and the model has "
+                    f"{self.config.vocab_size} tokens"
+                )
+        return tokenizer
 
     def _offset(self, name: str) -> float:
         """What the file leaves out of a tensor's values."""

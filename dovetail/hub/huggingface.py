@@ -184,7 +184,7 @@ def is_complete(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if (folder / "model.safetensors").exists() or not index.is_file():
         return any(path.exists() for path in folder.glob("*.safetensors"))
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -98,6 +98,16 @@ def _q8_0(blocks: Bytes) -> Floats:
     return q
 
 
+_IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+
+def _iq4_nl(blocks: Bytes) -> Floats:
+    """d * level[q], 32 values of 4 bits; the levels are closer to each other near 0."""
+    q: Floats = _IQ4_LEVELS[_nibbles(blocks[:, 2:])]
+    q *= _half(blocks, 0)
+    return q
+
+
 def _planes(bytes_: Bytes, step: int, width: int) -> Bytes:
     """uint8 [n, groups, 8/step, width]: the `step`-bit fields of each group of `width` bytes, lowest bits
     first.
@@ -192,6 +202,7 @@ BLOCKS: dict[str, BlockFormat] = {
         BlockFormat("Q5_0", 32, 22, _q5_0),
         BlockFormat("Q5_1", 32, 24, _q5_1),
         BlockFormat("Q8_0", 32, 34, _q8_0),
+        BlockFormat("IQ4_NL", 32, 18, _iq4_nl),
         BlockFormat("Q2_K", 256, 84, _q2_k),
         BlockFormat("Q3_K", 256, 110, _q3_k),
         BlockFormat("Q4_K", 256, 144, _q4_k),

@@ -52,6 +52,11 @@ def byte_fallback(piece: str) -> Piece:
     return piece.replace("\u2581", " ")
 
 
+def looks_byte_level(ids: Callable[[str], int | None]) -> bool:
+    """Whether a vocabulary spells bytes as byte-level BPE does, and nothing as SentencePiece does."""
+    return all(ids(char) is not None for char in BYTE_ALPHABET) and ids("<0x0A>") is None and ids("\u2581") is None
+
+
 class Pieces(dict[int, Piece]):
     """What each id of a vocabulary adds to the text, computed when it is first needed.
 
@@ -156,7 +161,7 @@ class Detokenizer:
     `push` returns the text that has become certain: never half a character, never a U+FFFD that a later id
     would resolve. `finish` returns the rest. With `prompt_ids` the text continues a prompt: a first piece
     keeps its leading space. Ids that the vocabulary does not have are skipped, and so are special tokens but
-    `shown_ids`, unless `skip_special_tokens` is False.
+    `shown_ids`, unless `skip_special_tokens` is False (`skipped` has those that are).
     """
 
     def __init__(
@@ -166,7 +171,7 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
         shown_ids: Iterable[int] = (),
     ) -> None:
-        self._skipped = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
+        self.skipped = tokenizer.special_ids.difference(shown_ids) if skip_special_tokens else frozenset()
         self._stream: _Stream
         if tokenizer.decoder:
             self._stream = _Bytes(tokenizer.pieces, tokenizer.decoder == "fallback-strip" and not prompt_ids)
@@ -176,8 +181,8 @@ class Detokenizer:
     def push(self, ids: int | Iterable[int]) -> str:
         """Append one id or several; return the new text, often ""."""
         if isinstance(ids, int):
-            return "" if ids in self._skipped else self._stream.push(ids)
-        return "".join([self._stream.push(token) for token in ids if token not in self._skipped])
+            return "" if ids in self.skipped else self._stream.push(ids)
+        return "".join([self._stream.push(token) for token in ids if token not in self.skipped])
 
     def finish(self) -> str:
         """The text still held back; an incomplete character becomes U+FFFD."""

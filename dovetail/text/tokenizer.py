@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tokenizers
 
 from dovetail.core.errors import ModelError, RequestError
-from dovetail.host.json_file import read_bytes, read_json_object
 from dovetail.text.chat import ChatTemplate, Shield
 from dovetail.text.conversation import Message, conversation
 from dovetail.text.detokenizer import Detokenizer, Piece, Pieces, as_bytes, byte_fallback, byte_level
+from dovetail.text.tokenizer_files import decoder_steps, read_files
 
-__all__ = ["Detokenizer", "Tokenizer", "guarded"]
+__all__ = ["Detokenizer", "Tokenizer"]
 
 _LOG = logging.getLogger(__name__)
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FALLBACK = ["Replace", "ByteFallback", "Fuse"]
-
-T = TypeVar("T")
-
-
-def guarded(what: str, build: Callable[[], T]) -> T:
-    """Run `build`, turning whatever the tokenizers library raises (its panics are BaseException) into
-    ModelError.
-    """
-    try:
-        return build()
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, ModelError):
-        raise
-    except BaseException as error:
-        raise ModelError(f"{what}: {str(error)[:300]}") from error
+# How published models spell the end of a turn or of a text.
+_ENDS = frozenset({
+    "</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>",
+    "<|endoftext|>", "<|end_of_text|>", "<|EOT|>", "<EOT>", "[EOT]", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]", "<|endofturn|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>",
+})  # fmt: skip
 
 
 class Tokenizer:
     """A vocabulary with its rules and chat templates.
 
     `backend` does the work. `special_tokens` maps the names that templates use (bos_token, eos_token, ...) to
-    text. `eos_ids` are ids that end a turn, besides eos_token's own. `templates` maps names to template
-    source; "default" is the one used, "tool_use" replaces it when tools are given.
+    text. `eos_ids` are ids that end a turn, besides those that `Tokenizer.eos_ids` finds. `templates` maps names
+    to template source; "default" is the one used, "tool_use" replaces it when tools are given.
     """
 
     def __init__(
@@ -59,8 +49,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.templates = dict(templates or {})
         self.bos_id = self.token_id("bos_token")
-        eos = self.token_id("eos_token")
-        self.eos_ids = tuple(dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids)))
+        self._named_ends = tuple(eos_ids)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.piece: Callable[[int], str | None] = backend.id_to_token
         self._compiled: dict[str, ChatTemplate] = {}
@@ -68,28 +57,8 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, directory: str | Path, eos_ids: Sequence[int] = ()) -> Tokenizer:
         """From tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template files."""
-        directory = Path(directory)
-        source = directory / "tokenizer.json"
-        if not source.is_file():
-            raise ModelError(f"{directory}: no tokenizer.json; convert the tokenizer to it first")
-        data = read_bytes(source, 256 << 20)
-        backend = guarded(str(source), lambda: tokenizers.Tokenizer.from_buffer(data))
-        backend.no_truncation()
-        backend.no_padding()
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (directory / name).is_file():
-                settings.update(
-                    (k, v) for k, v in read_json_object(directory / name, 64 << 20).items() if v is not None
-                )
-        special: dict[str, Any] = {}
-        for name in _SPECIAL_NAMES:
-            value = settings.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                special[name] = value
-        templates = _directory_templates(directory, settings.get("chat_template"))
-        return cls(backend, special_tokens=special, eos_ids=eos_ids, templates=templates)
+        found = read_files(Path(directory))
+        return cls(found.backend, special_tokens=found.special, eos_ids=eos_ids, templates=found.templates)
 
     def token_id(self, name: str) -> int | None:
         """Id of a named special token ("bos_token", "pad_token", ...), None if there is none."""
@@ -101,6 +70,38 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of control tokens, which `decode` leaves out by default."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: those that the files name, the token that the chat template puts after an
+        assistant's message, and the added tokens that are spelled as published models spell their ends.
+        """
+        eos = self.token_id("eos_token")
+        named = ([] if eos is None else [eos]) + list(self._named_ends)
+        written = self._end_of_turn()
+        if written is not None and written not in named:
+            text = self.backend.id_to_token(written)
+            _LOG.info("answers end at %r as the chat template writes it, not only at the named ends", text)
+            named.append(written)
+        added = self.backend.get_added_tokens_decoder().items()
+        return tuple(dict.fromkeys(named + [i for i, token in sorted(added) if token.content in _ENDS]))
+
+    def _end_of_turn(self) -> int | None:
+        """The control token that the chat template puts after what an assistant says."""
+        if self._special_pattern is None or "default" not in self.templates:
+            return None
+        said = "zebra"
+        try:
+            text = self.render(
+                [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}],
+                add_generation_prompt=False,
+            )
+        except (RequestError, ModelError):  # a template may want other messages
+            return None
+        _, found, rest = text.rpartition(said)
+        match = self._special_pattern.match(rest.lstrip()) if found else None
+        token: int | None = self.backend.token_to_id(match.group()) if match else None
+        return None if token == self.bos_id else token
 
     @cached_property
     def decoder(self) -> str:
@@ -119,7 +120,7 @@ class Tokenizer:
     @cached_property
     def _decoding(self) -> list[dict[str, Any]]:
         """The decoder's steps in order, without sequences in sequences."""
-        return _steps(json.loads(self.backend.decoder.__getstate__())) if self.backend.decoder is not None else []
+        return decoder_steps(self.backend)
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -260,6 +261,14 @@ class Tokenizer:
         )
         return re.compile("|".join(map(re.escape, contents))) if contents else None
 
+    def control_tokens_in(self, texts: Sequence[str]) -> dict[int, str]:
+        """The control tokens that are spelled in any of the texts, by id."""
+        if self._special_pattern is None:
+            return {}
+        found = {spelled for text in texts for spelled in self._special_pattern.findall(text)}
+        added = self.backend.get_added_tokens_decoder().items()
+        return {i: token.content for i, token in added if token.special and token.content in found}
+
     @cached_property
     def _plain_backends(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         """Copies that read control tokens as text: for the beginning of a text, and for what follows later
@@ -301,32 +310,3 @@ class Tokenizer:
             ids += self._encode(self._plain_backends[at > 0], shield.restore(part), False)
             check += self._encode(self._plain_backends[at > 0], part, False)
         return ids if check == self.encode(shielded, add_special_tokens=False) else None
-
-
-def _steps(rule: dict[str, Any]) -> list[dict[str, Any]]:
-    if rule["type"] != "Sequence":
-        return [rule]
-    return [step for inner in rule["decoders"] for step in _steps(inner)]
-
-
-def _directory_templates(directory: Path, configured: Any) -> dict[str, str]:
-    """Template sources by name: files win over tokenizer_config.json's text or list of {name, template}."""
-    templates: dict[str, str] = {}
-    if isinstance(configured, str):
-        templates["default"] = configured
-    elif isinstance(configured, list):
-        for entry in configured:
-            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
-                templates[str(entry.get("name"))] = entry["template"]
-    extra = directory / "additional_chat_templates"
-    files = sorted(extra.glob("*.jinja")) if extra.is_dir() else []
-    for path, name in [
-        (directory / "chat_template.jinja", "default"),
-        *((path, path.stem) for path in files),
-    ]:
-        if path.is_file():
-            try:
-                templates[name] = read_bytes(path, 4 << 20).decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ModelError(f"{path}: is not UTF-8") from error
-    return templates

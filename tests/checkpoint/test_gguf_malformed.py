@@ -156,6 +156,10 @@ def test_well_formed_corner_cases(tmp_path: Path) -> None:
             file.tensor("c")
 
 
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [*TOKENS[:-1], "\u2581"],
+}
 KEY_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "7 missing": ({"llama.block_count": None}, "llama.block_count is missing"),
     "7 wrong type": ({"llama.block_count": "2"}, "must be int"),
@@ -187,9 +191,6 @@ KEY_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "7 per-layer heads": ({"llama.attention.head_count_kv": [2, 1]}, "differs by layer"),
     "7 vocab": ({"llama.vocab_size": 5}, "vocabulary of 5|embed_tokens"),
     "7 experts": ({"llama.expert_count": 8}, "experts"),
-    "16 bos": ({"tokenizer.ggml.bos_token_id": 100000}, "bos_token_id 100000"),
-    "16 eos": ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, "eos_token_id"),
-    "16 pad": ({"tokenizer.ggml.padding_token_id": len(TOKENS)}, "padding_token_id"),
     "16 model": ({"tokenizer.ggml.model": "bert"}, "bert"),
     "16 no tokens": ({"tokenizer.ggml.tokens": None}, "tokens is missing"),
     "16 tokens are numbers": ({"tokenizer.ggml.tokens": [1, 2]}, "array of strings"),
@@ -200,14 +201,14 @@ KEY_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "16 merge absent": ({"tokenizer.ggml.merges": [*MERGES, "h zz"]}, "merges.6."),
     "16 merge of three": ({"tokenizer.ggml.merges": ["h e l"]}, "merges.0."),
     "16 merged absent": ({"tokenizer.ggml.merges": ["h h"]}, "merges.0."),
-    "16 scores missing": ({"tokenizer.ggml.model": "llama"}, "scores"),
+    "16 scores missing": (SENTENCEPIECE, "scores"),
     "16 scores NaN": (
-        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [float("nan")] * len(TOKENS)},
+        SENTENCEPIECE | {"tokenizer.ggml.scores": [float("nan")] * len(TOKENS)},
         "scores.0.",
     ),
-    "16 scores short": ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]}, "scores"),
+    "16 scores short": (SENTENCEPIECE | {"tokenizer.ggml.scores": [1.0]}, "scores"),
     "16 unknown id": (
-        {"tokenizer.ggml.model": "llama", "tokenizer.ggml.unknown_token_id": 9999},
+        SENTENCEPIECE | {"tokenizer.ggml.scores": [0.0] * len(TOKENS), "tokenizer.ggml.unknown_token_id": 9999},
         "unknown_token_id is 9999",
     ),
 }
@@ -245,10 +246,6 @@ TENSOR_CASES: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "shape": (
         change(lambda w: w.update({"blk.0.attn_v.weight": w["output_norm.weight"]})),
         "v_proj.weight is",
-    ),
-    "extra": (
-        change(lambda w: w.update({"blk.0.ffn_gate_exps.weight": w["output_norm.weight"]})),
-        "ffn_gate_exps",
     ),
     "factors": (change(lambda w: w.update({"rope_freqs.weight": np.ones(3, np.float32)})), "3 rope factors"),
     "factor 0": (change(lambda w: w.update({"rope_freqs.weight": np.zeros(4, np.float32)})), "positive"),

@@ -99,7 +99,7 @@ def test_generation_config_adds_eos_ids(model: Path) -> None:
     checkpoint = open_checkpoint(model)
     assert checkpoint.config.eos_token_ids == (2, 5)
     assert checkpoint.generation_config["temperature"] == 0.5
-    assert set(checkpoint.tokenizer().eos_ids) == {257, 2, 5}
+    assert checkpoint.tokenizer().eos_ids == (257, 2, 5, 259)  # 259 as the template ends messages
 
 
 CONFIG: dict[str, Any] = {
@@ -243,8 +243,6 @@ CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["chunked"] * 4}, "chunked"),
     ({"layer_types": ["sliding_attention"] * 4}, "sliding_window is missing"),
     ({"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 0}, "sliding_window is 0"),
-    ({"bos_token_id": 100}, "bos_token_id 100 is outside the vocabulary of 100"),
-    ({"eos_token_id": [3, 1000]}, "eos_token_id 1000"),
     ({"eos_token_id": "x"}, "eos_token_id must be"),
     ({"tie_word_embeddings": "yes"}, "true or false"),
     ({"model_type": "gemma3", "text_config": {}}, "'gemma3' holds more than text"),

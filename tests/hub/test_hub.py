@@ -436,6 +436,8 @@ def test_sharded_snapshots_are_whole_or_not(tmp_path):
     assert huggingface.is_complete(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     assert not huggingface.is_complete(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # wins over an index
+    assert huggingface.is_complete(tmp_path)
 
 
 def test_importing_is_cheap():

@@ -11,13 +11,30 @@ import numpy as np
 import pytest
 import transformers
 from ggufs import write
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 from vocabularies import CONTROL, PIECES, TEXTS, byte_level_keys, sentencepiece_keys, sentencepiece_reference
 
 from dovetail.checkpoint.gguf import GGUFFile
 from dovetail.checkpoint.gguf_tokenizer import FAMILIES, build_tokenizer
-from dovetail.core.errors import RequestError
+from dovetail.core.errors import ModelError, RequestError
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from dovetail.text.tokenizer import Tokenizer
+from tests.helpers.examples import examples
+
+LAST = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WORDS: dict[str, pre_tokenizers.PreTokenizer] = {}
+
+
+def Split(regex: str) -> pre_tokenizers.Split:
+    return pre_tokenizers.Split(Regex(regex), "isolated")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def words_of_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for pre in PUBLISHED:
+        WORDS[pre] = build(tmp_path_factory.mktemp("w"), byte_level_keys(pre)).backend.pre_tokenizer
 
 
 def build(path: Path, keys: dict[str, Any]) -> Tokenizer:
@@ -52,12 +69,14 @@ def test_sentencepiece_control_tokens(tmp_path: Path) -> None:
 
 CUTS = {
     # text: how words are cut; the merges would join across the cuts
-    "llama-bpe": [("1212", ["12", "1", "2"]), ("wor12", ["w", "or", "12"]), ("!\n", ["!Ċ"])],
-    "qwen2": [("1212", ["1", "2", "1", "2"]), ("!\n", ["!Ċ"])],
-    "gpt-2": [("1212", ["12", "12"]), ("!\n", ["!", "Ċ"]), ("x'll", ["x", "'ll"])],
+    "llama-bpe": [("1212", ["121", "2"]), ("wor12", ["w", "or", "12"]), ("!\n", ["!Ċ"]), ("x'll", ["x", "'ll"])],
+    "qwen2": [("1212", ["1", "2", "1", "2"]), ("!\n", ["!Ċ"]), ("wor12", ["w", "or", "1", "2"])],
+    "gpt-2": [("1212", ["12", "12"]), ("!\n", ["!", "Ċ"]), ("x'll", ["x", "'", "ll"])],
     "smollm": [("1212", ["1", "2", "1", "2"]), ("!\n", ["!", "Ċ"])],
-    "gpt-4o": [("Ab", ["Ab"]), ("bCa", ["b", "Ca"])],
-    "tekken": [("12", ["1", "2"]), ("x'll", ["x", "'", "ll"])],
+    "gpt-4o": [("Ab", ["Ab"]), ("bCa", ["b", "Ca"]), ("1212", ["121", "2"])],
+    "tekken": [("12", ["1", "2"]), ("x'll", ["x", "'ll"]), ("bCa", ["b", "Ca"]), ("!\n", ["!Ċ"])],
+    "deepseek-coder": [("12", ["1", "2"]), ("!\n", ["!", "Ċ"]), ("\n\n", ["Ċ", "Ċ"]), ("x'll", ["x", "'", "ll"])],
+    "deepseek-llm": [("12", ["1", "2"]), ("!\n", ["!", "Ċ"]), ("x'll", ["x", "'", "ll"])],
 }
 
 
@@ -66,8 +85,39 @@ def test_word_cuts(pre: str, tmp_path: Path) -> None:
     tokenizer = build(tmp_path, byte_level_keys(pre))
     for text, pieces in CUTS[pre]:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        assert [tokenizer.backend.id_to_token(token) for token in ids] == pieces or text in ("1212", "x'll")
+        assert [tokenizer.backend.id_to_token(token) for token in ids] == pieces
         assert tokenizer.decode(ids) == text
+
+
+# What published tokenizer.json files say of the words of these models.
+PUBLISHED = {
+    "tekken": [
+        Split(
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+            r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+    ],
+    "deepseek-coder": [
+        Split("[\r\n]"), Split(r"\s?\p{L}+"), Split(r"\s?\p{P}+"), Split("[一-龥ࠀ-一가-\ud7ff]+"),
+        pre_tokenizers.Digits(individual_digits=True),
+    ],
+    "deepseek-llm": [
+        Split("[\r\n]"), Split(r"\s?[\p{Lu}\p{Ll}\p{Lt}]+"),
+        Split("\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+"), Split(r"\s+$"),
+        Split("[一-龥ࠀ-一가-\ud7ff]+"), pre_tokenizers.Digits(individual_digits=True),
+    ],
+}  # fmt: skip
+ALPHABET = "aB éßǅʰ你字ひ한ࠀ0٣²Ⅷ.'!/-。“_$+\u0301\u3000\u00a0\t\r\n🎉"
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@examples(300)
+@given(text=st.text(ALPHABET, max_size=24))
+def test_words_are_cut_as_published(pre: str, text: str) -> None:
+    published = pre_tokenizers.Sequence([*PUBLISHED[pre], LAST])
+    words = [word for word, _ in published.pre_tokenize_str(text)]
+    assert [word for word, _ in WORDS[pre].pre_tokenize_str(text)] == words
 
 
 @pytest.mark.parametrize("pre", sorted(FAMILIES))
@@ -85,6 +135,54 @@ def test_unknown_family_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         tokenizer = build(tmp_path, byte_level_keys("brand-new"))
     assert "'brand-new' is not known" in caplog.text
     assert tokenizer.decode(tokenizer.encode("hello 12")) == "hello 12"
+
+
+def test_a_vocabulary_of_bytes_is_no_sentencepiece(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Some files have byte-level tokens and merges, and call their tokenizer "llama"."""
+    keys = byte_level_keys("gpt-2")
+    scores = [0.0] * len(keys["tokenizer.ggml.tokens"])
+    right = build(tmp_path, keys)
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        found = build(tmp_path, keys | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores})
+    assert "read as gpt2" in caplog.text
+    for text in TEXTS:
+        ids = found.encode(text)
+        assert ids == right.encode(text) and found.decode(ids, False) == text
+
+
+OUTSIDE = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "eot": "",
+    "eom": "",
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("model", ["gpt-2", "llama"])
+def test_an_id_outside_the_vocabulary_is_a_warning(
+    name: str, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = sentencepiece_keys() if model == "llama" else byte_level_keys(model)
+    key = f"tokenizer.ggml.{name}_token_id"
+    with caplog.at_level(logging.WARNING):
+        tokenizer = build(tmp_path, keys | {key: 100_000, "tokenizer.ggml.add_bos_token": False})
+    assert f"{key} is 100000, there are {len(keys['tokenizer.ggml.tokens'])} tokens" in caplog.text
+    assert OUTSIDE[name] not in tokenizer.special_tokens and 100_000 not in tokenizer.eos_ids
+    assert tokenizer.decode(tokenizer.encode("hello é🎉")) == "hello é🎉"
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_an_id_that_is_put_into_every_text_must_be_there(name: str, tmp_path: Path) -> None:
+    wrong = {f"tokenizer.ggml.{name}_token_id": 100_000, f"tokenizer.ggml.add_{name}_token": True}
+    with pytest.raises(ModelError, match=f"t.gguf: tokenizer.ggml.{name}_token_id is 100000"):
+        build(tmp_path, byte_level_keys("gpt-2") | wrong)
+    if name == "bos":  # by the family's custom
+        with pytest.raises(ModelError, match="bos_token_id is 100000"):
+            build(tmp_path, byte_level_keys("llama-bpe") | {"tokenizer.ggml.bos_token_id": 100_000})
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -125,7 +223,7 @@ def test_special_tokens_come_from_either_file(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(
         '{"bos_token": {"content": "<|bos|>"}, "eos_token": "<|eos|>"}'
     )
-    assert Tokenizer.from_directory(tmp_path).eos_ids == (257,)
+    assert Tokenizer.from_directory(tmp_path).eos_ids == (257, 259)  # 259 by its name
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "bos_token": null}')
     tokenizer = Tokenizer.from_directory(tmp_path, eos_ids=(3,))
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (256, (259, 3))
