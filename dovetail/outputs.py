@@ -82,7 +82,8 @@ class Stream:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.last_token: float | None = None  # when it last gained tokens
+        self.first_token: float | None = None  # when it first gained tokens
+        self.last_token: float | None = None
         self._names: list[dict[int, Logprob]] = []
         self._read = ""  # where stop strings are looked for: the text, with the control tokens that they spell
         self._gaps: list[tuple[int, int]] = []  # where those are in it
@@ -190,6 +191,10 @@ class Delta:
         """The choice's number in a body that asks for several answers."""
         return self.answer.first_choice + self.index
 
+    @property
+    def stream(self) -> Stream:
+        return self.answer.streams[self.index]
+
     def add(self, later: Delta) -> None:
         """Add what the same choice gained later."""
         self.text += later.text
@@ -291,6 +296,8 @@ class Answer:
         since = self.arrival if stream.last_token is None else stream.last_token
         if tokens:
             stream.last_token = self.last_token = now
+            if stream.first_token is None:
+                stream.first_token = now
             if self.first_token is None:
                 self.first_token = now
         delta = Delta(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -165,23 +167,46 @@ def _values(checkpoint: Checkpoint, name: str, dtype: str) -> NDArray[Any]:
     return checkpoint.tensor(name).values(dtype)
 
 
+def export_tokenizer(tokenizer: Tokenizer, config: ModelConfig, parent: Path) -> Path:
+    """A folder in `parent` from which transformers loads the tokenizer. It is named after what is in it."""
+    text = tokenizer.backend.to_str(pretty=False)
+    settings = json.dumps([tokenizer_settings(tokenizer, config), tokenizer.templates], sort_keys=True)
+    directory = parent / hashlib.sha256(f"{settings}\n{text}".encode()).hexdigest()[:16]
+    if directory.is_dir():
+        return directory
+    with explaining(parent, len(text), "the tokenizer"):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix="partial-", ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch) / "tokenizer"
+            made.mkdir()
+            _write_tokenizer(tokenizer, config, made)
+            _sync_directory(made)
+            with contextlib.suppress(OSError):  # another process was first
+                os.rename(made, directory)
+    return directory
+
+
 def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
     _write_text(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=False))
+    if set(tokenizer.templates) == {"default"}:
+        _write_text(directory / "chat_template.jinja", tokenizer.templates["default"])
+    _write_json(directory / "tokenizer_config.json", tokenizer_settings(tokenizer, config))
+
+
+def tokenizer_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """tokenizer_config.json's object, with the chat template or all of them by name."""
+    templates = tokenizer.templates
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
         **tokenizer.special_tokens,
     }
-    if "default" in tokenizer.templates:
-        _write_text(directory / "chat_template.jinja", tokenizer.templates["default"])
-        settings["chat_template"] = tokenizer.templates["default"]
-    others = {name: source for name, source in tokenizer.templates.items() if name != "default"}
-    if others:
-        entries = [{"name": name, "template": source} for name, source in tokenizer.templates.items()]
-        settings["chat_template"] = entries
-        (directory / "chat_template.jinja").unlink(missing_ok=True)
-    _write_json(directory / "tokenizer_config.json", settings)
+    if set(templates) == {"default"}:
+        settings["chat_template"] = templates["default"]
+    elif templates:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    return settings
 
 
 def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

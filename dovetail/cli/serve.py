@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +36,19 @@ def _seconds(text: str | float) -> float:
         raise typer.BadParameter(str(error)) from error
 
 
+def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """The keys of the command line, or of the variable, and those of a file. ConfigError if one cannot be sent."""
+    found = list(given)
+    if file is not None:
+        found += [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        if not found:
+            raise ConfigError(f"--api-key-file {file} has no key")
+    for key in found:
+        if not (key.isascii() and key.isprintable() and key == key.strip() and key):
+            raise ConfigError("an API key must be printable ASCII, not empty, and without spaces around it")
+    return tuple(found)
+
+
 @spliced
 def command(
     model: Annotated[str, typer.Argument(help="Alias, Hugging Face id, folder or .gguf file.")],
@@ -43,7 +58,21 @@ def command(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Name that clients ask for instead of MODEL. Repeat for several.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="Key that clients must send, except to /health.")] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DOVETAIL_API_KEY",
+            help="Key that clients must send, except to /health. Repeat for several. Others can read a command "
+            "line, but not the variable or a file.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File of more keys, one a line.")
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page that may call, as https://chat.example; * is every page. Repeat for several."),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(min=0, help="Most answers that wait; further requests get 503.")
     ] = 1024,
@@ -54,22 +83,23 @@ def command(
     """Serve MODEL over HTTP with the OpenAI API.
 
     It answers /v1/chat/completions, /v1/completions and /v1/models, and /health, /metrics (Prometheus), /version
-    and /docs. The first Ctrl-C or SIGTERM finishes open requests; a second one ends at once.
+    and /docs. The first Ctrl-C or SIGTERM finishes open requests; a second one ends them with an error.
 
     \b
     Examples:
       dovetail serve smollm2-135m
-      dovetail serve ./my-model --port 9000 --served-model-name tiny --api-key secret --max-num-seqs 32
+      dovetail serve ./my-model --port 9000 --served-model-name tiny --api-key-file keys.txt --max-num-seqs 32
     """
+    from dovetail.server.connections import raise_descriptor_limit
     from dovetail.server.http_server import listen, url
     from dovetail.server.service import ServiceOptions
 
-    if api_key is not None and not (api_key.strip() and api_key.isascii()):
-        raise ConfigError("--api-key must be printable ASCII and not empty")
+    keys = _keys(api_key or [], api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     names = tuple(served_model_name or [model])
-    options = ServiceOptions(names, api_key, max_queue, shutdown_timeout)
+    options = ServiceOptions(names, keys, tuple(allowed_origins or ()), max_queue, shutdown_timeout)
+    raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     with listen(host, port) as listener:  # before the model is loaded: a port in use is known at once
         code = asyncio.run(_serve(engine.load(model), options, listener, url(listener)))
@@ -83,7 +113,7 @@ async def _serve(llm: LLM, options: ServiceOptions, listener: Any, address: str)
 
     server = HTTPServer(Service(llm, options), lambda: _ready(llm, options, address))
     code = await serve(server, listener)
-    if server.interrupted:
+    if server.interrupted or server.service.engine.stuck:
         os._exit(code)  # the engine's thread may be in the middle of a long step
     return code
 
@@ -95,10 +125,23 @@ def settings_text(config: Config) -> str:
 
 
 def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:
-    key = ' -H "Authorization: Bearer $KEY"' if options.api_key else ""
+    key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    body = {"model": options.names[0], "messages": messages, "temperature": 0}
+    body = {"model": options.names[0], "messages": messages, "max_tokens": 32, "temperature": 0}
     note(
-        f"{settings_text(llm.config)}\n\nServing {options.names[0]} at {address}\n\n"
+        f"{settings_text(llm.config)}\n\n{defaults_text(llm)}\n\nServing {options.names[0]} at {address}\n\n"
         f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+    )
+
+
+def defaults_text(llm: LLM) -> str:
+    """What holds for requests that do not say it."""
+    from dovetail.server.params import DEFAULT_COMPLETION_TOKENS
+
+    params = llm.default_params()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    shown = ", ".join(f"{name} {getattr(params, name):g}" for name in names)
+    return (
+        f"defaults of requests: {shown}; max_tokens {DEFAULT_COMPLETION_TOKENS} for completions, for chats all "
+        f"that the context of {llm.config.max_model_len} leaves"
     )

@@ -51,6 +51,10 @@ class Engine:
         plan = self.last_plan = self.scheduler.schedule()
         if not plan.spans:
             return []
+        now = self.clock.now()
+        for span in plan.spans:
+            if span.request.started is None:
+                span.request.started = now
         try:
             result = self.executor.run(plan)
         except BaseException:  # only the work of this step is lost; the caller decides how to go on
@@ -106,6 +110,7 @@ class Engine:
             n += 1
         self.seams.drafter.observe(request, drafts, n)
         if drafts:
+            self.scheduler.stats.drafts += 1
             self.scheduler.stats.drafted += len(drafts)
             self.scheduler.stats.accepted += n
             request.drafts = []

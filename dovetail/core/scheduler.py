@@ -30,7 +30,8 @@ class Limits:
 @dataclass
 class SchedulerStats:
     preemptions: int = 0
-    drafted: int = 0
+    drafts: int = 0  # guesses, of one token or more
+    drafted: int = 0  # their tokens
     accepted: int = 0
     cached_tokens: int = 0
     queried_tokens: int = 0

@@ -57,6 +57,7 @@ class Request:
     scored: int = 0  # prompt rows whose logprobs were delivered, or not asked for
     observe: Callable[[int, Array], None] | None = None  # see Probe
     preemptions: int = 0
+    started: float | None = None  # when its first step began, by the engine's clock
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

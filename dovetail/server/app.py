@@ -11,18 +11,21 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import dovetail
 from dovetail.core.errors import RequestError
 from dovetail.server import errors
 from dovetail.server.chat import Chat
 from dovetail.server.completions import Completion
-from dovetail.server.exchange import Exchange
-from dovetail.server.guard import Guard
+from dovetail.server.exchange import IGNORED_HEADER, Exchange
+from dovetail.server.guard import ID_HEADER, Guard
 from dovetail.server.protocol import ChatRequest, CompletionRequest
+from dovetail.server.reference import HEADERS, page
 from dovetail.server.service import Service
+from dovetail.server.tokens import DetokenizeRequest, TokenizeRequest, Tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,12 +39,22 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         yield
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
-    app = FastAPI(title="Dovetail", version=dovetail.__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Dovetail", version=dovetail.__version__, lifespan=lifespan, redirect_slashes=False, docs_url=None,
+        redoc_url=None,
+    )  # fmt: skip
     app.add_middleware(Guard, service=service)
+    if service.options.allowed_origins:  # around the guard: a browser asks first, and sends no key then
+        app.add_middleware(
+            CORSMiddleware, allow_origins=service.options.allowed_origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"], expose_headers=[ID_HEADER, IGNORED_HEADER, "retry-after"], max_age=600,
+        )  # fmt: skip
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unforeseen)
     _generation(app, service)
-    _information(app, service)
+    _tokens(app, service)
+    _models(app, service)
+    _state(app, service)
     return app
 
 
@@ -49,26 +62,47 @@ def _generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_body(ChatRequest))
     async def chat() -> Response:
         """Answer a conversation."""
-        return Exchange(Chat(service).answer)
+        return Exchange(service.gate, Chat(service).answer)
 
     @app.post("/v1/completions", openapi_extra=_body(CompletionRequest))
     async def completions() -> Response:
         """Complete prompts."""
-        return Exchange(Completion(service).answer)
+        return Exchange(service.gate, Completion(service).answer)
 
 
-def _information(app: FastAPI, service: Service) -> None:
+def _tokens(app: FastAPI, service: Service) -> None:
+    tokens = Tokens(service)
+
+    @app.post("/tokenize", openapi_extra=_body(TokenizeRequest))
+    async def tokenize() -> Response:
+        """The tokens of a prompt or a conversation."""
+        return Exchange(service.gate, tokens.tokenize)
+
+    @app.post("/detokenize", openapi_extra=_body(DetokenizeRequest))
+    async def detokenize() -> Response:
+        """The text of tokens."""
+        return Exchange(service.gate, tokens.detokenize)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """The tokenizer's special tokens and chat template, as tokenizer_config.json has them."""
+        return tokens.info()
+
+
+def _models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The names that the model is served under."""
-        return {"object": "list", "data": [_model(service, name) for name in service.options.names]}
+        return {"object": "list", "data": [await _model(service, name) for name in service.options.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name not in service.options.names:
             raise HTTPException(404, f"the model '{name}' is not served here")
-        return _model(service, name)
+        return await _model(service, name)
 
+
+def _state(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         """200 while requests are taken and the engine makes progress, 503 otherwise."""
@@ -85,16 +119,22 @@ def _information(app: FastAPI, service: Service) -> None:
         config = service.llm.config
         return {"version": dovetail.__version__, "config": config.to_dict() | {"use": list(config.use)}}
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page(app.openapi()), headers=HEADERS)
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+
+async def _model(service: Service, name: str) -> dict[str, Any]:
     config = service.llm.config
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "dovetail",
-        "root": config.model,
+        "root": await service.aside(service.root),
+        "parent": None,
         "max_model_len": config.max_model_len,
+        "permission": [],
     }
 
 

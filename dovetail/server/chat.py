@@ -21,6 +21,7 @@ class Chat(Generation[ChatRequest]):
     fields = ChatRequest
     prefix = "chatcmpl"
     chunk = "chat.completion.chunk"
+    nothing = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}  # noqa: RUF012
 
     def __init__(self, service: Service) -> None:
         super().__init__(service)

@@ -19,6 +19,7 @@ class Completion(Generation[CompletionRequest]):
     fields = CompletionRequest
     prefix = "cmpl"
     chunk = "text_completion"
+    nothing = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}  # noqa: RUF012
 
     def __init__(self, service: Service) -> None:
         super().__init__(service)

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,7 +24,11 @@ from dovetail.session import Session
 
 T = TypeVar("T")
 
-STALL_SECONDS = 120.0  # far longer than any step
+FIRST_STALL_SECONDS = 120.0  # far longer than any first step
+STALL_SECONDS = 10.0
+STALL_FACTOR = 2.0  # times the longest step that the last ones lead to expect
+RECENT_STEPS = 64
+STOP_SECONDS = 2.0  # for the thread to leave its loop
 MAX_EMPTY_STEPS = 1000
 
 _LOG = logging.getLogger(__name__)
@@ -55,6 +60,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._jobs: dict[Answer, Job] = {}  # the job of each running answer
         self._beat = time.monotonic()
+        self._pace: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per token of recent steps
         self._empty_steps = 0
         self._lock = threading.Lock()
         self._closed = False
@@ -93,12 +99,17 @@ class EngineThread:
         self._send(_Command(run, future.set_exception))
         return future
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """End every open job, leave the loop and join the thread."""
+    def stop(self) -> None:
+        """End every open job, leave the loop and join the thread. It may be `stuck` in a step."""
         self.abort_all(Unavailable("the server is shutting down"))
         self._commands.put(None)
         if self._thread.is_alive():
-            self._thread.join(timeout)
+            self._thread.join(STOP_SECONDS)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the thread runs, though it was told to stop."""
+        return self._thread.is_alive()
 
     @property
     def pending(self) -> int:
@@ -107,9 +118,17 @@ class EngineThread:
 
     @property
     def healthy(self) -> bool:
-        """False if the loop has failed, or makes no progress."""
-        stalled = self.session.busy and time.monotonic() - self._beat > STALL_SECONDS
+        """False if the loop has failed, or takes much longer for a step than any should take."""
+        stalled = self.session.busy and time.monotonic() - self._beat > self.patience
         return self.failure is None and self._thread.is_alive() and not stalled
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a step counts as stalled. The longest has as many tokens as a step may have."""
+        recent = list(self._pace)
+        if not recent:
+            return FIRST_STALL_SECONDS
+        return max(STALL_SECONDS, STALL_FACTOR * max(recent) * self.session.config.max_num_batched_tokens)
 
     def _send(self, command: _Command) -> None:
         with self._lock:
@@ -148,12 +167,19 @@ class EngineThread:
             self._beat = time.monotonic()
             if command is None:
                 return False
-            command.run()
+            try:
+                command.run()
+            except BaseException:
+                command.refuse(Failure("the engine has failed"))
+                raise
 
     def _step(self) -> None:
+        began = time.monotonic()
         gained = self.session.step()
         self._beat = time.monotonic()
         tokens = self.session.engine.last_plan.num_tokens
+        if tokens:
+            self._pace.append((self._beat - began) / tokens)
         self._empty_steps = 0 if tokens else self._empty_steps + 1
         if self._empty_steps > MAX_EMPTY_STEPS:
             raise RuntimeError("the scheduler has requests but plans nothing")
@@ -175,16 +201,15 @@ class EngineThread:
         return [partial(job.put, delta)] if job.streaming or delta.finish_reason is not None else []
 
     def _measure(self, delta: Delta) -> None:
-        answer, new = delta.answer, len(delta.token_ids)
-        prompt, total = len(answer.prompt_token_ids), len(answer.streams[delta.index].token_ids)
+        new, total = len(delta.token_ids), len(delta.stream.token_ids)
         if new:
             if new == total:
-                self.metrics.first_token(delta.waited, prompt)
+                self.metrics.first_token(delta)
             else:
                 self.metrics.next_token(delta.waited)
             self.metrics.generated(new)
         if delta.finish_reason is not None:
-            self.metrics.finished(delta.finish_reason, prompt, total, delta.time - answer.arrival)
+            self.metrics.finished(delta)
 
     def _submit(self, job: Job) -> None:
         if job.cancelled:

@@ -1,4 +1,5 @@
-"""One HTTP exchange: a body of limited size in, an answer out. It is given up when the client leaves."""
+"""One HTTP exchange: a body of limited size in, an answer out. It is given up when the client leaves or the server
+ends."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -15,12 +17,16 @@ from starlette.types import Receive, Scope, Send
 from dovetail.core.errors import RequestError
 from dovetail.host.json_file import json_object
 from dovetail.server import errors
+from dovetail.server.gate import Gate
 
 MAX_BODY = 16 << 20
 BODY_SECONDS = 60.0  # for a client to send a whole body
 WRITE_SECONDS = 300.0  # for a client to make room for the next piece of a stream
+MAX_NAMED = 16  # ignored fields that the header names
+IGNORED_HEADER = "x-ignored-fields"
 
 _LOG = logging.getLogger(__name__)
+_UNSAFE = re.compile(r"[^\w.-]", re.ASCII)  # what the name of a field could do in a header
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 Work = Callable[[dict[str, Any], "Reply"], Awaitable[None]]
@@ -31,53 +37,71 @@ class ClientGone(Exception):
 
 
 class Reply:
-    """Sends the answer: either one JSON object, or a stream of events."""
+    """Sends the answer: either one JSON object, or a stream of events. It ends once, whatever is called later.
+
+    ignored: names of fields of the request that mean nothing here, which a header of the answer repeats.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self.streaming = False
+        self.ended = False
+        self.ignored: Sequence[str] = ()
 
     async def json(self, value: Mapping[str, Any]) -> None:
+        self.ended = True
         data = json.dumps(value, ensure_ascii=False).encode()
-        await Response(data, media_type="application/json")(self._scope, self._receive, self._send)
+        headers = {name.decode(): text.decode() for name, text in self._warning()}
+        await Response(data, 200, headers, "application/json")(self._scope, self._receive, self._send)
 
     async def open_stream(self) -> None:
         self.streaming = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        headers = [*_STREAM_HEADERS, *self._warning()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes) -> None:
         """Wait while the client is slow to read. TimeoutError if it does not read at all."""
         async with asyncio.timeout(WRITE_SECONDS):
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def close_stream(self) -> None:
-        await self.write(b"data: [DONE]\n\n")
+    async def close_stream(self, last: bytes = b"") -> None:
+        """End the stream after one more piece."""
+        self.ended = True
+        await self.write(last + b"data: [DONE]\n\n")
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def fail(self, error: BaseException) -> None:
+        if self.ended:
+            return
         if not self.streaming:
+            self.ended = True
             await errors.response(error)(self._scope, self._receive, self._send)
             return
-        await self.write(event(errors.body(errors.request_error(error))))
-        await self.close_stream()
+        await self.close_stream(event(errors.body(errors.request_error(error))))
+
+    def _warning(self) -> list[tuple[bytes, bytes]]:
+        names = ", ".join(_UNSAFE.sub("?", name[:64]) for name in self.ignored[:MAX_NAMED])
+        return [(IGNORED_HEADER.encode(), names.encode())] if names else []
 
 
 class Exchange(Response):
     """A response that is computed while the client waits for it.
 
-    `work` gets the request's JSON object and the Reply. It is cancelled when the client leaves. An exception
-    becomes an error answer, or an error event if the stream is already open.
+    `work` gets the request's JSON object and the Reply. It is cancelled when the client leaves, and when `gate`
+    cuts off what is open. An exception becomes an error answer, or an error event if the stream is open already.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, gate: Gate, work: Work) -> None:
         super().__init__()
+        self.gate = gate
         self.work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(scope, receive, send)
         try:
-            body = parse(scope, await read_body(scope, receive))
-            await unless_gone(receive, self.work(body, reply))
+            async with self.gate.until_cut():
+                body = parse(scope, await read_body(scope, receive))
+                await unless_gone(receive, self.work(body, reply))
         except (ClientGone, TimeoutError):
             _LOG.debug("the client is gone")
         except Exception as error:
@@ -133,10 +157,12 @@ def _too_large() -> RequestError:
 
 
 def parse(scope: Scope, data: bytes) -> dict[str, Any]:
-    """The JSON object of a request, whose content type must be JSON."""
-    kind = dict(scope["headers"]).get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if kind != b"application/json":  # so web pages cannot post here unless the browser asks first
-        raise RequestError("the content type must be application/json", status=415)
+    """The JSON object of a request. A web page must say that it is JSON, so its browser asks here first; others
+    need not: curl says of all data that it is a form."""
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json" and b"origin" in headers:
+        raise RequestError("a web page must send the content type application/json", status=415)
     return json_object(data, "body")
 
 

@@ -1,10 +1,11 @@
-"""Limits the work that is let in: so many sequences at most, and none while the server drains."""
+"""Limits the work that is let in: so many sequences at most, and none while the server drains. Cuts off what is
+open."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from dovetail.core.errors import RequestError
 from dovetail.server.errors import Unavailable
@@ -23,6 +24,7 @@ class Gate:
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._open: set[asyncio.Timeout] = set()
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -54,6 +56,26 @@ class Gate:
             yield
         finally:
             self.sequences -= count
+
+    @contextlib.asynccontextmanager
+    async def until_cut(self) -> AsyncIterator[None]:
+        """Run the body to its end, or until `cut`, which cancels it. Then this raises Unavailable."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._open.add(limit)
+                try:
+                    yield
+                finally:
+                    self._open.discard(limit)
+        except TimeoutError:
+            if limit.expired():
+                raise Unavailable("the server is shutting down", RETRY_WHEN_DRAINING) from None
+            raise
+
+    def cut(self) -> None:
+        """Cancel all that is open, whatever it waits for."""
+        for limit in list(self._open):
+            limit.reschedule(asyncio.get_running_loop().time())
 
     async def idle(self) -> None:
         """Returns when no request is open."""

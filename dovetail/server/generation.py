@@ -14,6 +14,11 @@ from dovetail.server.exchange import Reply, event
 from dovetail.server.job import Job
 from dovetail.server.protocol import ChatRequest, CompletionRequest
 from dovetail.server.service import Service
+from dovetail.server.timings import PromptProgress, timings
+
+QUIET_SECONDS = 15.0  # after which a comment shows that a stream is alive; proxies often give up after 60
+PROGRESS_SECONDS = 0.25  # between two reports of how far a prompt is computed
+KEEP_ALIVE = b": keep-alive\n\n"
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
@@ -21,12 +26,14 @@ R = TypeVar("R", ChatRequest, CompletionRequest)
 class Generation(ABC, Generic[R]):
     """One request for text: `answer` runs it from its body to its reply.
 
-    prefix: the beginning of the reply's id. chunk: the type of object in a stream's events.
+    prefix: the beginning of the reply's id. chunk: the type of object in a stream's events. nothing: a choice that
+    says nothing.
     """
 
     fields: type[R]
     prefix: ClassVar[str]
     chunk: ClassVar[str]
+    nothing: ClassVar[dict[str, Any]]
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -36,20 +43,25 @@ class Generation(ABC, Generic[R]):
     async def answer(self, body: dict[str, Any], reply: Reply) -> None:
         service = self.service
         self.request: R = self.fields.model_validate(body)
-        model = service.name(self.request)
+        reply.ignored = service.check(self.request)
         asked = service.intake.read(self.request)
         with service.gate.room_for(asked.choices):
             form = await service.compiled(asked)  # held until the answers have it
-            answers = await service.aside(service.intake.answers, asked, uuid.uuid4().hex)
+            answers = await service.aside(service.intake.answers, asked, uuid.uuid4().hex, service.seed())
             del form
             async with service.running(answers, bool(self.request.stream), self.arrival) as job:
                 name = f"{self.prefix}-{uuid.uuid4().hex}"
-                self.head = {"id": name, "created": int(time.time()), "model": model}
+                self.head = {
+                    "id": name,
+                    "created": int(time.time()),
+                    "model": self.request.model or service.options.names[0],
+                }
                 if self.request.stream:
                     await self._stream(job, reply)
                 else:
                     await job.result()
-                    await reply.json(self.head | await service.aside(self.whole, answers))
+                    body = self.head | await service.aside(self.whole, answers)
+                    await reply.json(body | {"timings": timings(answers)})
 
     @abstractmethod
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -67,18 +79,28 @@ class Generation(ABC, Generic[R]):
         options = self.request.stream_options
         asked = bool(options and options.include_usage)
         continuous = asked and bool(options and options.continuous_usage_stats)
-        tokens = 0
+        progress = PromptProgress(job.answers, self.arrival) if self.request.return_progress else None
+        tokens, quiet = 0, 0.0
+        patience = PROGRESS_SECONDS if progress else QUIET_SECONDS
         await reply.open_stream()
-        async for deltas in job.deltas():
-            events = []
+        async for deltas in job.deltas(patience):
+            ended, events = job.ended, []
+            if progress and (state := progress.news(self.service.llm.session.clock.now())):
+                events.append(self._event([self.nothing], {"prompt_progress": state}))
             for delta in deltas:
                 tokens += self.count(delta)
                 spent = {"usage": usage(job.answers, tokens)} if continuous else {}
                 events += [self._event([part], spent) for part in self.parts(delta)]
-            await reply.write(b"".join(events))
-        if asked:
-            await reply.write(self._event([], {"usage": usage(job.answers, tokens)}))
-        await reply.close_stream()
+            if ended and deltas and not asked:
+                events[-1]["timings"] = timings(job.answers)
+            quiet = 0.0 if events else quiet + patience
+            if events:
+                await reply.write(b"".join(map(event, events)))
+            elif quiet >= QUIET_SECONDS:
+                quiet = 0.0
+                await reply.write(KEEP_ALIVE)
+        last = {"usage": usage(job.answers, tokens), "timings": timings(job.answers)}
+        await reply.close_stream(event(self._event([], last)) if asked else b"")
 
-    def _event(self, choices: list[dict[str, Any]], spent: dict[str, Any]) -> bytes:
-        return event({**self.head, "object": self.chunk, "choices": choices, **spent})
+    def _event(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "object": self.chunk, "choices": choices, **more}

@@ -9,17 +9,20 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from typing import Any
 
 import uvicorn
 
 from dovetail.core.errors import ConfigError
 from dovetail.server.app import create_app
+from dovetail.server.connections import KEEP_ALIVE_SECONDS, Acceptor, Connection, connection_limit
 from dovetail.server.errors import Unavailable
 from dovetail.server.guard import MAX_HEADER_BYTES
 from dovetail.server.service import Service
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAST_SECONDS = 2.0  # time for streams to say why they end
+LAST_SECONDS = 2.0  # time for the engine to end what is open
+CUT_SECONDS = 0.7  # time for streams to say why they end, when the engine is not asked
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,19 +50,27 @@ class HTTPServer(uvicorn.Server):
     """Serves a Service until told to stop.
 
     After the first SIGINT or SIGTERM, new work is refused and open requests may finish within the service's
-    shutdown timeout. What is left then ends with an error. A second signal ends at once. If the engine fails, open
-    requests end with an error and `failed` is set.
+    shutdown timeout. What is left then ends with an error. A second signal ends it at once, also with an error; a
+    third waits for nothing. If the engine fails, open requests end with an error and `failed` is set.
+
+    connections: how many there may be; None is what the process's open files allow.
     """
 
-    def __init__(self, service: Service, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        on_ready: Callable[[], None] = lambda: None,
+        connections: int | None = None,
+    ) -> None:
         config = uvicorn.Config(
-            create_app(service, self._engine_failed), http="h11", ws="none", loop="asyncio", lifespan="on",
+            create_app(service, self._engine_failed), http=Connection, ws="none", loop="asyncio", lifespan="on",
             log_config=None, access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=1, timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )  # fmt: skip
         super().__init__(config)
         self.service = service
         self.on_ready = on_ready
+        self.connections = connections
         self.failed = False
         self.interrupted = False
         self._ending: asyncio.Task[None] | None = None
@@ -80,18 +91,34 @@ class HTTPServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Start the service, and accept connections in a loop of our own."""
+        await super().startup([])
+        limit = self.connections or connection_limit()
+        if limit < self.service.gate.limit:
+            _LOG.warning(
+                "open files allow %d connections, fewer than the %d answers that may run or wait; "
+                "raise the limit (ulimit -n)", limit, self.service.gate.limit
+            )  # fmt: skip
+        self.servers: list[Any] = [Acceptor(listener, self._connection, limit) for listener in sockets or []]
         self.on_ready()
 
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
+
     def drain(self) -> None:
-        """Stop: the first call lets open requests finish, the second ends at once."""
-        if self._ending is not None:
-            self.interrupted = self.should_exit = self.force_exit = True
-            return
-        self.service.gate.draining = True
-        seconds = self.service.options.shutdown_timeout
-        _LOG.info("shutting down: %d open requests, at most %g s", self.service.gate.requests, seconds)
-        self._ending = asyncio.get_running_loop().create_task(self._end_within(seconds))
+        """Stop: the first call lets open requests finish, the second ends them."""
+        loop = asyncio.get_running_loop()
+        if self._ending is None:
+            self.service.gate.draining = True
+            seconds = self.service.options.shutdown_timeout
+            _LOG.info("shutting down: %d open requests, at most %g s", self.service.gate.requests, seconds)
+            self._ending = loop.create_task(self._end_within(seconds))
+        elif not self.interrupted:
+            self.interrupted = True
+            self._ending.cancel()
+            self._ending = loop.create_task(self._end_now())
+        else:
+            self.should_exit = self.force_exit = True
 
     def _engine_failed(self) -> None:
         self.failed = True
@@ -107,12 +134,23 @@ class HTTPServer(uvicorn.Server):
             self.service.engine.abort_all(Unavailable("the server is shutting down"))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(gate.idle(), LAST_SECONDS)
+        await self._cut()
         self.should_exit = True
+
+    async def _end_now(self) -> None:
+        await self._cut()
+        self.should_exit = self.force_exit = True
+
+    async def _cut(self) -> None:
+        """End all that is open with an error, without the engine, which may be in a long step."""
+        self.service.gate.cut()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.service.gate.idle(), CUT_SECONDS)
 
 
 async def serve(server: HTTPServer, listener: socket.socket) -> int:
     """Run to the end. Returns the process's exit code."""
     await server.serve([listener])
-    if server.failed:
+    if server.failed or (server.service.engine.stuck and not server.interrupted):
         return 1
     return 130 if server.interrupted else 0

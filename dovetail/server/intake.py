@@ -78,7 +78,7 @@ class Intake:
         grammar = self.compile(asked)  # held, so that it need not be compiled for each prompt
         given = asked.prompts
         if isinstance(request, ChatRequest) and asked.tools is not None:
-            given = [_conversation(request, asked.tools)]
+            given = [conversation(request, asked.tools)]
         for i, prompt in enumerate(given):
             self._check_length(prompt)
             params = asked.params
@@ -107,7 +107,17 @@ class Intake:
             )
 
 
-def _conversation(request: ChatRequest, tools: ToolUse) -> list[int]:
-    variables = template_variables(request)
-    generation = request.add_generation_prompt is not False
-    return tools.prompt(request.messages, add_generation_prompt=generation, **variables)
+def conversation(request: ChatRequest, tools: ToolUse) -> list[int]:
+    """The tokens of a conversation: up to the model's turn, or within its last message."""
+    goes_on = bool(request.continue_final_message)
+    if goes_on and request.add_generation_prompt:
+        raise RequestError(
+            "add_generation_prompt begins a message and continue_final_message goes on with the last one; choose one",
+            param="continue_final_message",
+        )
+    return tools.prompt(
+        request.messages,
+        add_generation_prompt=not goes_on and request.add_generation_prompt is not False,
+        continue_final_message=goes_on,
+        **template_variables(request),
+    )

@@ -62,10 +62,16 @@ class Job:
         if self.error is not None and not self._accepted:
             raise self.error
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Yield what has come since the last time, until the end. Raises the error with which the job ended."""
+    async def deltas(self, patience: float | None = None) -> AsyncIterator[list[Delta]]:
+        """Yield what has come since the last time, until the end; an empty list if nothing came for `patience`
+        seconds. Raises the error with which the job ended."""
         while True:
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(patience):
+                    await self._changed.wait()
+            except TimeoutError:
+                yield []
+                continue
             self._changed.clear()
             batch, self._pending = list(self._pending.values()), {}
             if batch:

@@ -30,6 +30,8 @@ def check_common(request: GenerationRequest) -> None:
     """Check what neither the types nor SamplingParams can check."""
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
+    if request.return_progress and not request.stream:
+        raise RequestError("return_progress needs stream: true", param="return_progress")
     if request.stream and request.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     if request.cache_salt is not None and not 1 <= len(request.cache_salt) <= MAX_SALT:
@@ -45,16 +47,14 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
             raise RequestError(f"top_logprobs must be at least 0, got {logprobs}", param="top_logprobs")
     elif request.top_logprobs is not None and request.top_logprobs != 0:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    limit = request.max_completion_tokens
-    limit = request.max_tokens if limit is None else limit
-    return defaults(**_given(request), max_tokens=limit, logprobs=logprobs)
+    return defaults(**_given(request), max_tokens=request.limit, logprobs=logprobs)
 
 
 def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
     """The parameters of a completion. With `echo`, `max_tokens: 0` is allowed: one token is generated and
     dropped."""
     given = _given(request)
-    limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    limit = DEFAULT_COMPLETION_TOKENS if request.limit is None else request.limit
     if scores_only(request):
         limit = 1
         given.pop("min_tokens", None)
@@ -65,7 +65,7 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
 
 def scores_only(request: CompletionRequest) -> bool:
     """Whether the client wants only the prompt back, with its scores."""
-    return bool(request.echo) and request.max_tokens == 0
+    return bool(request.echo) and request.limit == 0
 
 
 def _given(request: GenerationRequest) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """The fields of requests. Names are OpenAI's and vLLM's.
 
-Values are typed strictly; SamplingParams checks their ranges. Fields that are not declared here are in
-`model_extra`. `sort_extra` refuses those that would change the answer and are not implemented.
+Values are typed strictly, but for numbers: 5.0 and "5" are 5, as for other servers. SamplingParams checks their
+ranges. Fields that are not declared here are in `model_extra`. `sort_extra` refuses those that would change the
+answer and are not implemented.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from dovetail.core.errors import RequestError
 
@@ -32,12 +34,25 @@ def _all(kind: type) -> AfterValidator:
 _NAMES = {int: "a whole number", dict: "an object"}
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _bias(value: dict[str, Any]) -> dict[str, Any]:
+    return {token: float(bias) if isinstance(bias, str) else bias for token, bias in value.items()}
+
+
 def _stop(value: Any) -> Any:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(type(v) is str for v in value)):
         return value
     raise ValueError("must be a string or a list of strings")
 
 
+Int = Annotated[int, Field(strict=False), BeforeValidator(_number)]
+Float = Annotated[float, Field(strict=False), BeforeValidator(_number)]
+Bias = Annotated[dict[str, Any], AfterValidator(_bias), WithJsonSchema({"type": "object"})]
 Prompt = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, STRINGS, TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}]})
 ]
@@ -62,23 +77,24 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
+    n: Int | None = None
+    best_of: Int | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    repetition_penalty: Float | None = None
+    seed: Int | None = None
     stop: Stop = None
     stop_token_ids: Ints | None = None
     ignore_eos: bool | None = None
-    logit_bias: Annotated[dict[str, Any] | None, WithJsonSchema({"type": "object"})] = None
-    prompt_logprobs: int | None = None
+    logit_bias: Bias | None = None
+    prompt_logprobs: Int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
@@ -91,14 +107,20 @@ class GenerationRequest(BaseModel):
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None
+    return_progress: bool | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer, under either of its two names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class ChatRequest(GenerationRequest):
     messages: Objects
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Objects | None = None
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = None
@@ -107,7 +129,7 @@ class ChatRequest(GenerationRequest):
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
-    logprobs: int | None = None
+    logprobs: Int | None = None
     echo: bool | None = None
 
 
@@ -117,7 +139,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "bad_words": (None, []),
     "chat_template": (None,),
-    "continue_final_message": (None, False),
     "documents": (None, []),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
@@ -143,10 +164,17 @@ _WITHOUT_EFFECT = frozenset({
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 
+# What other programs call the limit of an answer. Ignored, it would cost an answer as long as the context.
+_LIMITS = frozenset({
+    "max_gen_len", "max_length", "max_new_tokens", "max_output_tokens", "max_tokens_to_sample", "n_predict",
+    "num_predict",
+})  # fmt: skip
+_SPELLED = ("maxtokens", "maxcompletiontokens")
+
 
 def sort_extra(request: GenerationRequest) -> Iterator[str]:
     """The names of fields that have no meaning here. RequestError for fields that ask for something not
-    implemented."""
+    implemented, and for a limit under a name that is not known here."""
     unsupported = {**_UNSUPPORTED, **(_CHAT_ONLY if isinstance(request, ChatRequest) else {})}
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise RequestError("best_of other than n is not supported", param="best_of")
@@ -156,5 +184,13 @@ def sort_extra(request: GenerationRequest) -> Iterator[str]:
         if name in unsupported:
             if not any(type(value) is type(v) and value == v for v in unsupported[name]):
                 raise RequestError(f"{name}: this value is not supported yet", param=name)
+        elif value is not None and _is_limit(name):
+            raise RequestError(f"{name} is not a field here; the limit of an answer is max_tokens", param=name)
         elif name not in _WITHOUT_EFFECT:
             yield name
+
+
+def _is_limit(name: str) -> bool:
+    """Whether a field that is not known here must mean max_tokens."""
+    plain = "".join(c for c in name[:64].lower() if c.isalpha())
+    return name in _LIMITS or bool(difflib.get_close_matches(plain, _SPELLED, n=1, cutoff=0.88))

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dovetail.checkpoint.export import export_tokenizer
+from dovetail.core.errors import ModelError
+from dovetail.host.files import home
 from dovetail.llm import LLM
 from dovetail.outputs import Answer
 from dovetail.server.engine_thread import EngineThread
@@ -30,10 +35,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """How a model is offered. Clients may use any of `names`; replies use the first."""
+    """How a model is offered. Clients may use any of `names`; replies use the first. If there are `api_keys`,
+    clients must send one. Web pages of `allowed_origins` may call; "*" is every page."""
 
     names: tuple[str, ...]
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_queue: int = 1024
     shutdown_timeout: float = 30.0
 
@@ -47,6 +54,7 @@ class Service:
         self.options = options
         llm.default_params()
         self.created = int(time.time())
+        self._root: str | None = None
         self.metrics = Metrics(options.names[0], llm.config.max_model_len)
         self.metrics.watch(llm)
         self.gate = Gate(llm.config.max_num_seqs + options.max_queue)
@@ -72,15 +80,41 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.compilers, self.intake.compile, asked)
 
-    def name(self, request: GenerationRequest) -> str:
-        """Check the fields that every route has. Returns the model name that the request used."""
-        if request.model is not None and request.model not in self.options.names:
-            raise NotFound(f"the model '{request.model}' is not served here", param="model")
+    def check(self, request: GenerationRequest) -> list[str]:
+        """Check the fields that every route has. Returns the names of those that mean nothing here."""
+        self.check_model(request.model)
         check_common(request)
-        for name in sort_extra(request):
+        ignored = list(sort_extra(request))
+        for name in ignored:
             if self.metrics.unknown_field(name[:64]):
                 _LOG.warning("request field %r means nothing here and is ignored", name[:64])
-        return request.model or self.options.names[0]
+        return ignored
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.options.names:
+            raise NotFound(f"the model '{name}' is not served here", param="model")
+
+    def root(self) -> str:
+        """From where clients can load the model's tokenizer: a folder, or a Hugging Face id."""
+        if self._root is None:
+            self._root = self._find_root()
+        return self._root
+
+    def _find_root(self) -> str:
+        name, path = self.llm.config.model, self.llm.checkpoint.path
+        if path.is_dir():
+            return str(path.resolve()) if Path(name).expanduser().is_dir() else name
+        try:
+            where = export_tokenizer(self.llm.tokenizer, self.llm.checkpoint.config, home() / "tokenizers")
+            return str(where.resolve())
+        except ModelError as error:
+            _LOG.warning("%s; clients must be told where the tokenizer is", error)
+            return name
+
+    def seed(self) -> int | None:
+        """A seed for a request that has none. None if the engine's own seed was chosen: then the order of requests
+        decides."""
+        return secrets.randbits(63) if self.llm.config.seed == 0 else None
 
     @contextlib.asynccontextmanager
     async def running(self, answers: Sequence[Answer], streaming: bool, arrival: float) -> AsyncIterator[Job]:

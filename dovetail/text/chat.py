@@ -88,12 +88,16 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text. RequestError if the template rejects the messages or `variables` sets a reserved
-        name.
+        """The prompt text, which may end after the text of the last message. RequestError if the template rejects
+        the messages or `variables` sets a reserved name.
         """
+        if continue_final_message:
+            more = {"add_generation_prompt": False, "tools": tools, "variables": variables}
+            return _cut_at_mark(self.render(_marked(messages), **more))
         variables = dict(variables or {})
         if taken := sorted((_RESERVED | self._special_tokens.keys()) & variables.keys()):
             raise RequestError(
@@ -166,3 +170,28 @@ def _strings(value: Any) -> list[str]:
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
     return found
+
+
+_MARK = chr(0x31345)  # rare, and not among those that `Shield` uses
+
+
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    """`messages` with a mark at the end of the last one's text, where the model shall go on."""
+    last = messages[-1]
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*messages[:-1], {**last, "content": content + _MARK}]
+    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
+        part = {**content[-1], "text": content[-1]["text"] + _MARK}
+        return [*messages[:-1], {**last, "content": [*content[:-1], part]}]
+    raise RequestError("continue_final_message needs a last message with text", param="continue_final_message")
+
+
+def _cut_at_mark(rendered: str) -> str:
+    """The text before the mark. RequestError if the template has left it out."""
+    before, mark, _ = rendered.rpartition(_MARK)
+    if not mark:
+        raise RequestError(
+            "the chat template does not show the last message's text", param="continue_final_message"
+        )
+    return before

@@ -205,25 +205,34 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
         """The prompt text for `messages`; `kwargs` are variables for the template.
 
-        Messages are what the chat API takes (`text.conversation`). RequestError if there is no template, it
-        rejects the messages, or they are malformed.
+        Messages are what the chat API takes (`text.conversation`). continue_final_message: end the prompt after
+        the text of the last one. RequestError if there is no template, it rejects the messages, or they are
+        malformed.
         """
         template = self.template(tools)
         found = conversation(messages, template.traits)
-        return template.render(found, add_generation_prompt=add_generation_prompt, tools=tools, variables=kwargs)
+        return template.render(
+            found,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            variables=kwargs,
+        )
 
     def apply_chat_template(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> list[int]:
-        """Ids of the prompt for `messages`, as `render` gives it, without adding a second BOS.
+        """Ids of the prompt for `messages`, as `render` gives it from the same arguments, without a second BOS.
 
         Control tokens come from the template only: one that is spelled inside a message stays plain text.
         """
@@ -232,7 +241,11 @@ class Tokenizer:
 
         def render(messages: Any, tools: Any, variables: Any) -> str:
             return template.render(
-                messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                variables=variables,
             )
 
         text = render(found, tools, kwargs)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +24,7 @@ HISTOGRAMS = (
 
 
 def test_every_route_but_health_needs_the_key(start) -> None:
-    running: Running = start(ServiceOptions((NAME,), api_key="secret"))
+    running: Running = start(ServiceOptions((NAME,), api_keys=("other", "secret")))
     paths = [*running.server.config.app.openapi()["paths"], "/docs", "/openapi.json", "/nowhere", "//health"]
     for path in paths:
         for method in ("GET", "POST"):
@@ -59,6 +61,76 @@ def test_metrics_have_vllm_s_names_and_count(start) -> None:
         assert families[PREFIX + name].type == "histogram" and values[f"{PREFIX}{name}_count"] > 0, name
     reasons = {s.labels["finished_reason"]: s.value for s in families["vllm:request_success"].samples}
     assert reasons == {"stop": 0, "length": 2, "abort": 0, "error": 0}
+
+
+MODEL = '{model_name="$model_name"}'
+RATE = f"{MODEL}[$__rate_interval]"
+QUANTILES = (
+    "e2e_request_latency_seconds", "inter_token_latency_seconds", "time_per_output_token_seconds",
+    "time_to_first_token_seconds",
+)  # fmt: skip
+# The queries of vLLM's official dashboard (examples/.../grafana.json), of its earlier and its present form.
+DASHBOARD = [
+    *(f"histogram_quantile({q}, sum by(le) (rate(vllm:{name}_bucket{RATE})))"
+      for name in QUANTILES for q in (0.99, 0.95, 0.9, 0.5)),
+    *(f"rate(vllm:{name}_sum{RATE})\n/\nrate(vllm:{name}_count{RATE})" for name in QUANTILES),
+    f"rate(vllm:prompt_tokens_total{RATE})",
+    f"rate(vllm:generation_tokens_total{RATE})",
+    f"vllm:num_requests_running{MODEL}",
+    f"vllm:num_requests_waiting{MODEL}",
+    f"vllm:kv_cache_usage_perc{MODEL}",
+    f"vllm:gpu_cache_usage_perc{MODEL}",
+    f"sum by(le) (increase(vllm:request_prompt_tokens_bucket{RATE}))",
+    f"sum by(le) (increase(vllm:request_generation_tokens_bucket{RATE}))",
+    f"sum by(finished_reason) (increase(vllm:request_success_total{RATE}))",
+    f"rate(vllm:request_queue_time_seconds_sum{RATE})",
+    f"rate(vllm:request_prefill_time_seconds_sum{RATE})",
+    f"rate(vllm:request_decode_time_seconds_sum{RATE})",
+    f"rate(vllm:request_max_num_generation_tokens_sum{RATE})",
+]  # fmt: skip
+# Of vLLM's other two dashboards, the names; their queries have the same forms.
+STATISTICS = (
+    "vllm:request_success_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
+    "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket",
+)  # fmt: skip
+SELECTOR = re.compile(r'(vllm:\w+)(?:\{model_name="\$model_name"\})')
+
+
+def test_every_query_of_the_official_dashboard_has_data(start) -> None:
+    running: Running = start(max_num_seqs=1)
+    running.complete(["one two three", "four"], max_tokens=8, ignore_eos=True, n=2)
+    families = list(text_string_to_metric_families(httpx.get(f"{running.url}/metrics").text))
+    known: dict[str, list] = {}
+    for sample in (s for f in families for s in f.samples if s.labels.get("model_name") == NAME):
+        known.setdefault(sample.name, []).append(sample)
+    for query in DASHBOARD:
+        names = SELECTOR.findall(query)
+        assert names, query
+        for name in names:
+            assert known.get(name), query
+            if name.endswith(("_total", "_sum", "_count")):  # they have counted; gauges may be 0
+                assert sum(s.value for s in known[name]) > 0, query
+            if "by(le)" in query:
+                assert [s.labels["le"] for s in known[name]][-1] == "+Inf" and known[name][-1].value > 0, query
+            if "by(finished_reason)" in query:
+                assert {s.labels["finished_reason"] for s in known[name]} >= {"stop", "length", "abort"}
+    assert all(known[name] for name in STATISTICS)
+
+
+def test_times_of_a_request_add_up(start) -> None:
+    """Two requests of three tokens, one after the other, on an engine whose steps take a second each."""
+    running: Running = start(use=VIRTUAL, max_num_seqs=1)
+    running.complete(["a", "b"], max_tokens=3, ignore_eos=True)
+    text = httpx.get(f"{running.url}/metrics").text
+    values = {s.name: s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    for name, count, total in (
+        ("request_queue_time_seconds", 2, 3), ("request_prefill_time_seconds", 2, 2),
+        ("request_decode_time_seconds", 2, 4), ("request_inference_time_seconds", 2, 6),
+        ("e2e_request_latency_seconds", 2, 9), ("request_time_per_output_token_seconds", 2, 2),
+        ("request_max_num_generation_tokens", 2, 6), ("request_params_max_tokens", 2, 6), ("request_params_n", 2, 2),
+        ("request_prefill_kv_computed_tokens", 2, 2), ("request_num_preemptions", 2, 0),
+    ):  # fmt: skip
+        assert (values[f"vllm:{name}_count"], values[f"vllm:{name}_sum"]) == (count, total), name
 
 
 def test_unknown_fields_cannot_fill_the_registry(shared: Running) -> None:
