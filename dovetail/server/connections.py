@@ -67,6 +67,8 @@ class Connection(H11Protocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.timeout_keep_alive = KEEP_ALIVE_SECONDS
+        self._serve, self._extra = self.app, False
         self.gone: Callable[[Connection], None] = lambda connection: None
         self._deadline: asyncio.TimerHandle | None = None
         self._flushed: asyncio.TimerHandle | None = None
@@ -81,11 +83,13 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         _probe(transport.get_extra_info("socket"))
         if len(self.connections) > self.limit:
-            self.app = _refuse
+            self.app, self._extra = _refuse, True
         self.idle_since = self.loop.time()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        if self._extra and len(self.connections) <= self.limit:  # others have left
+            self.app, self._extra = self._serve, False
         super().data_received(data)
         self._watch()
 
@@ -187,6 +191,8 @@ class Acceptor:
             except OSError as error:
                 await self._pause(error)
                 continue
+            if len(self._open) >= self.limit:
+                self._end_idle()
             try:
                 await loop.connect_accepted_socket(self._protocol, accepted)
             except OSError:
@@ -203,9 +209,7 @@ class Acceptor:
         self._left.set()
 
     async def _room(self) -> None:
-        """Return when another connection may come."""
-        if len(self._open) >= self.limit:
-            self._end_idle()
+        """Return when another connection may come, be it only to be refused."""
         while len(self._open) >= self.limit + REFUSED:
             self._left.clear()
             with contextlib.suppress(TimeoutError):

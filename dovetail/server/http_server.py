@@ -15,7 +15,7 @@ import uvicorn
 
 from dovetail.core.errors import ConfigError
 from dovetail.server.app import create_app
-from dovetail.server.connections import KEEP_ALIVE_SECONDS, Acceptor, Connection, connection_limit
+from dovetail.server.connections import Acceptor, Connection, connection_limit
 from dovetail.server.errors import Unavailable
 from dovetail.server.guard import MAX_HEADER_BYTES
 from dovetail.server.service import Service
@@ -65,7 +65,7 @@ class HTTPServer(uvicorn.Server):
         config = uvicorn.Config(
             create_app(service, self._engine_failed), http=Connection, ws="none", loop="asyncio", lifespan="on",
             log_config=None, access_log=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=1, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=1,
         )  # fmt: skip
         super().__init__(config)
         self.service = service

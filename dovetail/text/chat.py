@@ -96,8 +96,10 @@ class ChatTemplate:
         the messages or `variables` sets a reserved name.
         """
         if continue_final_message:
-            more = {"add_generation_prompt": False, "tools": tools, "variables": variables}
-            return _cut_at_mark(self.render(_marked(messages), **more))
+            open_ended = self.render(
+                _marked(messages), add_generation_prompt=False, tools=tools, variables=variables
+            )
+            return _cut_at_mark(open_ended)
         variables = dict(variables or {})
         if taken := sorted((_RESERVED | self._special_tokens.keys()) & variables.keys()):
             raise RequestError(

@@ -76,13 +76,15 @@ class Throttle:
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, model: Path, options: ServiceOptions | None = None, **engine: Any) -> None:
+    def __init__(
+        self, model: Path, options: ServiceOptions | None = None, connections: int | None = None, **engine: Any
+    ) -> None:
         self.llm = LLM(
             model, **{"dtype": "float64", "threads": 1, "block_size": 4, "kv_memory": 4 << 20, **engine}
         )
         self.throttle = self.llm.engine.executor = Throttle(self.llm.engine.executor)
         self.service = Service(self.llm, options or ServiceOptions((NAME,)))
-        self.server = HTTPServer(self.service, self._ready)
+        self.server = HTTPServer(self.service, self._ready, connections)
         self.listener = listen("127.0.0.1", 0)
         self.url = url(self.listener)
         self.code: int | None = None
@@ -139,12 +141,12 @@ class Running:
     def text(self, prompt: Any, **fields: Any) -> str:
         return self.complete(prompt, **fields)["choices"][0]["text"]
 
-    def raw(self, body: bytes, path: str = "/v1/completions", headers: bytes = b"") -> socket.socket:
-        """A connection on which a POST was sent and nothing read."""
+    def raw(self, body: bytes, path: str = "/v1/completions", promised: int | None = None) -> socket.socket:
+        """A connection on which a POST was sent and nothing read. It may have promised a longer body."""
         connection = socket.create_connection(self.listener.getsockname()[:2], timeout=SECONDS)
         connection.sendall(
-            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n"
-            % (path.encode(), len(body), headers)
+            b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            % (path.encode(), len(body) if promised is None else promised)
             + body
         )
         return connection

@@ -23,9 +23,10 @@ PREFLIGHT = {
 def test_any_of_the_keys_opens_under_either_header(start) -> None:
     running: Running = start(ServiceOptions((NAME,), api_keys=("first", "second")))
     for headers, status in (
-        ({}, 401), ({"authorization": "Bearer third"}, 401), ({"x-api-key": "third"}, 401), ({"x-api-key": ""}, 401),
-        ({"authorization": "Basic first"}, 401), ({"authorization": "Bearer first"}, 200),
-        ({"authorization": "bearer second"}, 200), ({"x-api-key": "second"}, 200),
+        ({}, 401), ({"authorization": "Bearer third"}, 401), ({"authorization": "Basic first"}, 401),
+        ({"x-api-key": "third"}, 401), ({"x-api-key": ""}, 401),
+        ({"authorization": "Bearer first"}, 200), ({"authorization": "bearer second"}, 200),
+        ({"x-api-key": "second"}, 200),
         ({"authorization": "Bearer third", "x-api-key": "first"}, 200),
     ):  # fmt: skip
         answer = httpx.post(f"{running.url}/v1/completions", json=BODY, headers=headers)

@@ -127,8 +127,9 @@ def test_times_of_a_request_add_up(start) -> None:
         ("request_queue_time_seconds", 2, 3), ("request_prefill_time_seconds", 2, 2),
         ("request_decode_time_seconds", 2, 4), ("request_inference_time_seconds", 2, 6),
         ("e2e_request_latency_seconds", 2, 9), ("request_time_per_output_token_seconds", 2, 2),
-        ("request_max_num_generation_tokens", 2, 6), ("request_params_max_tokens", 2, 6), ("request_params_n", 2, 2),
-        ("request_prefill_kv_computed_tokens", 2, 2), ("request_num_preemptions", 2, 0),
+        ("request_max_num_generation_tokens", 2, 6), ("request_params_max_tokens", 2, 6),
+        ("request_params_n", 2, 2), ("request_prefill_kv_computed_tokens", 2, 2),
+        ("request_num_preemptions", 2, 0),
     ):  # fmt: skip
         assert (values[f"vllm:{name}_count"], values[f"vllm:{name}_sum"]) == (count, total), name
 
