@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -80,7 +81,8 @@ class Generation(ABC, Generic[R]):
         asked = bool(options and options.include_usage)
         continuous = asked and bool(options and options.continuous_usage_stats)
         progress = PromptProgress(job.answers, self.arrival) if self.request.return_progress else None
-        tokens, quiet = 0, 0.0
+        tokens, now = 0, asyncio.get_running_loop().time
+        written = now()
         patience = PROGRESS_SECONDS if progress else QUIET_SECONDS
         await reply.open_stream()
         async for deltas in job.deltas(patience):
@@ -93,12 +95,9 @@ class Generation(ABC, Generic[R]):
                 events += [self._event([part], spent) for part in self.parts(delta)]
             if ended and deltas and not asked:
                 events[-1]["timings"] = timings(job.answers)
-            quiet = 0.0 if events else quiet + patience
-            if events:
-                await reply.write(b"".join(map(event, events)))
-            elif quiet >= QUIET_SECONDS:
-                quiet = 0.0
-                await reply.write(KEEP_ALIVE)
+            if events or now() - written >= QUIET_SECONDS:
+                await reply.write(b"".join(map(event, events)) or KEEP_ALIVE)
+                written = now()
         last = {"usage": usage(job.answers, tokens), "timings": timings(job.answers)}
         await reply.close_stream(event(self._event([], last)) if asked else b"")
 

@@ -112,7 +112,7 @@ def conversation(request: ChatRequest, tools: ToolUse) -> list[int]:
     goes_on = bool(request.continue_final_message)
     if goes_on and request.add_generation_prompt:
         raise RequestError(
-            "add_generation_prompt begins a message and continue_final_message goes on with the last one; choose one",
+            "add_generation_prompt begins a message, continue_final_message goes on with the last one; choose one",
             param="continue_final_message",
         )
     return tools.prompt(
