@@ -11,7 +11,7 @@ from dovetail.core.errors import ModelError, RequestError
 
 
 def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no key twice in an object, no NaN or Infinity. ModelError
+    """Parse a JSON object strictly: valid Unicode, no key twice in an object, no NaN or Infinity. ModelError
     otherwise.
     """
 
@@ -28,6 +28,8 @@ def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        if b"\\ud" in text or b"\\uD" in text:  # maybe half of a character, which Python's parser lets through
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{source}: is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict):

@@ -15,7 +15,7 @@ from dovetail.core.errors import ModelError, RequestError
 from dovetail.text.chat import ChatTemplate, Shield
 from dovetail.text.conversation import Message, conversation
 from dovetail.text.detokenizer import Detokenizer, Piece, Pieces, as_bytes, byte_fallback, byte_level
-from dovetail.text.tokenizer_files import decoder_steps, read_files
+from dovetail.text.tokenizer_files import decoder_steps, guarded, read_files
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -288,15 +288,16 @@ class Tokenizer:
         in it.
         """
         source = self.backend.to_str()
-        first = tokenizers.Tokenizer.from_str(source)
-        first.encode_special_tokens = True
+
+        def copy(text: str) -> tokenizers.Tokenizer:
+            backend = guarded("the tokenizer cannot be copied", lambda: tokenizers.Tokenizer.from_str(text))
+            backend.encode_special_tokens = True
+            return backend
+
+        first = copy(source)
         if '"prepend_scheme":"first"' not in source:
             return first, first
-        later = tokenizers.Tokenizer.from_str(
-            source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
-        )
-        later.encode_special_tokens = True
-        return first, later
+        return first, copy(source.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
 
     def _encode_shielded(self, shielded: str, shield: Shield) -> list[int] | None:
         """Ids of a rendered text in which only the template's control tokens are spelled out.

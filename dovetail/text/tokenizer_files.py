@@ -21,6 +21,8 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+MAX_GAP = 1 << 20  # ids that no token has
+
 T = TypeVar("T")
 
 
@@ -56,6 +58,7 @@ def read_files(directory: Path) -> TokenizerFiles:
         raise ModelError(f"{directory}: no tokenizer.json; convert the tokenizer to it first")
     data = read_bytes(source, 256 << 20)
     backend = guarded(str(source), lambda: tokenizers.Tokenizer.from_buffer(data))
+    _check_ids(backend, source)
     backend.no_truncation()
     backend.no_padding()
     settings: dict[str, Any] = {}
@@ -68,6 +71,16 @@ def read_files(directory: Path) -> TokenizerFiles:
     _check_decoder(backend, str(source))
     _check_cuts(backend, str(source))
     return TokenizerFiles(backend, special, _directory_templates(directory, settings.get("chat_template")))
+
+
+def _check_ids(backend: tokenizers.Tokenizer, source: Path) -> None:
+    """ModelError if an id is so large that what walks over all ids would not end."""
+    size = backend.get_vocab_size(with_added_tokens=True)
+    if all(backend.id_to_token(i) is not None for i in range(size)):
+        return  # as many tokens as ids, from 0 on without a gap
+    for token, number in backend.get_vocab(with_added_tokens=True).items():
+        if number >= size + MAX_GAP:
+            raise ModelError(f"{source}: token {token[:64]!r} has id {number}, in a vocabulary of {size} tokens")
 
 
 def _add_listed(backend: tokenizers.Tokenizer, listed: Any, source: str) -> None:
