@@ -34,7 +34,7 @@ import traceback
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ CPU_SECONDS = 1.0  # of one case
 ALLOWANCE = 16 << 20  # bytes a case may allocate beyond twice its files
 WALL_SECONDS = 20  # after which a case hangs
 ADDRESS_SPACE = 1 << 30  # bytes that a child may map beyond what its libraries take
+CHILD_SECONDS = 300.0  # after which another child goes on, so that leaks do not add up
 ANSWERED = 8  # one of so many cases that load also answers a prompt
 
 CONFIG = ModelConfig(
@@ -345,14 +346,15 @@ def answer(path: Path) -> None:
     llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=3), progress=False)
 
 
-def check(path: Path, size: int, rng: random.Random, load: Load) -> None:
-    """Load a model whose files have `size` bytes. Failed if a rule is broken."""
+def check(path: Path, size: int, rng: random.Random, load: Load) -> bool:
+    """Load a model whose files have `size` bytes, and return whether it was opened. Failed if a rule is broken."""
+    opened = True
     tracemalloc.start()
     begun = time.process_time()
     try:
         load(path, rng)
     except ModelError:
-        pass
+        opened = False
     except MemoryError as error:
         raise Failed(f"more than {ADDRESS_SPACE} bytes of address space") from error
     except BaseException as error:
@@ -365,17 +367,19 @@ def check(path: Path, size: int, rng: random.Random, load: Load) -> None:
         raise Failed(f"{peak} bytes allocated for files of {size}")
     if spent > CPU_SECONDS:
         raise Failed(f"{spent:.1f} s of CPU time")
+    return opened
 
 
-def run_case(name: str, kind: Kind, number: int, seed: int, load: Load) -> None:
-    """Change, load, and put the valid file back."""
+def run_case(name: str, kind: Kind, number: int, seed: int, load: Load) -> bool:
+    """Change, load, and put the valid file back. Returns whether the model was opened."""
     rng = random.Random(f"{seed} {name} {number}")
     target = kind.folder / kind.changed
     valid = target.read_bytes()
     size = sum(path.stat().st_size for path in kind.folder.iterdir())
     target.write_bytes(kind.change(rng, valid))
-    check(kind.folder / kind.opened, max(size, target.stat().st_size), rng, load)
+    opened = check(kind.folder / kind.opened, max(size, target.stat().st_size), rng, load)
     target.write_bytes(valid)
+    return opened
 
 
 # -- many cases -------------------------------------------------------------------------------------------
@@ -394,12 +398,14 @@ def child(options: argparse.Namespace) -> None:
     end = time.monotonic() + options.seconds
     for number in itertools.count(options.first):
         if time.monotonic() > end:
+            print(json.dumps({"whole": True}), flush=True)
             break
         name = names[number % len(names)]
         print(json.dumps({"case": name, "number": number}), flush=True)
         signal.alarm(WALL_SECONDS)
         try:
-            run_case(name, valid[name], number, options.seed, load)
+            if run_case(name, valid[name], number, options.seed, load):
+                print(json.dumps({"opened": name}), flush=True)
         except Failed as error:
             print(json.dumps({"wrong": str(error), "trace": traceback.format_exc()[-3000:]}), flush=True)
             break  # what is left in the folder is the evidence; another child goes on
@@ -423,32 +429,59 @@ class Finding:
     kept: str
 
 
-def fuzz(options: argparse.Namespace) -> tuple[int, list[Finding]]:
-    """How many cases ran, and those that broke a rule."""
+@dataclass
+class Report:
+    """How many cases ran, how many of them were opened, and those that broke a rule."""
+
+    ran: int = 0
+    opened: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def fuzz(options: argparse.Namespace) -> Report:
+    """Children run cases one after the other; the next one begins behind the case that ended the last."""
     end = time.monotonic() + options.seconds
-    first, findings = options.first, list[Finding]()
-    while first == options.first or (time.monotonic() < end and len(findings) < options.most):
+    first, report = options.first, Report()
+    while not report.ran or (time.monotonic() < end and len(report.findings) < options.most):
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-            left = max(0.1, end - time.monotonic())
-            command = [sys.executable, __file__, "--child", f"{folder}/models", "--seconds", str(left)]
-            command += ["--first", str(first), "--seed", str(options.seed), "--load", options.load]
-            command += ["--kinds", ",".join(options.kinds)] if options.kinds else []
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
-            lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            cases = [line for line in lines if "case" in line]
-            if not cases:
-                raise SystemExit(f"no case ran (exit {done.returncode}): {done.stderr[-2000:]}")
-            last = cases[-1]
-            first = last["number"] + 1
-            wrong = [line for line in lines if "wrong" in line]
-            if done.returncode == 0 and not wrong:
-                break
-            number = -done.returncode
-            ended = f"ended by {signal.Signals(number).name}" if number > 0 else f"exit code {done.returncode}"
-            text, trace = (wrong[0]["wrong"], wrong[0]["trace"]) if wrong else (ended, done.stderr[-3000:])
-            kept = keep(Path(folder) / "models" / last["case"], options.out, f"{last['case']}-{last['number']}")
-            findings.append(Finding(last["case"], last["number"], text, trace, kept))
-    return first - options.first, findings
+            seconds = min(CHILD_SECONDS, max(0.1, end - time.monotonic()))
+            first = run_child(options, Path(folder) / "models", (first, seconds), report)
+    return report
+
+
+def run_child(options: argparse.Namespace, folder: Path, part: tuple[int, float], report: Report) -> int:
+    """Run cases from a number on, for so many seconds or until one fails. Returns the number of the next case."""
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        str(folder),
+        "--first",
+        str(part[0]),
+        "--seconds",
+        str(part[1]),
+    ]
+    command += ["--seed", str(options.seed), "--load", options.load]
+    command += ["--kinds", ",".join(options.kinds)] if options.kinds else []
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    cases = [line for line in lines if "case" in line]
+    if not cases:
+        raise SystemExit(f"no case ran (exit {done.returncode}): {done.stderr[-2000:]}")
+    report.ran += len(cases)
+    report.opened += sum("opened" in line for line in lines)
+    name, number = cases[-1]["case"], cases[-1]["number"]
+    if "whole" not in lines[-1]:
+        wrong, trace = how_it_ended(done.returncode), done.stderr[-3000:]
+        if "wrong" in lines[-1]:
+            wrong, trace = lines[-1]["wrong"], lines[-1]["trace"]
+        kept = keep(folder / name, options.out, f"{name}-{number}")
+        report.findings.append(Finding(name, number, wrong, trace, kept))
+    return number + 1
+
+
+def how_it_ended(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else "ended in the middle of a case"
 
 
 def keep(folder: Path, out: str, name: str) -> str:
@@ -485,11 +518,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.case:
         replay(options)
         return 0
-    ran, findings = fuzz(options)
-    for finding in findings:
+    report = fuzz(options)
+    for finding in report.findings:
         print(f"\n{finding.case}:{finding.number}: {finding.wrong}\n{finding.trace}\n{finding.kept}")
-    print(f"{ran} cases, {len(findings)} failures (seed {options.seed})")
-    return 1 if findings else 0
+    print(f"{report.ran} cases, {report.opened} opened, {len(report.findings)} failures (seed {options.seed})")
+    return 1 if report.findings else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -22,10 +22,12 @@ from dovetail.checkpoint.mapped import MappedFile
 from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.json_file import parse_json_object, read_json_object
+from dovetail.ops.dequant import BLOCKS
 from dovetail.ops.stored import CUT_SHORT, StoredTensor
 from dovetail.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
+_LARGEST = 1 << 53  # values of a tensor
 _HEADER_LIMIT = 16 << 20  # bytes; 100,000 tensors need about ten million
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -68,16 +70,43 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise ModelError(f"{path}: header does not begin with '{{'")
     header = parse_json_object(text, f"{path}: header")
     header.pop("__metadata__", None)
-    end = 8 + length + _data_bytes(header)
+    end = (
+        8
+        + length
+        + max((_end(entry, f"{path}: tensor {name[:80]!r}") for name, entry in header.items()), default=0)
+    )
     if end > size:
         raise ModelError(f"{path}: its tensors end at {end}, the file at {size}; {CUT_SHORT}")
     return header, 8 + length
 
 
-def _data_bytes(header: dict[str, Any]) -> int:
-    """Where the last tensor ends; entries that are malformed are left to the safetensors library."""
-    ranges = [entry.get("data_offsets") for entry in header.values() if isinstance(entry, dict)]
-    return max((r[1] for r in ranges if isinstance(r, list) and len(r) == 2 and type(r[1]) is int), default=0)
+def _end(entry: Any, where: str) -> int:
+    """Where a tensor ends. ModelError that names the tensor and the field if its entry is malformed.
+
+    What tensors have to do with each other is left to the safetensors library.
+    """
+    if not isinstance(entry, dict):
+        raise ModelError(f"{where}: its entry must be an object, it is {str(entry)[:64]!r}")
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str):
+        raise ModelError(f"{where}: dtype must be a name, it is {str(dtype)[:64]!r}")
+    if not _sizes(shape):
+        raise ModelError(f"{where}: shape must be a list of integers from 0 on, it is {str(shape)[:64]!r}")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ModelError(f"{where}: data_offsets must be where it begins and ends, they are {str(offsets)[:64]!r}")
+    count = 1
+    for size in shape:
+        count *= size
+        if count > _LARGEST:
+            raise ModelError(f"{where}: shape {str(shape)[:64]} has more than 2^53 values")
+    given = offsets[1] - offsets[0]
+    if dtype in PLAIN_FORMATS and count * BLOCKS[dtype].bytes != given:
+        raise ModelError(f"{where}: {dtype} of shape {str(shape)[:64]} does not have {given} bytes")
+    return int(offsets[1])
+
+
+def _sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _open(path: Path) -> MappedFile:
