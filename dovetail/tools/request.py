@@ -57,11 +57,6 @@ class Tools:
     required: bool = False
     parallel: bool = True
 
-    @property
-    def strict(self) -> bool:
-        """Whether calls follow the schemas of their functions to the letter."""
-        return self.required or all(f.strict for f in self.callable)
-
     def shown(self) -> list[dict[str, Any]]:
         return [f.shown() for f in self.functions]
 

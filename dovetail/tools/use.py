@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from dovetail.core.errors import RequestError
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.structured import StructuredOutputs
 from dovetail.text.conversation import Message
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.tools.formats import Format, format_of
@@ -38,14 +40,32 @@ class ToolUse:
         return ids
 
     def params(self, params: SamplingParams) -> SamplingParams:
-        """Parameters with which the marks of calls can be read, and with which required calls are made."""
+        """Parameters with which marks of calls can be read, and calls are held to what was asked for."""
         if self.tools is None:
             return params
         marks = tuple(token for mark in self.format.marks if (token := self._control(mark)) is not None)
         params = replace(params, shown_token_ids=marks)
-        if not self.tools.required:
+        grammar = self.format.frame.grammar(self.tools, self._control, self._schema(params.structured_outputs))
+        if grammar is None:
             return params
-        raise RequestError("tool_choice: calls cannot be required yet", param="tool_choice")
+        return replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
+
+    def _schema(self, form: StructuredOutputs | None) -> Any:
+        """The JSON schema of an answer that calls no tool. RequestError if calls and the form exclude each other."""
+        if form is None:
+            return None
+        if self.tools is not None and self.tools.required:
+            raise RequestError(
+                "the answer must be calls of tools, so it cannot have another form; leave out one of the two",
+                param="tool_choice",
+            )
+        if form.form not in ("json", "json_object"):
+            raise RequestError(
+                f"an answer that is a {form.form} cannot call tools; leave them out, or set tool_choice to none",
+                param="tools",
+            )
+        schema = json.loads(form.text)
+        return schema if isinstance(schema, dict) else {}
 
     def parser(self) -> Parser:
         """A parser of one answer."""

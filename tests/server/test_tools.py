@@ -256,3 +256,50 @@ def test_a_choice_that_asks_for_no_call_needs_no_tools(shared: Running, choice: 
         "/v1/chat/completions", messages=ASK, max_tokens=1, tool_choice=choice, parallel_tool_calls=True
     )
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_required_calls_follow_their_schemas(client: openai.OpenAI, choice: Any, parallel: bool) -> None:
+    """Even the random model makes them, streamed as it goes."""
+    city = {"type": "string", "enum": ["Oslo", "Zürich"]}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}, CLOCK]
+    for seed in range(4):
+        fields = dict(tools=tools, tool_choice=choice, parallel_tool_calls=parallel, seed=seed)
+        content, calls, reason = whole(client, **fields)
+        assert streamed(client, **fields) == (content, calls, reason)
+        assert reason in ("tool_calls", "length") and (calls or reason == "length")
+        for name, arguments in calls if reason == "tool_calls" else []:
+            assert name in ("get_weather", "get_time")
+            assert json.loads(arguments).get("city", "Oslo") in ("Oslo", "Zürich")
+        if choice == NAMED or not parallel:
+            assert len(calls) == 1
+
+
+def test_a_required_call_that_the_limit_cuts(client: openai.OpenAI) -> None:
+    fields: Any = dict(tools=[CLOCK], tool_choice="required", seed=0)
+    begun = len('<tool_call>\n{"name": "get_time", "arguments": ')
+    for limit in (1, 20, begun + 1, begun + 2):
+        content, calls, reason = whole(client, **fields, max_tokens=limit)
+        assert streamed(client, **fields, max_tokens=limit) == (content, calls, reason)
+        assert reason == "length" and calls == ([("get_time", "{}"[: limit - begun])] if limit > begun else [])
+
+
+def test_required_calls_and_another_form_exclude_each_other(shared: Running) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    for fields, param in (
+        ({"tool_choice": "required", "response_format": form}, "tool_choice"),
+        ({"structured_outputs": {"regex": "a+"}}, "tools"),
+    ):
+        answer = shared.post("/v1/chat/completions", messages=ASK, tools=[CLOCK], max_tokens=1, **fields)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_a_schema_that_cannot_be_compiled_is_refused(shared: Running) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?<!x)y"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    answer = shared.post("/v1/chat/completions", messages=ASK, tools=tools, max_tokens=1, tool_choice="required")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools"), answer.text
+    answer = shared.post("/v1/chat/completions", messages=ASK, tools=tools, max_tokens=1)
+    assert answer.status_code == 200, answer.text

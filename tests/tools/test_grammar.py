@@ -1,0 +1,106 @@
+"""Grammars of calls allow what each format writes, and nothing that was not asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from dovetail.structured.grammar import Grammar
+from dovetail.structured.vocabulary import Vocabulary
+from dovetail.text.byte_tokenizer import ByteTokenizer
+from dovetail.tools.call import Call
+from dovetail.tools.formats import FORMATS, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, Format
+from dovetail.tools.request import Tools, read_tools
+
+END = 257
+VOCABULARY = Vocabulary.of(ByteTokenizer(), 260)
+WEATHER: dict[str, Any] = {
+    "name": "get_weather",
+    "parameters": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]},
+}
+TOOLS = [{"type": "function", "function": f} for f in (WEATHER, {"name": "fs.read-file"})]
+PARIS, READ = Call("get_weather", '{"city": "Par\\"is", "days": 3}'), Call("fs.read-file", "{}")
+
+
+def offered(choice: Any = "required", parallel: bool = True, strict: bool = False) -> Tools:
+    tools = [{**t, "function": {**t["function"], "strict": strict}} for t in TOOLS]
+    found = read_tools(tools, choice, parallel)
+    assert found is not None
+    return found
+
+
+def allows(grammar: str | None, text: Sequence[int] | str) -> bool:
+    """Whether an answer may be exactly this."""
+    assert grammar is not None
+    matcher = Grammar(VOCABULARY, grammar).matcher([END])
+    for token in text.encode() if isinstance(text, str) else text:
+        if matcher.allowed([token]) < 1:
+            return False
+        matcher.commit(token)
+    return bool(matcher.masks([])[0][END // 32] >> END % 32 & 1)
+
+
+def no_control(spelling: str) -> int | None:
+    return None
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
+def test_required_calls(form: Format) -> None:
+    several = form.frame.grammar(offered(), no_control)
+    single = form.frame.grammar(offered(parallel=False), no_control)
+    named = form.frame.grammar(offered({"type": "function", "function": {"name": "fs.read-file"}}), no_control)
+    write = form.frame.written
+    for grammar in (several, single):
+        assert allows(grammar, write([PARIS])) and allows(grammar, write([READ]))
+        for wrong in ("", "hello", write([Call("other", "{}")]), write([PARIS])[:-1], write([PARIS]) + "x"):
+            assert not allows(grammar, wrong)
+        for arguments in ('{"days": 3}', '{"city": 3}', '{"city": "x", "more": 1}', "[]", "{}"):
+            assert not allows(grammar, write([Call("get_weather", arguments)]))
+    assert allows(several, write([PARIS, READ, PARIS])) and not allows(single, write([PARIS, READ]))
+    assert allows(named, write([READ])) and not allows(named, write([PARIS]))
+    assert not allows(named, write([READ, READ]))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
+def test_calls_or_an_answer_of_a_form(form: Format) -> None:
+    schema = {"type": "object", "properties": {"sky": {"enum": ["blue", "grey"]}}, "required": ["sky"]}
+    grammar = form.frame.grammar(offered("auto"), no_control, schema)
+    assert allows(grammar, '{"sky": "blue"}') and allows(grammar, form.frame.written([PARIS, READ]))
+    assert not allows(grammar, '{"sky": "red"}') and not allows(grammar, "It is sunny.")
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
+def test_strict_functions_are_called_exactly_or_not_at_all(form: Format) -> None:
+    grammar = form.frame.grammar(offered("auto", strict=True), no_control)
+    write = form.frame.written
+    for text in ("", "It is sunny.\n", "a < b [TOOL", write([PARIS]), "Look: " + write([PARIS, READ])):
+        assert allows(grammar, text)
+    for text in (write([PARIS])[:-1], write([Call("get_weather", "{}")]), write([PARIS]) + "x", write([Call("g", "{}")])):
+        assert not allows(grammar, text)
+
+
+def test_functions_that_are_not_strict_take_any_object() -> None:
+    tools = read_tools([TOOLS[0], {"type": "function", "function": {"name": "f", "strict": True}}])
+    assert tools is not None
+    grammar = HERMES.frame.grammar(tools, no_control)
+    assert allows(grammar, HERMES.frame.written([Call("get_weather", '{"town": 3}')]))
+    assert not allows(grammar, HERMES.frame.written([Call("f", '{"town": 3}')]))
+
+
+def test_without_strict_functions_or_a_mark_nothing_is_held_back() -> None:
+    assert HERMES.frame.grammar(offered("auto"), no_control) is None
+    assert LLAMA3.frame.grammar(offered("auto", strict=True), no_control) is None
+
+
+@pytest.mark.parametrize("choice", ["required", "auto"])
+def test_marks_that_are_control_tokens_are_those_tokens(choice: str) -> None:
+    control: Callable[[str], int | None] = {"<tool_call>": 258, "</tool_call>": 259}.get
+    grammar = HERMES.frame.grammar(offered(choice, strict=True), control)
+    body = list(json.dumps({"name": "fs.read-file", "arguments": {}}).encode())
+    call = [258, 10, *body, 10, 259]
+    assert allows(grammar, call) and allows(grammar, [*call, 10, *call])
+    assert not allows(grammar, [258, *body, 259]) and not allows(grammar, [*call, 10])
+    assert allows(grammar, HERMES.frame.written([READ])) == (choice == "auto")  # spelled out, it is text
