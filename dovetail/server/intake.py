@@ -66,7 +66,8 @@ class Intake:
         try:
             return self.llm.session.grammars.compile(form)
         except RequestError as error:
-            raise renamed(error, asking_field(asked.request)) from None
+            by_tools = asked.tools is not None and asked.tools.tools is not None
+            raise renamed(error, "tools" if by_tools else asking_field(asked.request)) from None
 
     def answers(self, asked: Asked, name: str, seed: int | None = None) -> list[Answer]:
         """An answer for each prompt, with ids made from `name`. Nothing is queued. Long prompts take a while.

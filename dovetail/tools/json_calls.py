@@ -57,13 +57,17 @@ def value_end(source: Source, at: int, passed: Callable[[int], None] = lambda at
 
 
 def read(source: Source, at: int) -> Read[tuple[list[Call], int] | None]:
-    """Calls in the JSON value that begins at `at`, and its end."""
+    """Calls in the JSON value that begins at `at`, and its end. Models that saw templates double its braces."""
     if (yield from source.char(at)) not in _CLOSES:
         return None
+    doubled = yield from source.starts(at, "{{")
+    at += doubled
     end = yield from value_end(source, at)
     if end is None:
         return None
     calls = calls_of(source.text[at:end])
+    if doubled and (yield from source.char(end)) == "}":
+        end += 1
     return (calls, end) if calls else None
 
 
@@ -73,6 +77,8 @@ def looks_like_calls(source: Source, at: int) -> Read[bool]:
         at = yield from source.after_space(at + 1)
     if (yield from source.char(at)) != "{":
         return False
+    if (yield from source.starts(at, "{{")):
+        at += 1
     at = yield from source.after_space(at + 1)
     end = yield from source.after_word(at + 1)
     return (yield from source.char(at)) == '"' and source.text[at + 1 : end] in KEYS

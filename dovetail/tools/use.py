@@ -13,6 +13,7 @@ from dovetail.core.structured import StructuredOutputs
 from dovetail.text.conversation import Message
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.tools.formats import Format, format_of
+from dovetail.tools.grammar import CallGrammar
 from dovetail.tools.message import message
 from dovetail.tools.parser import Parser, PlainParser, parser_for
 from dovetail.tools.prompt import instructions, with_calls_as_text, with_instructions
@@ -45,16 +46,23 @@ class ToolUse:
             return params
         marks = tuple(token for mark in self.format.marks if (token := self._control(mark)) is not None)
         params = replace(params, shown_token_ids=marks)
-        grammar = self.format.frame.grammar(self.tools, self._control, self._schema(params.structured_outputs))
+        grammar = self._grammar(params.structured_outputs)
         if grammar is None:
             return params
         return replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
 
-    def _schema(self, form: StructuredOutputs | None) -> Any:
-        """The JSON schema of an answer that calls no tool. RequestError if calls and the form exclude each other."""
-        if form is None:
+    def _grammar(self, form: StructuredOutputs | None) -> str | None:
+        """What holds the answer to calls, or to them and the form that it has without calls; None if nothing
+        does. RequestError if calls and the form exclude each other."""
+        tools = self.tools
+        if tools is None:
             return None
-        if self.tools is not None and self.tools.required:
+        grammar = CallGrammar(self.format.frame, tools, self._control)
+        if form is None:
+            if tools.required:
+                return grammar.calls()
+            return grammar.text_and_calls() if any(f.strict for f in tools.callable) else None
+        if tools.required:
             raise RequestError(
                 "the answer must be calls of tools, so it cannot have another form; leave out one of the two",
                 param="tool_choice",
@@ -65,7 +73,7 @@ class ToolUse:
                 param="tools",
             )
         schema = json.loads(form.text)
-        return schema if isinstance(schema, dict) else {}
+        return grammar.calls_or_json(schema if isinstance(schema, dict) else {})
 
     def parser(self) -> Parser:
         """A parser of one answer."""

@@ -13,6 +13,7 @@ from dovetail.structured.vocabulary import Vocabulary
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from dovetail.tools.call import Call
 from dovetail.tools.formats import FORMATS, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, Format
+from dovetail.tools.grammar import CallGrammar, TokenOf
 from dovetail.tools.request import Tools, read_tools
 
 END = 257
@@ -47,11 +48,15 @@ def no_control(spelling: str) -> int | None:
     return None
 
 
+def grammars(form: Format, tools: Tools, token_of: TokenOf = no_control) -> CallGrammar:
+    return CallGrammar(form.frame, tools, token_of)
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
 def test_required_calls(form: Format) -> None:
-    several = form.frame.grammar(offered(), no_control)
-    single = form.frame.grammar(offered(parallel=False), no_control)
-    named = form.frame.grammar(offered({"type": "function", "function": {"name": "fs.read-file"}}), no_control)
+    several = grammars(form, offered()).calls()
+    single = grammars(form, offered(parallel=False)).calls()
+    named = grammars(form, offered({"type": "function", "function": {"name": "fs.read-file"}})).calls()
     write = form.frame.written
     for grammar in (several, single):
         assert allows(grammar, write([PARIS])) and allows(grammar, write([READ]))
@@ -67,38 +72,53 @@ def test_required_calls(form: Format) -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
 def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     schema = {"type": "object", "properties": {"sky": {"enum": ["blue", "grey"]}}, "required": ["sky"]}
-    grammar = form.frame.grammar(offered("auto"), no_control, schema)
+    grammar = grammars(form, offered("auto")).calls_or_json(schema)
     assert allows(grammar, '{"sky": "blue"}') and allows(grammar, form.frame.written([PARIS, READ]))
     assert not allows(grammar, '{"sky": "red"}') and not allows(grammar, "It is sunny.")
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda f: f.name)
 def test_strict_functions_are_called_exactly_or_not_at_all(form: Format) -> None:
-    grammar = form.frame.grammar(offered("auto", strict=True), no_control)
+    grammar = grammars(form, offered("auto", strict=True)).text_and_calls()
     write = form.frame.written
     for text in ("", "It is sunny.\n", "a < b [TOOL", write([PARIS]), "Look: " + write([PARIS, READ])):
         assert allows(grammar, text)
-    for text in (write([PARIS])[:-1], write([Call("get_weather", "{}")]), write([PARIS]) + "x", write([Call("g", "{}")])):
+    for text in (
+        write([PARIS])[:-1],
+        write([Call("get_weather", "{}")]),
+        write([PARIS]) + "x",
+        write([Call("g", "{}")]),
+    ):
         assert not allows(grammar, text)
 
 
 def test_functions_that_are_not_strict_take_any_object() -> None:
     tools = read_tools([TOOLS[0], {"type": "function", "function": {"name": "f", "strict": True}}])
     assert tools is not None
-    grammar = HERMES.frame.grammar(tools, no_control)
+    grammar = grammars(HERMES, tools).text_and_calls()
     assert allows(grammar, HERMES.frame.written([Call("get_weather", '{"town": 3}')]))
     assert not allows(grammar, HERMES.frame.written([Call("f", '{"town": 3}')]))
 
 
-def test_without_strict_functions_or_a_mark_nothing_is_held_back() -> None:
-    assert HERMES.frame.grammar(offered("auto"), no_control) is None
-    assert LLAMA3.frame.grammar(offered("auto", strict=True), no_control) is None
+def test_without_a_mark_text_and_calls_cannot_be_told_apart() -> None:
+    assert grammars(LLAMA3, offered("auto", strict=True)).text_and_calls() is None
+
+
+def test_definitions_of_a_schema_are_found_from_within_a_call() -> None:
+    """Where a call is JSON as a whole, the arguments are not the root of their schema."""
+    parameters = {"properties": {"at": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"enum": ["Oslo"]}}}
+    tools = read_tools([{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}])
+    assert tools is not None
+    grammar = grammars(LLAMA3, tools).calls_or_json({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}})
+    assert allows(grammar, '{"name": "f", "parameters": {"at": "Oslo"}}') and allows(grammar, "3")
+    assert not allows(grammar, '{"name": "f", "parameters": {"at": "Rome"}}')
 
 
 @pytest.mark.parametrize("choice", ["required", "auto"])
 def test_marks_that_are_control_tokens_are_those_tokens(choice: str) -> None:
     control: Callable[[str], int | None] = {"<tool_call>": 258, "</tool_call>": 259}.get
-    grammar = HERMES.frame.grammar(offered(choice, strict=True), control)
+    made = grammars(HERMES, offered(choice, strict=True), control)
+    grammar = made.calls() if choice == "required" else made.text_and_calls()
     body = list(json.dumps({"name": "fs.read-file", "arguments": {}}).encode())
     call = [258, 10, *body, 10, 259]
     assert allows(grammar, call) and allows(grammar, [*call, 10, *call])

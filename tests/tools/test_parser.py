@@ -257,6 +257,8 @@ def test_arguments_of_a_constrained_call_come_in_pieces() -> None:
         ('{"name": "f", "arguments": {"a": 1}}', '{"a": 1}'),
         ('\n  {"name": "f", "arguments": {"a": 1}}', '{"a": 1}'),
         ('[{"name": "f", "arguments": {"a": 1}}]', '{"a": 1}'),
+        ('{{"name": "f", "arguments": {"a": 1}}}', '{"a": 1}'),
+        ('<tool_call>\n{{"name": "f", "arguments": {"a": 1}}}\n</tool_call>', '{"a": 1}'),
     ],
 )
 def test_what_models_do_to_the_format_of_hermes(text: str, arguments: str) -> None:
