@@ -82,6 +82,7 @@ class Stream:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.unheard = False  # whether the last token stopped the answer and is not part of the text
         self.first_token: float | None = None  # when it first gained tokens
         self.last_token: float | None = None
         self._names: list[dict[int, Logprob]] = []
@@ -97,7 +98,9 @@ class Stream:
             self.token_ids.append(token)
             if progress.logprobs:
                 self.logprobs += progress.logprobs[i : i + 1]
-            if not (reason == "stop" and self.request.stop_reason == token and i + 1 == len(tokens)):
+            if reason == "stop" and self.request.stop_reason == token and i + 1 == len(tokens):
+                self.unheard = True
+            else:
                 self._add(self._unshown.get(token) or self.detokenizer.push(token), token in self._unshown)
             if self.finish_reason is not None:
                 return

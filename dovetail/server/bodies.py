@@ -47,7 +47,7 @@ def _chat_choice(request: ChatRequest, whole: Delta, tokenizer: Tokenizer) -> di
     return {
         "index": whole.choice,
         "message": message(parts),
-        "logprobs": logprobs.chat_logprobs(whole.logprobs, tokenizer) if request.logprobs else None,
+        "logprobs": logprobs.chat_logprobs(whole, tokenizer) if request.logprobs else None,
         "finish_reason": chat_finish(whole.finish_reason, parser),
         "stop_reason": whole.stop_reason,
     }
@@ -70,7 +70,7 @@ def completion_body(request: CompletionRequest, answers: Sequence[Answer], token
     tokens = 0
     for answer in answers:
         for whole in answer.whole():
-            choice = text_choice(request, whole, CompletionLogprobs(tokenizer, answer.params.skip_special_tokens))
+            choice = text_choice(request, whole, CompletionLogprobs(tokenizer, whole.stream.detokenizer.skipped))
             if request.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = logprobs.prompt_logprobs(answer.prompt_scores, tokenizer)
             choices.append(choice)

@@ -44,7 +44,7 @@ class Chat(Generation[ChatRequest]):
         if not parts and (ended or self.request.logprobs or not self.request.tools):
             parts = [_part(choice, {} if parser.calls else {"content": ""})]
         if parts and self.request.logprobs:
-            parts[0]["logprobs"] = chat_logprobs(gained.logprobs, self.tokenizer)
+            parts[0]["logprobs"] = chat_logprobs(gained, self.tokenizer)
         if ended:
             parts[-1]["finish_reason"] = chat_finish(gained.finish_reason, parser)
             parts[-1]["stop_reason"] = gained.stop_reason

@@ -32,6 +32,8 @@ class Completion(Generation[CompletionRequest]):
         return shown_tokens(self.request, delta)
 
     def parts(self, delta: Delta) -> list[dict[str, Any]]:
-        skip = delta.answer.params.skip_special_tokens
-        builder = self._builders.setdefault(delta.choice, CompletionLogprobs(self.tokenizer, skip))
+        builder = self._builders.get(delta.choice)
+        if builder is None:
+            skipped = delta.stream.detokenizer.skipped
+            builder = self._builders[delta.choice] = CompletionLogprobs(self.tokenizer, skipped)
         return [text_choice(self.request, delta, builder)]

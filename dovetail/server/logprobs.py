@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from dovetail.core.types import TokenLogprobs
-from dovetail.outputs import Logprob, named
+from dovetail.outputs import Delta, Logprob, named
 from dovetail.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no -inf
 
 
-def chat_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"content": [_chat_entry(e, tokenizer) for e in entries]}
+def chat_logprobs(delta: Delta, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The log-probabilities of a delta. The bytes of all tokens of an answer, joined, are its text: control tokens
+    that it leaves out and the token that stopped it have none.
+    """
+    entries, skipped = delta.logprobs, delta.stream.detokenizer.skipped
+    content = [_chat_entry(entry, tokenizer, skipped) for entry in entries]
+    if entries and delta.finish_reason is not None and delta.stream.unheard:
+        content[-1]["bytes"] = []
+    return {"content": content}
 
 
-def _chat_entry(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
-    top = [_chat_token(token, logprob, tokenizer) for token, logprob in entry.top]
-    return {**_chat_token(entry.token, entry.logprob, tokenizer), "top_logprobs": top}
+def _chat_entry(entry: TokenLogprobs, tokenizer: Tokenizer, skipped: Set[int]) -> dict[str, Any]:
+    top = [_chat_token(token, logprob, tokenizer, skipped) for token, logprob in entry.top]
+    return {**_chat_token(entry.token, entry.logprob, tokenizer, skipped), "top_logprobs": top}
 
 
-def _chat_token(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    data = list(tokenizer.token_bytes(token))
+def _chat_token(token: int, logprob: float, tokenizer: Tokenizer, skipped: Set[int]) -> dict[str, Any]:
+    data = [] if token in skipped else list(tokenizer.token_bytes(token))
     return {"token": tokenizer.token_name(token), "logprob": max(logprob, LOWEST), "bytes": data}
 
 
 class CompletionLogprobs:
     """Builds the parallel lists of the completions API. `text_offset` counts on over the chunks of a stream.
 
-    skip_special_tokens: whether control tokens are left out of the text.
+    skipped: control tokens that the text leaves out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skipped: Set[int]) -> None:
         self.tokenizer = tokenizer
-        self.skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self.skipped = skipped
         self.place = Place()
         self.begun = False  # whether a part of the choice was already shown
 

@@ -21,6 +21,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_ALPHABET = _byte_alphabet()
+_NO_BYTE = "\uffff"
+_AS_BYTES = dict.fromkeys(range(256), _NO_BYTE) | {ord(char): chr(byte) for char, byte in BYTE_ALPHABET.items()}
 
 
 Piece = str | bytes  # whole characters, or bytes that form characters only with others
@@ -33,8 +35,8 @@ def as_bytes(piece: Piece) -> bytes:
 def byte_level(piece: str) -> Piece:
     """What a piece of byte-level BPE adds to the text."""
     try:
-        data = bytes([BYTE_ALPHABET[char] for char in piece])
-    except KeyError:  # an added token that is spelled in plain text
+        data = piece.translate(_AS_BYTES).encode("latin-1")
+    except UnicodeEncodeError:  # an added token that is spelled in plain text
         return piece
     try:
         return data.decode()

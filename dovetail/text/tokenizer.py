@@ -124,27 +124,25 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> Pieces:
-        """What each id adds to a text that has begun."""
-        return Pieces(self.piece, self._meaning)
-
-    def _meaning(self, token: int, piece: str) -> Piece:
+        """What each id adds to a text that has begun. Added tokens are spelled in plain text."""
         kinds = {step["type"] for step in self._decoding}
-        if token in self.special_ids or ("ByteLevel" in kinds and token in self._added_ids):
-            return piece  # added tokens are spelled in plain text
+        plain, meaning = self.special_ids, self._meaning
         if "ByteLevel" in kinds:
-            return byte_level(piece)
+            plain, meaning = frozenset(self.backend.get_added_tokens_decoder()), byte_level
+        elif self.decoder:
+            meaning = byte_fallback
+        return Pieces(self.piece, lambda token, piece: piece if token in plain else meaning(piece))
+
+    def _meaning(self, piece: str) -> Piece:
+        """What a piece adds with a decoder of no known kind."""
         found = byte_fallback(piece)
-        if self.decoder or ("ByteFallback" in kinds and isinstance(found, bytes)):
+        if isinstance(found, bytes) and any(step["type"] == "ByteFallback" for step in self._decoding):
             return found
         if self.backend.decoder is None:
             return " " + piece
         before = "a"  # any text will do: only what comes first may lose its space
         text: str = self.backend.decoder.decode([before, piece])
         return text.removeprefix(before)
-
-    @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(self.backend.get_added_tokens_decoder())
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that an id adds to a text; a special token's are its spelling.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +122,22 @@ def test_of_any_text(kind: str, text: str) -> None:
 @given(ids=st.lists(st.integers(0, 310), max_size=30))
 def test_of_any_ids(kind: str, ids: list[int]) -> None:
     assert joined(BUILT[kind], ids) == answer(BUILT[kind], ids)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "nested", "metaspace", "word pieces", "words", "replaced", *FILES])
+@examples(100)
+@given(text=st.one_of(st.text(max_size=12), st.text("he 你🎉\n", max_size=12)))
+def test_text_is_shown_as_soon_as_its_characters_are_complete(kind: str, text: str) -> None:
+    tokenizer = BUILT[kind]
+    ids = tokenizer.encode(text.replace("\ufffd", ""), add_special_tokens=False)
+    prompt = [i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) in ("h", "hello")][:1]
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=False, prompt_ids=prompt)
+    shown, sent = "", b""
+    for token in ids:
+        shown += detokenizer.push(token)
+        sent += tokenizer.token_bytes(token)
+        assert shown == codecs.utf_8_decode(sent, "strict", False)[0]
+    assert detokenizer.finish() == ""
 
 
 def test_parts_of_characters_and_leading_spaces_are_kept() -> None:
