@@ -126,8 +126,9 @@ def settings_text(config: Config) -> str:
 
 def _ready(llm: LLM, options: ServiceOptions, address: str) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    body = {"model": options.names[0], "messages": messages, "max_tokens": 32, "temperature": 0}
+    # Small models answer this and stop.
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    body = {"model": options.names[0], "messages": messages, "max_tokens": 64, "temperature": 0}
     note(
         f"{settings_text(llm.config)}\n\n{defaults_text(llm)}\n\nServing {options.names[0]} at {address}\n\n"
         f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"

@@ -69,7 +69,6 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **options)
         self.timeout_keep_alive = KEEP_ALIVE_SECONDS
         self._serve, self._extra = self.app, False
-        self.gone: Callable[[Connection], None] = lambda connection: None
         self._deadline: asyncio.TimerHandle | None = None
         self._flushed: asyncio.TimerHandle | None = None
         self.idle_since = 0.0
@@ -105,12 +104,6 @@ class Connection(H11Protocol):
         for timer in (self._deadline, self._flushed):
             if timer is not None:
                 timer.cancel()
-        self.gone(self)
-
-    def end(self) -> None:
-        """Close the connection, which is idle."""
-        if not self.transport.is_closing():
-            self.transport.close()
 
     def _watch(self) -> None:
         """Set a deadline for the head of the next request. More bytes of it do not move the deadline."""
@@ -156,19 +149,23 @@ def _whole(error: RequestError) -> bytes:
 
 
 class Acceptor:
-    """Accepts connections on a listener until it is closed. `make` makes the protocol of each.
+    """Accepts connections on a listener until it is closed.
+
+    make: makes the protocol of each. connections: those that are open, which the protocols keep. limit: how many
+    there may be.
 
     asyncio's own loop does not stop when there are no descriptors left: it logs and tries again at once, thousands
-    of times. This one pauses. While all connections are taken, the one that has been idle for longest makes room.
-    If none is idle, the next ones are told that there is no room. When many are being told, others wait outside.
+    of times. This one pauses. While all connections are taken, those that have been idle for longest make room. If
+    none is idle, the next ones are told that there is no room. When many are being told, others wait outside.
     """
 
-    def __init__(self, listener: socket.socket, make: Callable[[], Connection], limit: int) -> None:
+    def __init__(
+        self, listener: socket.socket, make: Callable[[], Connection], connections: set[Any], limit: int
+    ) -> None:
         self.limit = limit
         self._listener = listener
         self._make = make
-        self._open: set[Connection] = set()
-        self._left = asyncio.Event()
+        self._open = connections
         listener.setblocking(False)
         listener.listen(BACKLOG)
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -183,47 +180,33 @@ class Acceptor:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await self._room()
             try:
                 accepted, _ = await loop.sock_accept(self._listener)
             except ConnectionError:  # it has left again
                 continue
             except OSError as error:
-                await self._pause(error)
+                _LOG.warning("no connection can be accepted: %s; %d are open", error.strerror, len(self._open))
+                self._make_room(least=1)
+                await asyncio.sleep(PAUSE_SECONDS)
                 continue
             if len(self._open) >= self.limit:
-                self._end_idle()
+                self._make_room()
             try:
-                await loop.connect_accepted_socket(self._protocol, accepted)
+                await loop.connect_accepted_socket(self._make, accepted)
             except OSError:
                 accepted.close()
+            while len(self._open) >= self.limit + REFUSED:
+                await asyncio.sleep(PAUSE_SECONDS)
+                self._make_room()
 
-    def _protocol(self) -> Connection:
-        connection = self._make()
-        connection.limit, connection.gone = self.limit, self._gone
-        self._open.add(connection)
-        return connection
+    def _make_room(self, least: int = 0) -> None:
+        """End those that have been idle for longest, `least` of them, and until there is room for one more.
 
-    def _gone(self, connection: Connection) -> None:
-        self._open.discard(connection)
-        self._left.set()
-
-    async def _room(self) -> None:
-        """Return when another connection may come, be it only to be refused."""
-        while len(self._open) >= self.limit + REFUSED:
-            self._left.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._left.wait(), PAUSE_SECONDS)
-            self._end_idle()
-
-    def _end_idle(self) -> None:
-        """End the connection that has been idle for longest. One that has just come may be about to ask."""
-        latest = asyncio.get_running_loop().time() - GRACE_SECONDS
-        idle = [c for c in self._open if c.idle and c.idle_since <= latest and not c.transport.is_closing()]
-        if idle:
-            min(idle, key=lambda c: c.idle_since).end()
-
-    async def _pause(self, error: OSError) -> None:
-        _LOG.warning("no connection can be accepted: %s; %d are open", error.strerror, len(self._open))
-        self._end_idle()
-        await asyncio.sleep(PAUSE_SECONDS)
+        Those that have just come may be about to ask.
+        """
+        now = asyncio.get_running_loop().time()
+        staying = [c for c in self._open if not c.transport.is_closing()]
+        idle = [c for c in staying if c.idle and now - c.idle_since >= GRACE_SECONDS]
+        count = max(least, len(staying) - self.limit + 1)
+        for connection in sorted(idle, key=lambda c: c.idle_since)[:count]:
+            connection.transport.close()

@@ -83,7 +83,7 @@ class Generation(ABC, Generic[R]):
         progress = PromptProgress(job.answers, self.arrival) if self.request.return_progress else None
         tokens, now = 0, asyncio.get_running_loop().time
         written = now()
-        patience = PROGRESS_SECONDS if progress else QUIET_SECONDS
+        patience = PROGRESS_SECONDS if progress else QUIET_SECONDS / 2
         await reply.open_stream()
         async for deltas in job.deltas(patience):
             ended, events = job.ended, []

@@ -99,11 +99,15 @@ class HTTPServer(uvicorn.Server):
                 "open files allow %d connections, fewer than the %d answers that may run or wait; "
                 "raise the limit (ulimit -n)", limit, self.service.gate.limit
             )  # fmt: skip
-        self.servers: list[Any] = [Acceptor(listener, self._connection, limit) for listener in sockets or []]
-        self.on_ready()
 
-    def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, self.lifespan.state)
+        def connection() -> Connection:
+            made = Connection(self.config, self.server_state, self.lifespan.state)
+            made.limit = limit
+            return made
+
+        state = self.server_state
+        self.servers: list[Any] = [Acceptor(s, connection, state.connections, limit) for s in sockets or []]
+        self.on_ready()
 
     def drain(self) -> None:
         """Stop: the first call lets open requests finish, the second ends them."""

@@ -63,21 +63,20 @@ class Job:
             raise self.error
 
     async def deltas(self, patience: float | None = None) -> AsyncIterator[list[Delta]]:
-        """Yield what has come since the last time, until the end; an empty list if nothing came for `patience`
-        seconds. Raises the error with which the job ended."""
-        while True:
-            try:
-                async with asyncio.timeout(patience):
-                    await self._changed.wait()
-            except TimeoutError:
-                yield []
-                continue
-            self._changed.clear()
-            batch, self._pending = list(self._pending.values()), {}
-            if batch:
-                yield batch
-            if self.ended and not self._pending:
-                break
+        """Yield what has come since the last time, until the end. Also yield every `patience` seconds, and then
+        the list may be empty. Raises the error with which the job ended."""
+        waking = Waking(self._changed, patience)  # a timeout for each wait would cost more than the wait
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed.clear()
+                batch, self._pending = list(self._pending.values()), {}
+                if batch or not self.ended:
+                    yield batch
+                if self.ended and not self._pending:
+                    break
+        finally:
+            waking.cancel()
         if self.error is not None:
             raise self.error
 
@@ -86,3 +85,21 @@ class Job:
         async for _ in self.deltas():
             pass
         return self.answers
+
+
+class Waking:
+    """Sets an event every so many seconds, until it is cancelled."""
+
+    def __init__(self, event: asyncio.Event, seconds: float | None) -> None:
+        self._event = event
+        self._next = (
+            None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._wake, seconds)
+        )
+
+    def _wake(self, seconds: float) -> None:
+        self._event.set()
+        self._next = asyncio.get_running_loop().call_later(seconds, self._wake, seconds)
+
+    def cancel(self) -> None:
+        if self._next is not None:
+            self._next.cancel()

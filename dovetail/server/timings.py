@@ -31,9 +31,9 @@ def timings(answers: Sequence[Answer]) -> dict[str, Any]:
 def _rate(what: str, count: int, ms: float) -> dict[str, Any]:
     return {
         f"{what}_n": count,
-        f"{what}_ms": ms,
-        f"{what}_per_token_ms": ms / count if count else 0.0,
-        f"{what}_per_second": 1000 * count / ms if ms > 0 else 0.0,
+        f"{what}_ms": round(ms, 3),
+        f"{what}_per_token_ms": round(ms / count, 3) if count else 0.0,
+        f"{what}_per_second": round(1000 * count / ms, 3) if ms > 0 else 0.0,
     }
 
 
