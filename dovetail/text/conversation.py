@@ -148,11 +148,14 @@ def _answer(entry: dict[str, Any], open_calls: dict[str, str]) -> None:
 
 
 def _as_template_reads_calls(messages: list[dict[str, Any]], traits: Traits) -> list[dict[str, Any]]:
-    """Ids of nine characters, arguments as text, one call in each message: where the template wants it so."""
+    """Arguments as text, or an object whatever they are; ids of nine characters; one call in each message: where
+    the template wants it so."""
     if not any("tool_calls" in m or m["role"] == "tool" for m in messages):
         return messages
     if not traits.takes_objects:
         messages = [_map_calls(m, _with_text_arguments) for m in messages]
+    elif not traits.takes_broken_arguments:
+        messages = [_map_calls(m, _with_object_arguments) for m in messages]
     if traits.wants_nine:
         messages = [_map_calls(m, lambda call: call | {"id": _nine(call["id"])}) for m in messages]
         messages = [m | {"tool_call_id": _nine(m["tool_call_id"])} if "tool_call_id" in m else m for m in messages]
@@ -172,6 +175,16 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     arguments = function["arguments"]
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return call | {"function": function | {"arguments": text}}
+
+
+def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    return (
+        call
+        if isinstance(arguments, dict)
+        else call | {"function": function | {"arguments": {"arguments": arguments}}}
+    )
 
 
 def _nine(identity: Any) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 from dovetail.core.errors import RequestError
 
-_WORD, _CALL, _RESULT = "needle", "find_needle", "haystack"
+# Words that no template has of its own, and of which none contains another.
+_WORD, _CALL, _OTHER_CALL, _RESULT, _FUNCTION = "needle", "weave", "spin", "haystack", "spare_tool"
 _NINE, _LONG = "abcdef123", "call_abcdef123"
 _ASK = {"role": "user", "content": "?"}
 _SYSTEM = {"role": "system", "content": "."}
 _TOOL = {
     "type": "function",
-    "function": {"name": "find_pin", "description": "", "parameters": {"type": "object", "properties": {}}},
+    "function": {"name": _FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}},
 }
 
 Render = Callable[..., str]
@@ -51,7 +52,7 @@ class Traits:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether it shows the functions that it is given."""
-        return "find_pin" in (self._try([_ASK], [_TOOL]) or self._try([_SYSTEM, _ASK], [_TOOL]) or "")
+        return _FUNCTION in (self._try([_ASK], [_TOOL]) or self._try([_SYSTEM, _ASK], [_TOOL]) or "")
 
     @cached_property
     def shows_calls(self) -> bool:
@@ -61,10 +62,12 @@ class Traits:
 
     @cached_property
     def shows_many_calls(self) -> bool:
-        """Whether a message of the assistant may have several calls."""
-        call = _assistant()
-        several = {**call, "tool_calls": [*call["tool_calls"], *call["tool_calls"]]}
-        return self._try([_ASK, several, _tool(), _tool()]) is not None
+        """Whether it shows all calls of a message that has several."""
+        (one,) = _assistant()["tool_calls"]
+        other = {**one, "id": _NINE[::-1], "function": {**one["function"], "name": _OTHER_CALL}}
+        several = {**_assistant(), "tool_calls": [one, other]}
+        text = self._try([_ASK, several, _tool(), _tool(_NINE[::-1])]) or ""
+        return _CALL in text and _OTHER_CALL in text
 
     @cached_property
     def takes_null(self) -> bool:
@@ -78,6 +81,11 @@ class Traits:
         if _well(self._called({_WORD: "pin"})):
             return True
         return not _well(self._called(f'{{"{_WORD}": "pin"}}'))
+
+    @cached_property
+    def takes_broken_arguments(self) -> bool:
+        """Whether it shows arguments that are a text but no object."""
+        return _WORD in (self._called(_WORD) or "")
 
     @cached_property
     def wants_nine(self) -> bool:

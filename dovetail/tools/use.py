@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from dovetail.core.errors import RequestError
@@ -28,15 +29,20 @@ class ToolUse:
         self._tokenizer = tokenizer
         self._shown = tools.shown() if tools is not None else None
         self._template = tokenizer.template(self._shown)
-        self.format: Format = format_of(self._template.source)
+
+    @cached_property
+    def format(self) -> Format:
+        """How the model writes calls."""
+        return format_of(self._template.source)
 
     def prompt(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """The ids of a conversation. Tools, calls and results are text where the template does not know them."""
-        traits, frame, shown = self._template.traits, self.format.frame, self._shown
-        if not traits.shows_calls and _mentions_calls(messages):
-            messages = with_calls_as_text(messages, frame)
+        traits, shown = self._template.traits, self._shown
+        if _mentions_calls(messages) and not traits.shows_calls:
+            messages = with_calls_as_text(messages, self.format.frame)
         if self.tools is not None and not traits.takes_tools:
-            messages, shown = with_instructions(messages, instructions(self.tools, frame), traits), None
+            told = instructions(self.tools, self.format.frame)
+            messages, shown = with_instructions(messages, told, traits), None
         ids: list[int] = self._tokenizer.apply_chat_template(messages, tools=shown, **template)
         return ids
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
+from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.server.serving import NAME, Running, Scripted, save_tiny, writing
 
 ASK: list[Any] = [{"role": "user", "content": "Weather?"}]
@@ -191,11 +192,12 @@ def test_python_says_what_http_says(client: openai.OpenAI, shared: Running) -> N
 
 
 def test_tools_reach_a_template_that_takes_them(start: Any) -> None:
-    running = start()
-    running.llm.tokenizer.templates["default"] = (
+    tokenizer = ByteTokenizer()
+    tokenizer.templates["default"] = (
         "{% for t in tools or [] %}[{{ t | tojson }}]{% endfor %}{% for m in messages %}<|im_start|>{{ m.content }}"
         "{% for c in m.tool_calls or [] %}[TOOL_CALLS][{{ c.function | tojson }}]{% endfor %}{% endfor %}"
     )
+    running = start(tokenizer=tokenizer)
     own = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
     with writing(running, '[TOOL_CALLS][{"name": "get_time", "arguments": {}}]') as scripted:
         assert whole(own, tools=[CLOCK], max_tokens=100) == (None, [("get_time", "{}")], "tool_calls")

@@ -75,6 +75,11 @@ def test_broken_arguments_in_the_history_are_shown_as_they_are(arguments: str) -
     assert render(PRINTED, USER, assistant(call(arguments))) == arguments
 
 
+def test_broken_arguments_are_an_object_for_templates_that_read_nothing_else() -> None:
+    """A client whose model broke a call can go on with the conversation."""
+    assert render(ITEMS, USER, assistant(call("{broken"))) == "arguments={broken;"
+
+
 @pytest.mark.parametrize(
     ("source", "shown"),
     [
@@ -201,17 +206,26 @@ def test_ids_are_of_nine_characters_where_the_template_wants_it(identity: Any) -
 def test_ids_and_names_that_are_missing_are_those_of_the_calls() -> None:
     source = (
         EACH
-        + "{% for c in m.tool_calls or [] %}{{ c.id }} {% endfor %}{% if m.role == 'tool' %}{{ m.tool_call_id }}:{{ m.name }} {% endif %}{% endfor %}"
+        + "{% for c in m.tool_calls or [] %}{{ c.id }}:{{ c.function.name }} {% endfor %}{% if m.role == 'tool' %}{{ m.tool_call_id }}:{{ m.name }} {% endif %}{% endfor %}"
     )
     chat = [USER, assistant(call({}, "a", "f"), call({}, "b", "g")), result("2", tool_call_id="b"), result("1")]
-    assert render(source, *chat) == "a b b:g a:f "
+    assert render(source, *chat) == "a:f b:g b:g a:f "
     text = render(source, USER, assistant(call({}, None, "f"), call({}, None, "g")), result("1"), result("2"))
     one, two, first, second = text.split()
-    assert one != two and (first, second) == (f"{one}:f", f"{two}:g")
+    assert one != two and (first, second) == (one, two)
     assert render(source, USER, result("1", name="h")) == ":h "
 
 
 SINGLE = EACH + "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one') }}{% endif %}c{{ m.tool_calls[0].id }}{{ m.content }} {% elif m.role == 'tool' %}r{{ m.content }} {% endif %}{% endfor %}"  # fmt: skip
+
+
+def test_several_calls_reach_templates_that_show_the_first_one_only() -> None:
+    source = (
+        EACH
+        + "{% if m.tool_calls %}c{{ m.tool_calls[0].function.name }} {% elif m.role == 'tool' %}r{{ m.content }} {% endif %}{% endfor %}"
+    )
+    chat = [USER, assistant(call({}, "a", "f"), call({}, "b", "g")), result("1"), result("2")]
+    assert render(source, *chat) == "cf r1 cg r2 "
 
 
 def test_several_calls_reach_templates_that_show_one_at_a_time() -> None:
