@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -127,3 +128,20 @@ def test_perplexity_equals_transformers(llm: LLM, smollm2: Path, tmp_path: Path)
             losses.append(model(text, labels=text).loss.item())
     wanted = math.exp(sum(losses) / 2)
     assert result["perplexity"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_required_call(llm: LLM) -> None:
+    """The template knows no tools. The grammar makes even a small model call."""
+    city = {"type": "string", "enum": ["Oslo", "Paris"]}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
+    chat = [{"role": "user", "content": "What is the weather in Paris?"}]
+    params = SamplingParams(temperature=0, max_tokens=60)
+    (output,) = llm.chat(chat, params, tools=tools, tool_choice="required", parallel_tool_calls=False)[0].outputs
+    (call,) = output.message["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"])["city"] in city["enum"]
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "21 degrees, sunny"}
+    again = llm.chat([*chat, output.message, result], params)[0]
+    assert "21 degrees, sunny" in llm.tokenizer.decode(again.prompt_token_ids)
+    assert again.outputs[0].message == {"role": "assistant", "content": again.outputs[0].text}
