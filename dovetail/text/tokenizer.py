@@ -80,8 +80,10 @@ class Tokenizer:
         named = ([] if eos is None else [eos]) + list(self._named_ends)
         written = self._end_of_turn()
         if written is not None and written not in named:
-            text = self.backend.id_to_token(written)
-            _LOG.info("answers end at %r as the chat template writes it, not only at the named ends", text)
+            name = self.backend.id_to_token(written)
+            _LOG.warning(
+                "the chat template ends messages with %r, and no file names it as an end; it is one", name
+            )
             named.append(written)
         added = self.backend.get_added_tokens_decoder().items()
         return tuple(dict.fromkeys(named + [i for i, token in sorted(added) if token.content in _ENDS]))

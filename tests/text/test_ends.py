@@ -69,10 +69,17 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("body", TEMPLATES)
-def test_what_the_template_puts_after_an_assistant_ends_an_answer(body: str, tmp_path: Path) -> None:
+def test_what_the_template_puts_after_an_assistant_ends_an_answer(
+    body: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     template = f"{{% for m in messages %}}{body}{{% endfor %}}"
     tokenizer, (token,) = build(tmp_path, {"<|fin|>": CONTROL}, template)
+    caplog.clear()
     assert tokenizer.eos_ids == ((0, token) if TEMPLATES[body] else (0,))
+    assert ("the chat template ends messages with '<|fin|>'" in caplog.text) is TEMPLATES[body]
+    caplog.clear()
+    named, _ = build(tmp_path, {"<|fin|>": CONTROL}, template, **{"tokenizer.ggml.eot_token_id": token})
+    assert named.eos_ids == (0, token) and not caplog.text
 
 
 def test_the_beginning_of_a_text_is_no_end(tmp_path: Path) -> None:
