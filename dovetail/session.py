@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from dovetail.config import Config
@@ -19,6 +18,7 @@ from dovetail.host.interrupts import uninterrupted
 from dovetail.host.turns import Turns
 from dovetail.outputs import Answer, Delta, Stream
 from dovetail.structured.cache import Grammars
+from dovetail.structured.compiler import Compiler
 from dovetail.structured.vocabulary import Vocabulary
 from dovetail.text.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ class Session:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
-        self.grammars = Grammars(partial(Vocabulary.of, tokenizer, vocab_size))
+        self.grammars = Grammars(lambda: Compiler(Vocabulary.of(tokenizer, vocab_size)))
         self.answers: dict[str, Answer] = {}  # running answers by id
         self._owners: dict[Request, Answer] = {}  # the answer to which a running request belongs
         self.turns = Turns()

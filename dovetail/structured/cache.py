@@ -14,7 +14,6 @@ from dovetail.core.errors import RequestError
 from dovetail.core.structured import StructuredOutputs
 from dovetail.structured.compiler import Compiler
 from dovetail.structured.grammar import Grammar, GrammarError
-from dovetail.structured.vocabulary import Vocabulary
 
 CACHE = 64 << 20  # bytes
 ENTRY = 1024  # bytes that an entry takes besides its grammar
@@ -27,13 +26,13 @@ class Grammars:
     """The grammars of one vocabulary. Those that were not asked for longest go first, and refusals are kept too.
 
     A grammar is compiled once however many ask for it at the same time. Whoever holds one finds it again, even if
-    it has no room in the cache. vocabulary: called with the first grammar.
+    it has no room in the cache. make: makes the compiler, with the first grammar. limit: bytes.
     """
 
-    def __init__(self, vocabulary: Callable[[], Vocabulary], limit: int = CACHE) -> None:
+    def __init__(self, make: Callable[[], Compiler], limit: int = CACHE) -> None:
         self.limit = limit
         self.bytes = 0
-        self._make = vocabulary
+        self._make = make
         self._compiler: Compiler | None = None
         self._lock = threading.Lock()
         self._kept: OrderedDict[Key, Grammar | str] = OrderedDict()
@@ -103,5 +102,5 @@ class Grammars:
     def _ready(self) -> Compiler:
         with self._lock:
             if self._compiler is None:
-                self._compiler = Compiler(self._make())
+                self._compiler = self._make()
             return self._compiler

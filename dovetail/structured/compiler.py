@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -54,7 +55,8 @@ class Compiler:
         given |= {"json": asked.text} if asked.form == "json" else {}
         with self._room:
             for _ in range(2):  # the process may have been lost through no fault of this grammar
-                result = self._running().ask({"asked": given})
+                process = self._running()
+                result = None if process is None else process.ask({"asked": given})
                 if result is not None:
                     return _checked(result)
         raise RequestError(
@@ -68,10 +70,16 @@ class Compiler:
         if process is not None:
             process.end()
 
-    def _running(self) -> _Process:
+    def _running(self) -> _Process | None:
+        """The process; None if it cannot be started."""
         with self._lock:
             if self._process is None or self._process.lost:
-                self._process = _Process(self.vocabulary)
+                if self._process is not None:
+                    self._process.end()
+                try:
+                    self._process = _Process(self.vocabulary)
+                except OSError:  # no memory, no descriptors, no processes
+                    return None
             return self._process
 
 
@@ -141,7 +149,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(OSError):  # what was not sent cannot be sent any more
+                pipe.close()
 
 
 def _checked(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 # Between the parts of JSON. Small models that may write any number of spaces and newlines never stop.
 WHITESPACE = r"[ \t]{1,8}|(\r?\n){1,2}[ \t]{0,32}"
 
-MAX_STATES = 20_000  # of a lexer, 1 to 2 KB each
+
+STATES = 20_000  # of a lexer, 1 to 2 KB each
+# What a step may take. All answers of a step wait for the slowest, so these are below llguidance's own limits. The
+# schemas of SchemaStore stay within them. A grammar that reaches them takes about 10 ms a step.
+STEP_FUEL, STEP_ITEMS, ROW_ITEMS = 50_000, 10_000, 1000
+HINTS = {
+    "Unimplemented keys": 'leave them out, or put "x-guidance": {"lenient": true} into the schema to ignore them',
+    "oneOf constraints": 'use anyOf, or put "x-guidance": {"coerce_one_of": true} into the schema',
+    "Unknown format": 'leave it out, or put "x-guidance": {"lenient": true} into the schema to ignore it',
+}
 
 
 class GrammarError(Exception):
@@ -45,7 +54,10 @@ def compiled(vocabulary: Vocabulary, source: str) -> LLMatcher:
     """The parser at the beginning of an answer. GrammarError if there is none."""
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
+    limits = LLParserLimits(
+        max_lexer_states=STATES, step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, max_items_in_row=ROW_ITEMS,
+        verbose_errors=False,  # those would quote the grammar
+    )  # fmt: skip
     parser = LLMatcher(vocabulary.native, source, log_level=0, limits=limits)
     first = int.from_bytes(parser.compute_bitmask(), "little") & ~(1 << vocabulary.complete)
     if parser.is_error() and not parser.get_error().startswith(DEAD_END):
@@ -99,4 +111,6 @@ def _from_gbnf(text: str) -> str:
 
 
 def _readable(message: str) -> str:
-    return " ".join(message.replace("<state>", "").split())[:500]
+    text = " ".join(message.replace("<non-verbose/>", "").split())[:400]
+    hint = next((hint for start, hint in HINTS.items() if text.startswith(start)), "")
+    return f"{text}; {hint}" if hint else text

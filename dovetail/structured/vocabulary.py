@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from dovetail.text.tokenizer import Tokenizer
 
+AHEAD = 256  # characters of a text that is forced, more than the longest token has
 Spell = Callable[[str], Sequence[int]]
 
 
@@ -57,18 +58,20 @@ class Vocabulary:
         return self.native.eos_token
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens that write exactly `text`, as the model would write it in the middle of an answer.
+        """Tokens that write the beginning of `text`, as the model would write it in the middle of an answer.
 
+        llguidance asks for what a grammar forces next, and takes the first token. So a long text is read in part.
         A tokenizer may put a space before a text, or read it as a special token. Then a character before it helps,
-        and otherwise the longest tokens are taken.
+        and otherwise the longest tokens are taken. There are none if the vocabulary cannot write the text.
         """
-        if self._spell is not None:
-            for before in ("", "\x02"):
-                ids = list(self._spell(before + text))
-                start = len(self._spell(before)) if before else 0
-                if self._written(ids[start:]) == text.encode():
-                    return ids[start:]
-        return self.native.greedy_tokenize(text)
+        text, spell = text[:AHEAD], self._spell or self.native.greedy_tokenize
+        for before in ("", "\x02"):
+            ids = list(spell(before + text))
+            start = len(spell(before)) if before else 0
+            if self._written(ids[start:]) == text.encode():
+                return ids[start:]
+        ids = self.native.greedy_tokenize(text)
+        return ids if self._written(ids) == text.encode() else []
 
     def _written(self, ids: Sequence[int]) -> bytes | None:
         if any(i >= self.size or i in self._special for i in ids):

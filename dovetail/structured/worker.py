@@ -80,8 +80,10 @@ _MALLINFO = _mallinfo()
 
 
 def limit() -> None:
-    """Limit this process from now on, and let it say nothing when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    """Limit this process from now on. It has no standard streams: they are those of the process that forked it."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
     for name in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(name, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

@@ -171,7 +171,7 @@ def test_whitespace_between_the_parts_of_json() -> None:
 
 
 def test_what_a_vocabulary_cannot_write_is_an_error_of_its_request() -> None:
-    matcher = grammar(regex="aQ").matcher([END])
+    matcher = grammar(regex="a[QR]").matcher([END])
     assert matcher.masks([])[0].any()
     assert not matcher.commit(TOKENS.index(b"a"))
     assert not matcher.masks([]).any()
@@ -201,12 +201,15 @@ def test_a_token_that_does_not_fit_is_an_error() -> None:
     [
         ({"json": False}, "nothing is valid"),
         ({"json": {"type": "banana"}}, "banana"),
-        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json": {"type": "array", "uniqueItems": True}}, 'uniqueItems.*"lenient": true'),
+        ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "coerce_one_of"),
+        ({"json": {"type": "string", "format": "colour"}}, "colour.*lenient"),
         ({"json": {"type": "string", "pattern": "("}}, "unclosed group"),
         ({"json": {"type": "string", "pattern": "a(?=b)"}}, "look-around"),
         ({"json": {"$ref": "#/$defs/x"}}, "does not exist"),
         ({"json": {"$ref": "https://example.org/x"}}, "example.org"),
         ({"json": {"$ref": "#"}}, "no answer but the empty one"),
+        ({"regex": "aQ"}, "no answer but the empty one"),
         ({"regex": "a{0}"}, "no answer but the empty one"),
         ({"json": {"type": "integer", "minimum": 5, "maximum": 4}}, "Unsatisfiable"),
         ({"regex": "a{,"}, "regex"),
@@ -223,3 +226,4 @@ def test_a_wrong_form_says_what_is_wrong(form: dict[str, Any], words: str) -> No
     with pytest.raises(GrammarError, match=words) as caught:
         grammar(**form)
     assert len(str(caught.value)) <= 500
+    assert "non-verbose" not in str(caught.value)
