@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,12 +13,13 @@ import typer
 from dovetail.cli import terminal
 from dovetail.cli.engine_options import EngineOptions, SamplingOptions, spliced
 from dovetail.cli.result import JsonOption, write_json
-from dovetail.core.errors import ConfigError, RequestError
+from dovetail.core.errors import ConfigError, ModelError, RequestError
 from dovetail.host.process import since_start
 from dovetail.show.progress import note
 
 if TYPE_CHECKING:
     from dovetail.core.sampling import SamplingParams
+    from dovetail.core.structured import StructuredOutputs
     from dovetail.llm import LLM
     from dovetail.outputs import RequestOutput
 
@@ -31,6 +34,9 @@ def command(
     sampling: SamplingOptions,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is; no chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, put before PROMPT.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A JSON schema; the answer is JSON that is valid by it.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show the engine's counters after the answer.")] = False,
     hints: Annotated[
         bool | None, typer.Option(help="Show what to try next. Default: on a terminal.", show_default=False)
@@ -46,11 +52,13 @@ def command(
       dovetail run smollm2-135m "Name the capital of France." --temperature 0
       dovetail run smollm2-135m "Once upon a time" --raw --max-tokens 100
       git diff | dovetail run smollm2-135m - --system "Summarise this change." --json answer.json
+      dovetail run smollm2-135m "Who wrote Faust?" --json-schema person.json
     """
     if raw and system is not None:
         raise ConfigError("--system is part of the chat template, which --raw leaves out; write it into PROMPT")
     if "logprobs" in sampling.given and json_file is None:
         raise ConfigError("--logprobs are part of the JSON result; add --json - or --json FILE")
+    form = None if json_schema is None else _form(json_schema)
     text = read_prompt() if prompt == "-" else _utf8("prompt", prompt)
     if not (text if raw else text.strip()):
         raise RequestError("the prompt is empty", param="prompt")
@@ -63,7 +71,7 @@ def command(
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
         ids = terminal.chat_ids(llm, messages, "use --raw to continue PROMPT as it is")
-    params = terminal.params_for(llm, ids, sampling, MAX_TOKENS)
+    params = replace(terminal.params_for(llm, ids, sampling, MAX_TOKENS), structured_outputs=form)
     ready = since_start()
     output = _answer(llm, ids, params, quiet=json_file == "-")
     note(f"{terminal.summary(output)}, ready after {ready:.2f}s")
@@ -73,6 +81,17 @@ def command(
     if sys.stderr.isatty() if hints is None else hints:
         _show_hints(model)
     write_json(json_file, _result(llm, model, output))
+
+
+def _form(path: Path) -> StructuredOutputs:
+    """The schema in a file as the form of an answer. Raises ConfigError naming the file."""
+    from dovetail.core.structured import MAX_BYTES, StructuredOutputs
+    from dovetail.host.json_file import read_bytes
+
+    try:
+        return StructuredOutputs(json=read_bytes(path, MAX_BYTES).decode("utf-8-sig"))
+    except (ModelError, RequestError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--json-schema {path}: {error}") from None
 
 
 def read_prompt() -> str:

@@ -214,3 +214,19 @@ def test_a_run_that_answered_nothing_ends_with_1(tiny_model, tmp_path):
     assert result.exit_code == 1
     assert "2 errors" in result.stderr
     assert all(r["error"] for r in read(tmp_path / "out.jsonl"))
+
+
+def test_rows_may_ask_for_a_form_and_a_bad_one_is_an_error_of_its_row(tiny_model, tmp_path):
+    asked = {"response_format": {"type": "json_object", "schema": {"enum": [True, None]}}}
+    values = [
+        chat_row(0, structured_outputs={"choice": ["red", "blue"]}),
+        chat_row(1, structured_outputs={"regex": "a("}),
+        chat_row(2, **asked, max_tokens=20),
+        chat_row(3),
+    ]
+    summary, results, _ = batch(tiny_model, write(tmp_path / "in.jsonl", values))
+    content = [c["response"]["body"]["choices"][0]["message"]["content"] for c in results if c["error"] is None]
+    assert content[0] in ("red", "blue") and content[1] in ("true", "null")
+    assert results[1]["response"]["status_code"] == 400
+    assert results[1]["response"]["body"]["error"]["param"] == "structured_outputs"
+    assert (summary["answered"], summary["errors"]) == (3, 1)

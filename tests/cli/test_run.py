@@ -164,3 +164,25 @@ def test_options_are_those_of_the_python_api():
     assert known <= {f.name for f in fields(SamplingParams)}
     names = {f.name for f in fields(engine_options.Options)} | {"use"}
     assert {p.name for p in engine_options.EngineOptions.parameters()} == names
+
+
+def test_a_schema_in_a_file_gives_the_form_of_the_answer(tiny_model, tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+                                "additionalProperties": False}))  # fmt: skip
+    found = answer(tiny_model, "Hi", "--json-schema", file, "--max-tokens", 100)
+    assert json.loads(found["text"])["ok"] in (True, False)
+    assert found["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not a JSON text"), ('{"type": "banana"}', "banana"), ("[]", "an object or a boolean"), (None, "read")],
+)
+def test_a_schema_that_cannot_be_used_says_so(tiny_model, tmp_path, text, words):
+    file = tmp_path / "schema.json"
+    if text is not None:
+        file.write_text(text)
+    result = run(tiny_model, "Hi", "--json-schema", file)
+    assert result.exit_code == 2
+    assert words in result.stderr and "Traceback" not in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -131,3 +132,33 @@ def test_openai_parses_into_a_model(shared: Running) -> None:
         logit_bias=dict(CLOSE),
     )  # fmt: skip
     assert isinstance(reply.choices[0].message.parsed, Person)
+
+
+def test_forms_that_take_long_delay_nobody_and_are_refused(shared: Running) -> None:
+    """Those that wait for the compiler wait by themselves: other forms, other requests and the health go on."""
+    canary = complete(shared, seed=4, structured_outputs={"regex": "[ab]{5}"})["choices"]
+    with ThreadPoolExecutor(3) as pool:
+        slow = [
+            pool.submit(refused, shared, structured_outputs={"json": long_to_compile(40 + i)}) for i in range(3)
+        ]
+        assert complete(shared, seed=4, structured_outputs={"regex": "[ab]{5}"})["choices"] == canary
+        complete(shared, max_tokens=3)
+        complete(shared, structured_outputs={"regex": "[ab]{3}"})
+        assert httpx.get(f"{shared.url}/health", timeout=20).status_code == 200
+        assert not any(s.done() for s in slow)
+        for s in slow:
+            assert "more than 1 seconds" in s.result()["message"]
+    assert complete(shared, seed=4, structured_outputs={"regex": "[ab]{5}"})["choices"] == canary
+
+
+def long_to_compile(parts: int) -> dict[str, Any]:
+    return {"type": "string", "allOf": [{"pattern": f"^(.*a.{{{i}}}b.*|c)$"} for i in range(parts)]}
+
+
+def test_what_no_token_continues_is_an_error_of_that_request(shared: Running) -> None:
+    """The vocabulary of bytes writes anything; a grammar may still need a token that the model has not."""
+    error = refused(shared, structured_outputs={"grammar": "start: <|no_such_token|>"})
+    assert "no_such_token" in error["message"]
+    reply = complete(shared, structured_outputs={"grammar": 'start: "a" <|im_end|>'}, skip_special_tokens=False)
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["completion_tokens"] == 2
