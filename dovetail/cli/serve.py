@@ -96,7 +96,7 @@ def command(
 
     keys = _keys(api_key or [], api_key_file)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is no news
     names = tuple(served_model_name or [model])
     options = ServiceOptions(names, keys, tuple(allowed_origins or ()), max_queue, shutdown_timeout)
     raise_descriptor_limit()

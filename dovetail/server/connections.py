@@ -21,7 +21,7 @@ from dovetail.server.errors import Unavailable
 
 KEEP_ALIVE_SECONDS = 60  # for the next request of a connection to begin
 HEADER_SECONDS = 20.0  # for the head of a request to arrive whole
-FLUSH_SECONDS = 300.0  # for a client to read the end of an answer
+FLUSH_SECONDS = 300.0  # for a client to read more of what waits for it
 PAUSE_SECONDS = 0.2  # without accepting, when there is no descriptor left
 GRACE_SECONDS = 1.0  # before a connection without a request may have to make room
 
@@ -70,7 +70,7 @@ class Connection(H11Protocol):
         self.timeout_keep_alive = KEEP_ALIVE_SECONDS
         self._serve, self._extra = self.app, False
         self._deadline: asyncio.TimerHandle | None = None
-        self._flushed: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self.idle_since = 0.0
 
     @property
@@ -95,13 +95,16 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self.idle_since = self.loop.time()
-        if self.transport.get_write_buffer_size() and self._flushed is None:
-            self._flushed = self.loop.call_later(FLUSH_SECONDS, self._abort_unread)
+        self._expect_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        for timer in (self._deadline, self._flushed):
+        for timer in (self._deadline, self._unread):
             if timer is not None:
                 timer.cancel()
 
@@ -122,10 +125,18 @@ class Connection(H11Protocol):
                 self.transport.write(_whole(RequestError(late, status=408)))
             self.transport.close()
 
-    def _abort_unread(self) -> None:
-        self._flushed = None
-        if self.transport.get_write_buffer_size():
+    def _expect_reading(self) -> None:
+        """Look again later whether the client has read something. Closing would wait for it without end."""
+        size = self.transport.get_write_buffer_size()
+        if size and self._unread is None:
+            self._unread = self.loop.call_later(FLUSH_SECONDS, self._abort_unread, size)
+
+    def _abort_unread(self, size: int) -> None:
+        self._unread = None
+        if self.transport.get_write_buffer_size() == size:
             self.transport.abort()
+        else:
+            self._expect_reading()
 
 
 def _probe(connection: Any) -> None:

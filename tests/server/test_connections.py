@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 import httpx
 import pytest
 
-from dovetail.server import connections
+from dovetail.server import connections, exchange
 from tests.server.serving import NAME, SECONDS, Running, until
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-le"
@@ -74,6 +74,23 @@ def test_an_answer_that_nobody_reads_is_given_up(start, monkeypatch: pytest.Monk
     until(lambda: not running.server.server_state.connections)
     connection.close()
     assert running.text("x", max_tokens=1) is not None
+
+
+def test_a_stream_that_nobody_reads_is_given_up(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(exchange, "WRITE_SECONDS", 0.05)
+    running: Running = start()
+    running.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    fields = {"prompt": "x", "n": 32, "max_tokens": 200, "ignore_eos": True, "logprobs": 5, "stream": True}
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(running.listener.getsockname()[:2])
+        body = json.dumps(fields).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        connection.sendall(head.encode() + body)
+        until(lambda: running.service.gate.requests == 1)
+        until(lambda: not running.server.server_state.connections)
+    running.check_empty()
 
 
 def test_the_longest_idle_makes_room(start, monkeypatch: pytest.MonkeyPatch) -> None:
