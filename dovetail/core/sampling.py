@@ -33,7 +33,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: off
     min_p: float = 0.0
-    seed: int | None = None
+    seed: int | None = None  # -1 is None, as for other engines
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
@@ -53,6 +53,8 @@ class SamplingParams:
             _check_float(name, getattr(self, name), low, high)
         for name, low, high, optional in _INT_RANGES:
             _check_int(name, getattr(self, name), (low, high), optional)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         if self.repetition_penalty == 0:
             raise RequestError("repetition_penalty must be above 0, got 0", param="repetition_penalty")
         if self.top_p == 0:

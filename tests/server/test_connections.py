@@ -86,7 +86,7 @@ def test_a_stream_that_nobody_reads_is_given_up(start, monkeypatch: pytest.Monke
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(running.listener.getsockname()[:2])
         body = json.dumps(fields).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         until(lambda: running.service.gate.requests == 1)
         until(lambda: not running.server.server_state.connections)
