@@ -105,8 +105,24 @@ class Scheduler:
     # -- planning ------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next plan. It has no spans when there is nothing to do."""
+        """The next plan. It has no spans when there is nothing to do. If it raises, every request starts over."""
         step = _Step(self.limits.max_num_batched_tokens)
+        try:
+            self._plan(step)
+        except BaseException:  # pages may have moved, and nobody would copy them
+            self._start_over()
+            raise
+        if not step.spans:  # `sealed` and the rest wait for the next plan that runs
+            return StepPlan(())
+        plan = StepPlan(
+            tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self.pool.reopened),
+            tuple(self._released),
+        )  # fmt: skip
+        self._sealed, self._released, self.pool.reopened = [], [], []
+        return plan
+
+    def _plan(self, step: _Step) -> None:
+        """Fill the step: spans between two stages, running requests, those that are admitted."""
         caught_up = self._draft()
         for request in self.running:
             if request.stage:  # in the middle of the program: its rows and pages are fixed
@@ -119,14 +135,14 @@ class Scheduler:
             i += request.stage > 0 or most <= 0 or self._advance(request, step, most)
         if self.stats.preemptions == preemptions:  # else an admission could take the pages that were just freed
             self._admit(shares, step)
-        if not step.spans:  # `sealed` and the rest wait for the next plan that runs
-            return StepPlan(())
-        plan = StepPlan(
-            tuple(step.spans), tuple(step.copies), tuple(self._sealed), tuple(self.pool.reopened),
-            tuple(self._released),
-        )  # fmt: skip
-        self._sealed, self._released, self.pool.reopened = [], [], []
-        return plan
+
+    def _start_over(self) -> None:
+        """Take all requests back to where nothing of them is computed."""
+        for request in reversed(self.running.copy()):
+            self._reset(request)
+        for request in self.waiting:  # the one that was about to begin
+            request.table.clear()
+            request.computed = 0
 
     def undo(self, plan: StepPlan) -> None:
         """Take back a plan that failed. Its requests start over; what it says about pages goes into the next
