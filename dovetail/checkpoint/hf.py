@@ -114,7 +114,7 @@ def _open(path: Path) -> MappedFile:
     try:
         with safe_open(path, framework="np"):
             pass
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise ModelError(f"{path}: {error}") from error
     return MappedFile(path)
 
