@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,12 @@ _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_.-]{0,127}")
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _CHOICES = ("none", "auto", "required")
 # Keywords of JSON schema whose value is a schema, a list of schemas, or schemas by name.
-_ONE = ("items", "additionalProperties", "not", "contains", "propertyNames")
-_SEVERAL = ("anyOf", "oneOf", "allOf", "prefixItems")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+_ONE, _SEVERAL, _NAMED = "a schema", "a list", "an object"
+_KEYWORDS = {
+    **dict.fromkeys(("items", "additionalProperties", "not", "contains", "propertyNames"), _ONE),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), _SEVERAL),
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), _NAMED),
+}
 
 
 @dataclass(frozen=True)
@@ -99,30 +102,36 @@ def check_schema(schema: Any, where: str) -> None:
             raise RequestError(f"{at} must be a JSON schema, which is an object", param=at)
         if depth > MAX_DEPTH:
             raise RequestError(f"{at} is nested deeper than {MAX_DEPTH} levels", param=where)
-        _check_keywords(found, at)
-        for name in _ONE:
-            items = found.get(name)
-            if isinstance(items, list) and name == "items":  # of older drafts
-                waiting += [(item, f"{at}.items[{i}]", depth + 1) for i, item in enumerate(items)]
-            elif items is not None:
-                waiting.append((items, f"{at}.{name}", depth + 1))
-        for name in _SEVERAL:
-            waiting += [(item, f"{at}.{name}[{i}]", depth + 1) for i, item in enumerate(found.get(name) or ())]
-        for name in _NAMED:
-            waiting += [(item, f"{at}.{name}.{key}", depth + 1) for key, item in (found.get(name) or {}).items()]
+        for name, value in found.items():
+            kind = _KEYWORDS.get(name)
+            if kind is not None and value is not None:
+                waiting += [
+                    (part, f"{at}.{name}{key}", depth + 1) for key, part in _parts(kind, value, f"{at}.{name}")
+                ]
+        _check_values(found, at)
 
 
-def _check_keywords(schema: Mapping[str, Any], at: str) -> None:
+def _parts(kind: str, value: Any, at: str) -> Iterable[tuple[str, Any]]:
+    """The schemas in a keyword's value, and where they stand in it."""
+    if kind is _NAMED:
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{at} must be an object", param=at)
+        return ((f".{key}", part) for key, part in value.items())
+    if kind is _SEVERAL or isinstance(value, list):  # older drafts have lists of items
+        if not isinstance(value, list):
+            raise RequestError(f"{at} must be a list", param=at)
+        return ((f"[{i}]", part) for i, part in enumerate(value))
+    return (("", value),)
+
+
+def _check_values(schema: Mapping[str, Any], at: str) -> None:
     kinds = schema.get("type")
-    for kind in kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]:
+    for kind in kinds if isinstance(kinds, list) else () if kinds is None else (kinds,):
         if not isinstance(kind, str) or kind not in _TYPES:
             raise RequestError(f"{at}.type is {str(kind)[:64]!r}; types are {', '.join(sorted(_TYPES))}", param=at)
-    for name in (*_SEVERAL, "enum", "required"):
+    for name in ("enum", "required"):
         if schema.get(name) is not None and not isinstance(schema[name], list):
             raise RequestError(f"{at}.{name} must be a list", param=at)
-    for name in _NAMED:
-        if schema.get(name) is not None and not isinstance(schema[name], Mapping):
-            raise RequestError(f"{at}.{name} must be an object", param=at)
     if not all(isinstance(name, str) for name in schema.get("required") or ()):
         raise RequestError(f"{at}.required must be names of properties", param=at)
 
