@@ -12,7 +12,6 @@ from dovetail.core.errors import RequestError
 _WORD, _CALL, _OTHER_CALL, _RESULT, _FUNCTION = "needle", "weave", "spin", "haystack", "spare_tool"
 _NINE, _LONG = "abcdef123", "call_abcdef123"
 _ASK = {"role": "user", "content": "?"}
-_SYSTEM = {"role": "system", "content": "."}
 _TOOL = {
     "type": "function",
     "function": {"name": _FUNCTION, "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -52,7 +51,7 @@ class Traits:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether it shows the functions that it is given."""
-        return _FUNCTION in (self._try([_ASK], [_TOOL]) or self._try([_SYSTEM, _ASK], [_TOOL]) or "")
+        return _FUNCTION in (self._try([_ASK], [_TOOL]) or "")
 
     @cached_property
     def shows_calls(self) -> bool:

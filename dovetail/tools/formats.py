@@ -163,7 +163,11 @@ HERMES = Format(
     "hermes",
     Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
     ("<tool_call>", "</tool_call>"),
-    {"<tool_call>": (partial(_tagged, opening="<tool_call>", closing="</tool_call>"),), **_UNMARKED},
+    {
+        "<tool_call>": (partial(_tagged, opening="<tool_call>", closing="</tool_call>"),),
+        "<tools>": (partial(_tagged, opening="<tools>", closing="</tools>"),),  # Qwen2.5-Coder confuses the two
+        **_UNMARKED,
+    },
 )
 LLAMA3 = Format(
     "llama3",

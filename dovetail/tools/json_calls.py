@@ -160,6 +160,8 @@ def _call(members: dict[str, tuple[Any, str]]) -> Call | None:
         members = _members(written)
     elif isinstance(inner, str) and "name" not in members:
         members = members | {"name": (inner, written)}
+    if "description" in members:  # a function as it was offered, which the model repeats
+        return None
     value, written = next((members[key] for key in ARGUMENTS if key in members), (None, ""))
     return named(members.get("name", (None, ""))[0], _arguments(value, written))
 

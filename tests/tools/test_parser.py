@@ -258,6 +258,7 @@ def test_arguments_of_a_constrained_call_come_in_pieces() -> None:
         ('\n  {"name": "f", "arguments": {"a": 1}}', '{"a": 1}'),
         ('[{"name": "f", "arguments": {"a": 1}}]', '{"a": 1}'),
         ('{{"name": "f", "arguments": {"a": 1}}}', '{"a": 1}'),
+        ('<tools>\n{"name": "f", "arguments": {"a": 1}}\n</tools>', '{"a": 1}'),
         ('<tool_call>\n{{"name": "f", "arguments": {"a": 1}}}\n</tool_call>', '{"a": 1}'),
     ],
 )
@@ -283,6 +284,8 @@ def test_what_models_do_to_the_format_of_hermes(text: str, arguments: str) -> No
         '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 5000 + "1" + "}" * 5001 + "</tool_call>",
         '<tool_call>{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}</tool_call>",
         '{"name": "Ada", "arguments": {"a": 1}}',
+        '{"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}',
+        '<tools>\n{"name": "f", "description": "", "parameters": {"type": "object"}}\n</tools>',
         '{"name": "f"}',
         '{"steps": [{"name": "f", "arguments": {}}]}',
         'I would call {"name": "f", "arguments": {}} here.',
