@@ -81,7 +81,7 @@ class Drafter:
         """For each request, guessed tokens that follow `request.tokens`: at most its limit, and `total` in all.
 
         A guess is cut off at either limit, and at the first token that is outside the vocabulary or that the form
-        of the answer forbids.
+        of the answer forbids. Where the form leaves no choice, its tokens are drafted and not the guess.
         """
         return [[] for _ in requests]
 

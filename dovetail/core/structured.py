@@ -89,15 +89,16 @@ class Constraint(Protocol):
     """What one answer may still say. It follows the tokens of its request, whatever happens to their KV.
 
     error: why nothing more can be said about the answer, None while all is well.
-    allowed: how many of `drafts` may follow the committed tokens, counted up to the first that may not.
+    drafts: what to draft: the tokens that must come next, if there are any, else what may come of `guesses`.
     masks: the tokens that may follow the committed tokens, and those that may follow each of `drafts`, all of them
     allowed. uint32 [1 + len(drafts), words]: token t is bit t % 32 of word t // 32.
     commit: take a token that the answer gained. True if the answer is complete and nothing can follow.
     """
 
-    error: str | None
+    @property
+    def error(self) -> str | None: ...
 
-    def allowed(self, drafts: Sequence[int]) -> int: ...
+    def drafts(self, guesses: list[int]) -> list[int]: ...
     def masks(self, drafts: Sequence[int]) -> Array: ...
     def commit(self, token: int) -> bool: ...
 

@@ -24,7 +24,6 @@ class Matcher:
     """
 
     def __init__(self, start: LLMatcher, vocabulary: Vocabulary, ends: Collection[int]) -> None:
-        self.error: str | None = None
         self._start = start
         self._complete = vocabulary.complete
         self._ends = np.zeros(vocabulary.words, np.uint32)
@@ -32,11 +31,23 @@ class Matcher:
             self._ends[token // 32] |= np.uint32(1 << token % 32)
         self._tokens: list[int] = []  # those that the answer has
         self._parser: LLMatcher | None = None
+        self._failed: tuple[list[int], str] | None = None  # after which tokens there was no way on, and why
 
-    def allowed(self, drafts: Sequence[int]) -> int:
-        if self.error is not None or not drafts:
-            return 0
-        return self._ready().validate_tokens(list(drafts))
+    @property
+    def error(self) -> str | None:
+        if self._failed is None:
+            return None
+        tokens, why = self._failed
+        return why if self._tokens[: len(tokens)] == tokens else None
+
+    def drafts(self, guesses: list[int]) -> list[int]:
+        if self.error is not None:
+            return []
+        parser = self._ready()
+        forced = parser.compute_ff_tokens()
+        if forced and forced != guesses[: len(forced)]:
+            return forced
+        return guesses[: parser.validate_tokens(guesses)] if guesses else []
 
     def masks(self, drafts: Sequence[int]) -> NDArray[np.uint32]:
         out = np.zeros((1 + len(drafts), len(self._ends)), np.uint32)
@@ -44,22 +55,22 @@ class Matcher:
             return out
         parser, taken = self._ready(), 0
         try:
-            while (reason := self._mask(parser, out[taken])) is None and taken < len(drafts):
+            while (why := self._mask(parser, out[taken])) is None and taken < len(drafts):
                 if not parser.consume_token(drafts[taken]):
-                    reason = "a draft that was allowed does not fit"
+                    why = _why(parser)
                     break
                 taken += 1
         finally:
             if taken and not parser.rollback(taken):
-                self._parser = None  # what is wrong lies behind the drafts; they may be wrong as well
-        if reason is not None and taken == 0:
-            self.error = reason
+                self._parser = None
+        if why is not None:  # behind drafts it is an error only if they are right
+            self._failed = [*self._tokens, *drafts[:taken]], why
         return out
 
     def commit(self, token: int) -> bool:
         parser = self._ready()
-        if self.error is None and not parser.consume_token(token):
-            self.error = _why(parser)
+        if not parser.consume_token(token):
+            self._failed = list(self._tokens), _why(parser)
         self._tokens.append(token)
         return self.error is None and parser.is_stopped()
 
@@ -78,8 +89,7 @@ class Matcher:
     def _ready(self) -> LLMatcher:
         if self._parser is None:
             self._parser = self._start.deep_copy()
-            if self._tokens and not self._parser.consume_tokens(self._tokens):
-                self.error = _why(self._parser)
+            self._parser.consume_tokens(self._tokens)
         return self._parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,28 +14,79 @@ if TYPE_CHECKING:
     from dovetail.text.tokenizer import Tokenizer
 
 AHEAD = 256  # characters of a text that is forced, more than the longest token has
+REMEMBERED = 4096  # texts that were forced, each of at most AHEAD characters
 Spell = Callable[[str], Sequence[int]]
 
 
-class Vocabulary:
-    """What each token writes.
+class Speller:
+    """The tokens in which the model would write a text. llguidance asks for the attributes.
 
     tokens: the bytes of each id; b"" for ids that write nothing. special: ids that appear only where a grammar
-    names them. spell: the tokens in which the model would write a text; without it they are the longest that fit.
+    names them. spell: the model's own way to read a text.
     """
 
-    is_tokenizer_wrapper = True  # llguidance asks for these four
+    is_tokenizer_wrapper = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None  # llguidance adds an id behind the last, which says that the answer may end
+
+    def __init__(self, tokens: list[bytes], special: Sequence[int], spell: Spell | None) -> None:
+        self.tokens = tokens
+        self.special_token_ids = sorted(special)
+        self._special = frozenset(special)
+        self._spell = spell
+        self._remembered = lru_cache(REMEMBERED)(self._tokens_of)
+        if spell is None:
+            self._ids  # noqa: B018 - made now, and not by each process that is forked
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens that write the beginning of `text`, as the model would write it in the middle of an answer.
+
+        llguidance asks for what a grammar forces next, and takes the first token. So a long text is read in part.
+        A tokenizer may put a space before a text, or read it as a special token. Then a character before it helps,
+        and otherwise the longest tokens are taken. There are none if the vocabulary cannot write the text.
+        """
+        return list(self._remembered(text[:AHEAD]))
+
+    def _tokens_of(self, text: str) -> Sequence[int]:
+        data = text.encode()
+        if self._spell is not None:
+            for before in ("", "\x02"):
+                ids = list(self._spell(before + text))
+                start = len(self._spell(before)) if before else 0
+                if self._written(ids[start:]) == data:
+                    return ids[start:]
+        return self._longest(data)
+
+    def _written(self, ids: Sequence[int]) -> bytes | None:
+        if any(i >= len(self.tokens) or i in self._special for i in ids):
+            return None
+        return b"".join([self.tokens[i] for i in ids])
+
+    def _longest(self, data: bytes) -> list[int]:
+        found, at, most = [], 0, max(map(len, self._ids), default=0)
+        while at < len(data):
+            lengths = range(min(most, len(data) - at), 0, -1)
+            fits = next((n for n in lengths if data[at : at + n] in self._ids), None)
+            if fits is None:
+                return []
+            found.append(self._ids[data[at : at + fits]])
+            at += fits
+        return found
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {t: i for i, t in enumerate(self.tokens) if t and i not in self._special}
+
+
+class Vocabulary:
+    """What each token writes. See `Speller`."""
 
     def __init__(self, tokens: list[bytes], special: Sequence[int], spell: Spell | None = None) -> None:
         from llguidance import LLTokenizer
 
         self.tokens = tokens
-        self.special_token_ids = sorted(special)
-        self._special = frozenset(special)
-        self._spell = spell
-        self.native: LLTokenizer = LLTokenizer(self)  # type: ignore[arg-type]
+        self.special = sorted(special)
+        self.native: LLTokenizer = LLTokenizer(Speller(tokens, special, spell))  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -42,10 +94,6 @@ class Vocabulary:
         tokens = [tokenizer.token_bytes(i) for i in range(size)]
         special = {i for i in tokenizer.special_ids.union(tokenizer.eos_ids) if i < size}
         return cls(tokens, sorted(special), lambda text: tokenizer.encode(text, add_special_tokens=False))
-
-    @property
-    def size(self) -> int:
-        return len(self.tokens)
 
     @property
     def words(self) -> int:
@@ -57,32 +105,11 @@ class Vocabulary:
         """The number of that bit."""
         return self.native.eos_token
 
-    def __call__(self, text: str) -> list[int]:
-        """Tokens that write the beginning of `text`, as the model would write it in the middle of an answer.
-
-        llguidance asks for what a grammar forces next, and takes the first token. So a long text is read in part.
-        A tokenizer may put a space before a text, or read it as a special token. Then a character before it helps,
-        and otherwise the longest tokens are taken. There are none if the vocabulary cannot write the text.
-        """
-        text, spell = text[:AHEAD], self._spell or self.native.greedy_tokenize
-        for before in ("", "\x02"):
-            ids = list(spell(before + text))
-            start = len(spell(before)) if before else 0
-            if self._written(ids[start:]) == text.encode():
-                return ids[start:]
-        ids = self.native.greedy_tokenize(text)
-        return ids if self._written(ids) == text.encode() else []
-
-    def _written(self, ids: Sequence[int]) -> bytes | None:
-        if any(i >= self.size or i in self._special for i in ids):
-            return None
-        return b"".join([self.tokens[i] for i in ids])
-
     # -- from one process to another -----------------------------------------------------------------
 
     def write(self, file: IO[bytes]) -> None:
         lengths = array.array("I", [len(t) for t in self.tokens])
-        special = array.array("I", self.special_token_ids)
+        special = array.array("I", self.special)
         file.write(array.array("I", [len(lengths), len(special)]).tobytes())
         file.write(lengths.tobytes() + special.tobytes() + b"".join(self.tokens))
         file.flush()

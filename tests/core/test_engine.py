@@ -292,14 +292,16 @@ def test_a_program_of_several_stages_yields_tokens_after_the_last_one() -> None:
 
 
 class Watched:
-    """A constraint that forbids one token, ends after another, and notes what it is told."""
+    """A constraint that forbids a token, ends after another, and notes what it is told. forces: what must come."""
 
-    def __init__(self, forbids: int = -1, last: int = -1, fails: str | None = None) -> None:
-        self.forbids, self.last, self.error = forbids, last, fails
+    def __init__(
+        self, forbids: int = -1, last: int = -1, fails: str | None = None, forces: list[int] | None = None
+    ) -> None:
+        self.forbids, self.last, self.error, self.forces = forbids, last, fails, forces
         self.committed: list[int] = []
 
-    def allowed(self, drafts: Sequence[int]) -> int:
-        return drafts.index(self.forbids) if self.forbids in drafts else len(drafts)
+    def drafts(self, guesses: list[int]) -> list[int]:
+        return self.forces or guesses[: [*guesses, self.forbids].index(self.forbids)]
 
     def masks(self, drafts: Sequence[int]) -> list[None]:
         raise AssertionError("the sampler's to ask")
@@ -318,6 +320,15 @@ def test_drafts_are_cut_where_the_form_forbids_them() -> None:
     engine.step()
     engine.step()
     assert drafter.told[1] == (right_of([1, 2, 0], 1), 1)
+
+
+def test_what_must_come_is_drafted_without_a_drafter() -> None:
+    engine = build(pages=16, budget=16, seqs=1)
+    r = make(engine, "r", [1, 2, 0], 5)
+    r.constraint = Watched(forces=right_of([1, 2, 0], 3))
+    engine.add(r)
+    steps = [[list(p.tokens) for p in engine.step()] for _ in range(2)]
+    assert steps[1] == [right_of([1, 2, 0], 4)] and r.finish_reason == "length"
 
 
 @given(st.integers(0, 99), st.integers(10, 20), st.sets(st.integers(1, 40), max_size=5))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dovetail.core.structured import StructuredOutputs
 from dovetail.structured.grammar import Grammar, source
-from dovetail.structured.vocabulary import Vocabulary
+from dovetail.structured.vocabulary import Speller, Vocabulary
 
 END, CALL = 0, 1  # special tokens
 _LONGER = ('{"', '":', '",', '"}', "}}", "true", "false", "null", "ab", "abc", ', "')
@@ -27,12 +27,17 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(TOKENS, [END, CALL])
 
 
+def ids(text: str) -> list[int]:
+    """The tokens of a text, the longest that fit."""
+    return Speller(TOKENS, [END, CALL], None)(text)
+
+
 def grammar(**form: Any) -> Grammar:
     return Grammar(vocabulary(), source(StructuredOutputs(**form)))
 
 
-def text(ids: Sequence[int]) -> str:
-    return b"".join(TOKENS[i] for i in ids).decode()
+def text(tokens: Sequence[int]) -> str:
+    return b"".join(TOKENS[i] for i in tokens).decode()
 
 
 def allowed(mask: Any) -> set[int]:

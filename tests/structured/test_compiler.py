@@ -225,7 +225,7 @@ def test_a_vocabulary_goes_over_a_pipe() -> None:
     file.write(b"next")
     file.seek(0)
     found = Vocabulary.read(file)
-    assert (found.tokens, found.special_token_ids) == (TOKENS, [END, CALL])
+    assert (found.tokens, found.special) == (TOKENS, [END, CALL])
     assert file.read() == b"next"
     for cut in (3, 8, 100, len(file.getvalue()) - 5):
         with pytest.raises(EOFError):
