@@ -39,13 +39,15 @@ class ClientGone(Exception):
 class Reply:
     """Sends the answer: either one JSON object, or a stream of events. It ends once, whatever is called later.
 
-    ignored: names of fields of the request that mean nothing here, which a header of the answer repeats.
+    received: bytes of the request's body. ignored: names of its fields that mean nothing here, for a header of the
+    answer.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self.streaming = False
         self.ended = False
+        self.received = 0
         self.ignored: Sequence[str] = ()
 
     async def json(self, value: Mapping[str, Any]) -> None:
@@ -100,7 +102,10 @@ class Exchange(Response):
         reply = Reply(scope, receive, send)
         try:
             async with self.gate.until_cut():
-                body = parse(scope, await read_body(scope, receive))
+                data = await read_body(scope, receive)
+                reply.received = len(data)
+                body = parse(scope, data)
+                del data
                 await unless_gone(receive, self.work(body, reply))
         except (ClientGone, TimeoutError):
             _LOG.debug("the client is gone")

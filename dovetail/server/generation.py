@@ -48,12 +48,12 @@ class Generation(ABC, Generic[R]):
         asked = service.intake.read(self.request)
         with service.gate.room_for(asked.choices):
             form = await service.compiled(asked)  # held until the answers have it
-            answers = await service.aside(service.intake.answers, asked, uuid.uuid4().hex, service.seed())
+            name, seed = uuid.uuid4().hex, service.seed()
+            answers = await service.tokenizing(reply.received, service.intake.answers, asked, name, seed)
             del form
             async with service.running(answers, bool(self.request.stream), self.arrival) as job:
-                name = f"{self.prefix}-{uuid.uuid4().hex}"
                 self.head = {
-                    "id": name,
+                    "id": f"{self.prefix}-{name}",
                     "created": int(time.time()),
                     "model": self.request.model or service.options.names[0],
                 }

@@ -20,6 +20,7 @@ from dovetail.server.protocol import ChatRequest, CompletionRequest
 from dovetail.server.structured import asking_field, renamed
 from dovetail.session import mix
 from dovetail.structured.grammar import Grammar
+from dovetail.text.chat import strings
 from dovetail.tools.request import read_tools
 from dovetail.tools.use import ToolUse
 
@@ -79,7 +80,7 @@ class Intake:
         grammar = self.compile(asked)  # held, so that it need not be compiled for each prompt
         given = asked.prompts
         if isinstance(request, ChatRequest) and asked.tools is not None:
-            given = [conversation(request, asked.tools)]
+            given = [self.conversation(request, asked.tools)]
         for i, prompt in enumerate(given):
             self._check_length(prompt)
             params = asked.params
@@ -98,27 +99,36 @@ class Intake:
         del grammar
         return found
 
+    def conversation(self, request: ChatRequest, tools: ToolUse) -> list[int]:
+        """The tokens of a conversation: up to the model's turn, or within its last message."""
+        goes_on = bool(request.continue_final_message)
+        if goes_on and request.add_generation_prompt:
+            raise RequestError(
+                "add_generation_prompt begins a message, continue_final_message goes on with the last one; "
+                "choose one of them",
+                param="continue_final_message",
+            )
+        self._check_size(sum(map(len, strings([m.get("content") for m in request.messages]))), "messages")
+        return tools.prompt(
+            request.messages,
+            add_generation_prompt=not goes_on and request.add_generation_prompt is not False,
+            continue_final_message=goes_on,
+            **template_variables(request),
+        )
+
     def _check_length(self, prompt: Prompt) -> None:
         """Refuse a prompt that cannot fit, before it is tokenized or copied."""
-        limit = self.llm.config.max_model_len
-        unit, least = ("characters", self._longest_piece) if isinstance(prompt, str) else ("tokens", 1)
-        if len(prompt) > limit * least:
+        if isinstance(prompt, str):
+            self._check_size(len(prompt), "prompt")
+        elif len(prompt) > (limit := self.llm.config.max_model_len):
             raise RequestError(
-                f"the prompt has {len(prompt)} {unit}, but the context holds {limit} tokens", param="prompt"
+                f"the prompt has {len(prompt)} tokens, but the context holds {limit}", param="prompt"
             )
 
-
-def conversation(request: ChatRequest, tools: ToolUse) -> list[int]:
-    """The tokens of a conversation: up to the model's turn, or within its last message."""
-    goes_on = bool(request.continue_final_message)
-    if goes_on and request.add_generation_prompt:
-        raise RequestError(
-            "add_generation_prompt begins a message, continue_final_message goes on with the last one; choose one",
-            param="continue_final_message",
-        )
-    return tools.prompt(
-        request.messages,
-        add_generation_prompt=not goes_on and request.add_generation_prompt is not False,
-        continue_final_message=goes_on,
-        **template_variables(request),
-    )
+    def _check_size(self, characters: int, field: str) -> None:
+        """Refuse a text of so many characters if it cannot fit whatever it says."""
+        limit = self.llm.config.max_model_len
+        if characters > limit * self._longest_piece:
+            raise RequestError(
+                f"{field}: {characters} characters, but the context holds {limit} tokens", param=field
+            )

@@ -30,6 +30,7 @@ from dovetail.structured.compiler import AT_ONCE
 from dovetail.structured.grammar import Grammar
 
 _LOG = logging.getLogger(__name__)
+LARGE_BODY = 256 << 10  # bytes, which take some tenths of a second to tokenize
 T = TypeVar("T")
 
 
@@ -60,18 +61,24 @@ class Service:
         self.gate = Gate(llm.config.max_num_seqs + options.max_queue)
         self.engine = EngineThread(llm.session, self.metrics)
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="dovetail-text")
+        self.bulk = ThreadPoolExecutor(1, thread_name_prefix="dovetail-bulk")
         self.compilers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dovetail-form")  # they only wait
         self.intake = Intake(llm)
 
     def close(self) -> None:
         self.engine.stop()
-        for pool in (self.pool, self.compilers):
+        for pool in (self.pool, self.bulk, self.compilers):
             pool.shutdown(wait=False, cancel_futures=True)
         self.llm.session.grammars.close()
 
     async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run `function` in another thread, so that it does not block the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    async def tokenizing(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
+        """The same for a body of `size` bytes. Large ones wait for each other, small ones for no large one."""
+        pool = self.pool if size <= LARGE_BODY else self.bulk
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
     async def compiled(self, asked: Asked) -> Grammar | None:
         """`Intake.compile` in a thread of its own kind, so that a form that takes long delays no other request."""

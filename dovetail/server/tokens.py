@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 from dovetail.checkpoint.export import tokenizer_settings
 from dovetail.core.errors import RequestError
 from dovetail.server.exchange import Reply
-from dovetail.server.intake import conversation
 from dovetail.server.protocol import ChatRequest, Ints
 from dovetail.server.service import Service
 
@@ -52,7 +51,7 @@ class Tokens:
         self.service.check_model(request.model)
         known = TokenizeRequest.model_fields.keys() | ChatRequest.model_fields.keys()
         reply.ignored = sorted(body.keys() - known)
-        await reply.json(await self.service.aside(self._tokenize, request, body))
+        await reply.json(await self.service.tokenizing(reply.received, self._tokenize, request, body))
 
     async def detokenize(self, body: dict[str, Any], reply: Reply) -> None:
         request = DetokenizeRequest.model_validate(body)
@@ -64,7 +63,7 @@ class Tokens:
         for token in request.tokens:
             if not 0 <= token < size:
                 raise RequestError(f"token id {token} is not in the vocabulary of {size}", param="tokens")
-        text = await self.service.aside(self.tokenizer.decode, request.tokens, False)
+        text = await self.service.tokenizing(reply.received, self.tokenizer.decode, request.tokens, False)
         await reply.json({"prompt": text, "content": text})
 
     def info(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class Tokens:
             chat = ChatRequest.model_validate(body)
             tools = self.service.intake.read(chat).tools
             assert tools is not None
-            return self._reply(request, conversation(chat, tools))
+            return self._reply(request, self.service.intake.conversation(chat, tools))
         text = request.prompt if request.prompt is not None else request.content
         assert text is not None
         if len(text) > MAX_TEXT:

@@ -135,7 +135,7 @@ class Shield:
         self._pattern = pattern
         found: set[str] = set()
         used = set(rendered)
-        for text in _strings(values):
+        for text in strings(values):
             found.update(pattern.findall(text))
             used.update(text)
         # Rare ideographs rather than private-use characters, which Python escapes where a template prints a
@@ -159,7 +159,7 @@ class Shield:
         return text.translate({ord(char): token for token, char in self._stand_in.items()})
 
 
-def _strings(value: Any) -> list[str]:
+def strings(value: Any) -> list[str]:
     """All strings in a JSON-like value, keys included."""
     found, stack = [], [value]
     while stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 
 import pytest
 
@@ -86,6 +87,27 @@ def test_while_the_prompt_is_tokenized(running: Running) -> None:
     connection = running.raw(body("left at once", False))
     connection.close()
     assert running.text("next", max_tokens=2)
+    running.check_empty()
+
+
+def test_small_requests_do_not_wait_for_large_ones_to_be_tokenized(running: Running, monkeypatch) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    encode = running.llm.tokenizer.encode
+
+    def slow(text, *arguments, **options):
+        if len(text) == 500:
+            inside.set()
+            assert leave.wait(SECONDS)
+        return encode(text, *arguments, **options)
+
+    monkeypatch.setattr(running.llm.tokenizer, "encode", slow)
+    large = [running.raw(body("x" * 500, False, user="x" * 300_000)) for _ in range(3)]
+    assert inside.wait(SECONDS)
+    assert running.text("small", max_tokens=2)
+    leave.set()
+    for connection in large:
+        assert connection.recv(20).startswith(b"HTTP/1.1 400")  # with 100 tokens more than the context
+        connection.close()
     running.check_empty()
 
 

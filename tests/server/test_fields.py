@@ -131,3 +131,15 @@ def test_sampling_without_a_seed_differs_after_a_restart(start) -> None:
         chosen.append(start(seed=5).text("x", **fields))  # the engine's own seed was asked for
     assert len(set(texts)) == 4
     assert seeded[0] == seeded[1] and chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_chat_that_cannot_fit_is_refused_before_it_is_tokenized(
+    shared: Running, monkeypatch, parts: bool
+) -> None:
+    monkeypatch.setattr(shared.llm.tokenizer, "apply_chat_template", None)  # calling it would be a 500
+    text = "x" * 100_000
+    content = [{"type": "text", "text": text}] if parts else text
+    for path in (CHAT, "/tokenize"):
+        answer = shared.post(path, messages=[{"role": "user", "content": content}])
+        assert answer.status_code == 400 and "context" in answer.json()["error"]["message"], answer.text
