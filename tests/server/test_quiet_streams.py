@@ -11,7 +11,8 @@ import openai
 import pytest
 
 from dovetail.server import generation
-from tests.server.serving import NAME, SECONDS, Running
+from dovetail.server.exchange import Reply
+from tests.server.serving import NAME, SECONDS, Running, until
 from tests.test_clock import VIRTUAL
 
 LONG = "a long prompt " * 20
@@ -47,14 +48,17 @@ def test_comments_keep_a_quiet_stream_alive(start, monkeypatch: pytest.MonkeyPat
         running.throttle.open.set()
         *_, done = parts
     assert done == "data: [DONE]"
+    written: list[bytes] = []
+    write = Reply.write
+    monkeypatch.setattr(Reply, "write", lambda reply, data: (written.append(data), write(reply, data))[1])
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
     with running.throttle.held(lambda plan: len(plan.spans[0].request.output) == 2):
         stream = client.completions.create(model=NAME, prompt="x", max_tokens=4, stream=True, temperature=0)
-        texts = [next(stream).choices[0].text for _ in range(2)]
         assert running.throttle.inside.wait(SECONDS)
+        written.clear()
+        until(lambda: written.count(generation.KEEP_ALIVE) >= 2)
         running.throttle.open.set()
-        texts += [chunk.choices[0].text for chunk in stream]
-    assert "".join(texts) == running.text("x", max_tokens=4)
+        assert "".join(chunk.choices[0].text for chunk in stream) == running.text("x", max_tokens=4)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
