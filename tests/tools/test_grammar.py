@@ -38,9 +38,9 @@ def allows(grammar: str | None, text: Sequence[int] | str) -> bool:
     assert grammar is not None
     matcher = Grammar(VOCABULARY, grammar).matcher([END])
     for token in text.encode() if isinstance(text, str) else text:
-        if matcher.allowed([token]) < 1:
-            return False
         matcher.commit(token)
+        if matcher.error is not None:
+            return False
     return bool(matcher.masks([])[0][END // 32] >> END % 32 & 1)
 
 
