@@ -210,7 +210,7 @@ _ENGINE_HELP = {
     "max_num_batched_tokens": "Most tokens computed in one step. Default: 512.",
     "max_num_seqs": "Most requests that run at once. Default: 64.",
     "enable_prefix_caching": "Keep keys and values of prompts for later requests that begin the same way.",
-    "seed": "Seed of everything random.",
+    "seed": "Seed of everything random. With 0, a server draws one for each request that has none.",
 }
 
 _SAMPLING: dict[str, tuple[Any, str]] = {

@@ -112,7 +112,8 @@ class Exchange(Response):
         except Exception as error:
             if errors.request_error(error).status >= 500 and not isinstance(error, RequestError):
                 _LOG.exception("a request failed")
-            await reply.fail(error)
+            with contextlib.suppress(TimeoutError):  # the client does not read
+                await reply.fail(error)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:

@@ -40,6 +40,8 @@ def check_common(request: GenerationRequest) -> None:
 
 def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """The parameters of a chat request. Without a limit an answer may fill the context."""
+    if request.add_special_tokens:
+        raise RequestError("chat templates write the special tokens themselves", param="add_special_tokens")
     logprobs = None
     if request.logprobs:
         logprobs = request.top_logprobs or 0

@@ -84,7 +84,7 @@ CHAT_ONLY = [
     {"messages": HI, "chat_template_kwargs": {"bos_token": "x"}},
     {"messages": HI, "chat_template_kwargs": {"tools": 1}},
     {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
-    {"messages": HI, "add_generation_prompt": "x"}, {},
+    {"messages": HI, "add_generation_prompt": "x"}, {"messages": HI, "add_special_tokens": True}, {},
 ]  # fmt: skip
 
 CASES = [
