@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dovetail.config import Config
 from dovetail.core.engine import Engine
@@ -18,9 +18,10 @@ from dovetail.host.interrupts import uninterrupted
 from dovetail.host.turns import Turns
 from dovetail.outputs import Answer, Delta, Stream
 from dovetail.structured.cache import Grammars
-from dovetail.structured.compiler import Compiler
-from dovetail.structured.vocabulary import Vocabulary
 from dovetail.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dovetail.structured.compiler import Compiler
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class Session:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(tokenizer.eos_ids)
-        self.grammars = Grammars(lambda: Compiler(Vocabulary.of(tokenizer, vocab_size)))
+        self.grammars = Grammars(lambda: _compiler(tokenizer, vocab_size))
         self.answers: dict[str, Answer] = {}  # running answers by id
         self._owners: dict[Request, Answer] = {}  # the answer to which a running request belongs
         self.turns = Turns()
@@ -209,6 +210,13 @@ class Session:
             for t in values:
                 if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < size:
                     raise RequestError(f"{name}: token id {t!r} is not in the vocabulary of {size}", param=name)
+
+
+def _compiler(tokenizer: Tokenizer, size: int) -> Compiler:
+    from dovetail.structured.compiler import Compiler  # most sessions need none
+    from dovetail.structured.vocabulary import Vocabulary
+
+    return Compiler(Vocabulary.of(tokenizer, size))
 
 
 def _check_probe(probe: Probe, ids: Sequence[int], params: SamplingParams) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from dovetail.core.errors import RequestError
 from dovetail.core.structured import StructuredOutputs
-from dovetail.structured.compiler import Compiler
 from dovetail.structured.grammar import Grammar, GrammarError
+
+if TYPE_CHECKING:
+    from dovetail.structured.compiler import Compiler
 
 CACHE = 64 << 20  # bytes
 ENTRY = 1024  # bytes that an entry takes besides its grammar
 
-_LOG = logging.getLogger(__name__)
 Key = bytes
 
 
