@@ -36,6 +36,9 @@ EQUIVALENT = ROOT / "scripts/equivalent_mutants.txt"
 TESTS = {  # a file or folder -> its tests; one of the same name goes first
     "dovetail/core": ["tests/core"],
     "dovetail/text/detokenizer.py": ["tests/text/test_detokenizer.py"],
+    "dovetail/text/conversation.py": ["tests/text/test_conversation.py"],
+    "dovetail/text/traits.py": ["tests/text/test_traits.py", "tests/text/test_conversation.py"],
+    "dovetail/tools": ["tests/tools"],
     "dovetail/runtime/sampler.py": ["tests/runtime/test_sampler.py", "tests/runtime/test_native_sampler.py"],
     "dovetail/session.py": ["tests/test_session_host.py"],
     "dovetail/outputs.py": ["tests/test_outputs.py", "tests/test_session_host.py"],

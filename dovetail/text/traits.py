@@ -36,7 +36,9 @@ class Traits:
     def _reads_lists(self, role: str) -> bool:
         """Whether it shows the text of content parts ({"type": "text", ...}) in messages of this role."""
         text, parts = self._with_content(role, _WORD), self._with_content(role, [{"type": "text", "text": _WORD}])
-        return parts is not None and _WORD in parts and parts.count("type") <= (text or "").count("type")
+        if parts is None or _WORD not in parts:
+            return False
+        return all(parts.count(key) <= (text or "").count(key) for key in ("'type'", '"type"'))
 
     def _reads_strings(self, role: str) -> bool:
         """False if it shows content parts of this role, but not a content that is a string."""
@@ -62,9 +64,10 @@ class Traits:
     @cached_property
     def shows_many_calls(self) -> bool:
         """Whether it shows all calls of a message that has several."""
-        (one,) = _assistant()["tool_calls"]
+        message = _assistant(self._no_arguments)
+        (one,) = message["tool_calls"]
         other = {**one, "id": _NINE[::-1], "function": {**one["function"], "name": _OTHER_CALL}}
-        several = {**_assistant(), "tool_calls": [one, other]}
+        several = {**message, "tool_calls": [one, other]}
         text = self._try([_ASK, several, _tool(), _tool(_NINE[::-1])]) or ""
         return _CALL in text and _OTHER_CALL in text
 
@@ -91,13 +94,18 @@ class Traits:
         """Whether ids of calls must have nine characters."""
         return self._called() is not None and self._called(identity=_LONG) is None
 
+    @property
+    def _no_arguments(self) -> Any:
+        return {} if self.takes_objects else "{}"
+
     def _called(self, arguments: Any = None, content: str | None = "", identity: str = _NINE) -> str | None:
-        return self._try([_ASK, _assistant(arguments or {}, content, identity), _tool(identity)])
+        arguments = self._no_arguments if arguments is None else arguments
+        return self._try([_ASK, _assistant(arguments, content, identity), _tool(identity)])
 
     def _with_content(self, role: str, content: Any) -> str | None:
         message = {"role": role, "content": content}
         if role == "tool":
-            return self._try([_ASK, _assistant(), {**_tool(), **message}])
+            return self._try([_ASK, _assistant(self._no_arguments), {**_tool(), **message}])
         return self._try({"user": [message], "assistant": [_ASK, message, _ASK]}.get(role, [message, _ASK]))
 
     def _try(
@@ -117,8 +125,8 @@ def _well(text: str | None) -> bool:
     return text is not None and f"'{_WORD}'" not in text and f'\\"{_WORD}' not in text
 
 
-def _assistant(arguments: Any = None, content: str | None = "", identity: str = _NINE) -> dict[str, Any]:
-    function = {"name": _CALL, "arguments": arguments or {}}
+def _assistant(arguments: Any, content: str | None = "", identity: str = _NINE) -> dict[str, Any]:
+    function = {"name": _CALL, "arguments": arguments}
     return {
         "role": "assistant",
         "content": content,
