@@ -64,13 +64,14 @@ def _bare(source: Source, at: int, known: Parameters) -> Read[Found]:
     return (calls, end) if calls else None
 
 
-def _marked(source: Source, at: int, known: Parameters, mark: str) -> Read[Found]:
-    """JSON or a list of Python calls after a mark."""
+def _marked(source: Source, at: int, known: Parameters, mark: str, closing: str = "") -> Read[Found]:
+    """JSON or a list of Python calls after a mark, and before another."""
     start = yield from source.after_space(at + len(mark))
     for read in (json_calls.read, partial(python_calls.read_list, known=known)):
         found = yield from read(source, start)
         if found is not None:
-            return found
+            calls, end = found
+            return calls, end + len(closing) * (yield from source.starts(end, closing))
     return None
 
 
@@ -193,8 +194,7 @@ PYTHONIC = Format(
     ("<|python_tag|>", "<|tool_call_start|>", "<|tool_call_end|>"),
     {
         "<|python_tag|>": (partial(_marked, mark="<|python_tag|>"),),
-        "<|tool_call_start|>": (partial(_marked, mark="<|tool_call_start|>"),),
-        "<|tool_call_end|>": (),
+        "<|tool_call_start|>": (partial(_marked, mark="<|tool_call_start|>", closing="<|tool_call_end|>"),),
         "{": (_bare,),
         "[": (python_calls.read_list, _bare),
         "```": (_fenced,),

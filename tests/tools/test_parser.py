@@ -331,6 +331,59 @@ def test_python_that_is_no_literal_stays_text(text: str) -> None:
     assert read(BY_NAME["pythonic"], text) == (text, [])
 
 
+ONE = [Call("f", '{"a": 1}')]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "calls"),
+    [
+        ("mistral", '[TOOL_CALLS]f{"a": 1}', ONE),
+        ("mistral", '[TOOL_CALLS]{"name": "f", "arguments": {"a": 1}}', ONE),
+        ("mistral", '[TOOL_CALLS] f [ARGS]{"a": 1}', None),
+        ("mistral-args", '[TOOL_CALLS]f[ARGS] {"a": 1}', ONE),
+        ("mistral-args", '[TOOL_CALLS]f[ARGS]{"a": 1', None),
+        ("mistral-args", '[TOOL_CALLS]f[ARGS]{"a": x}', None),
+        ("mistral-args", '[TOOL_CALLS]f[ARGS]["a"]', None),
+        ("mistral-args", '[TOOL_CALLS][ARGS]{"a": 1}', None),
+        ("mistral-args", "[TOOL_CALLS]", None),
+        ("llama3", '<|python_tag|>{"name": "other", "parameters": {"a": 1}}', [Call("other", '{"a": 1}')]),
+        ("llama3", "<|python_tag|>[f(a=1)]", ONE),
+        ("llama3", '<|python_tag|>print("x")', None),
+        ("llama3", '{"name": "f", "parameters": {"a": 1}} ; {"name": "f", "parameters": {"a": 1}}', ONE * 2),
+        ("gemma", "```tool_code\nf(a=1)\n```", ONE),
+        ("gemma", "```tool_code\nf(a=1)", ONE),
+        ("gemma", "```tool_code\nf(a=1); print( f(a=1) ), x = f(a=1)\nf(a=1)```", ONE * 4),
+        ("gemma", "```tool_code\nprint(f(a=1)\n```", None),
+        ("gemma", "```tool_code\nprint(f(a=1), 2)\n```", None),
+        ("gemma", "```tool_code\nx = 3\n```", None),
+        ("gemma", "```text\nf(a=1)\n```", None),
+        ("gemma", "```tool_code\nf(a=1)\n``", None),
+        ("gemma", '```\n{"name": "f", "parameters": {"a": 1}}\n```', ONE),
+        ("gemma", "[f(a=1)]", ONE),
+        ("function-gemma", '<start_function_call>call:f{"a": 1}<end_function_call>', ONE),
+        ("function-gemma", "<start_function_call>call:f{a:1}", ONE),
+        ("function-gemma", "<start_function_call>call:f{<escape>a<escape>:1}<end_function_call>", ONE),
+        (
+            "function-gemma",
+            "<start_function_call>call:f{a:x y,b:[<escape>,<escape>,{}]}<end_function_call>",
+            [Call("f", '{"a": "x y", "b": [",", {}]}')],
+        ),
+        ("function-gemma", '<start_function_call>call:f{"a": x}<end_function_call>', None),
+        ("function-gemma", "<start_function_call>call:f{a:}<end_function_call>", None),
+        ("function-gemma", "<start_function_call>call:f{a}<end_function_call>", None),
+        ("function-gemma", "<start_function_call>call:f{a:[1}}<end_function_call>", None),
+        ("function-gemma", "<start_function_call>call:f{a:<escape>x}<end_function_call>", None),
+        ("function-gemma", "<start_function_call>call:f(a=1)<end_function_call>", None),
+        ("function-gemma", "<start_function_call>f{a:1}<end_function_call>", None),
+        ("function-gemma", "<start_function_call>call:f{a:" + "[" * 500, None),
+        ("pythonic", '[{"name": "f", "parameters": {"a": 1}}, {"name": "f", "parameters": {"a": 1}}]', ONE * 2),
+        ("pythonic", "<|tool_call_start|>[f(a=1)]<|tool_call_end|>", ONE),
+    ],
+)
+def test_the_ways_of_each_format(name: str, text: str, calls: list[Call] | None) -> None:
+    assert read(BY_NAME[name], text) == (text if calls is None else "", calls or [])
+
+
 def test_only_one_call_where_one_is_wanted() -> None:
     one = read_tools(TOOLS, parallel_tool_calls=False)
     assert one is not None
