@@ -43,6 +43,7 @@ from dovetail.provenance import provenance
 from dovetail.show.table import table
 
 ABORTING, MALFORMED, SLOW, CANARIES = 0.20, 0.05, 0.02, 0.10
+SCHEMAS = 60  # the cache of grammars is full soon
 SLOPE = 1.0  # MiB for 10,000 requests
 JUDGED_AFTER = 20_000  # requests
 WARM_SECONDS = 4.0
@@ -123,12 +124,12 @@ def ordinary(rng: random.Random) -> Ask:
 
 
 def structured(rng: random.Random) -> Ask:
-    """An answer held to a schema, which is mostly one that nobody asked for before, or to an expression."""
+    """An answer held to one of SCHEMAS schemas, or to an expression."""
     body: dict[str, Any] = {"temperature": 1.0, "max_tokens": 160, "stream": rng.random() < 0.5}
     if rng.random() < 0.3:
         body |= {"prompt": words(rng, 10), "structured_outputs": {"regex": "[0-9]{1,3}(,[0-9]{1,3}){0,2}"}}
         return Ask("structured", "/v1/completions", body, lambda choices: _each(choices, _is_numbers))
-    name = f"field_{rng.randrange(400)}"
+    name = f"field_{rng.randrange(SCHEMAS)}"
     fields = {name: {"enum": ["red", "green", "blue"]}, "ok": {"type": "boolean"}}
     schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
@@ -258,7 +259,7 @@ class Browser:
                 data += piece
                 if pause:
                     await asyncio.sleep(pause)
-        return _added_up(data, ask.choices)
+        return added_up(data, ask.choices)
 
     async def leave(self, ask: Ask, rng: random.Random) -> None:
         """Go away: before anything came, or after some of it."""
@@ -285,7 +286,7 @@ def _choice(choice: dict[str, Any]) -> dict[str, Any]:
     return {"text": message.get("content") or "", "calls": calls, "finish_reason": choice["finish_reason"]}
 
 
-def _added_up(data: bytes, count: int) -> list[dict[str, Any]]:
+def added_up(data: bytes, count: int) -> list[dict[str, Any]]:
     """The choices of a stream. Broken unless it, and each choice, ended exactly once."""
     lines = [line for line in data.decode().split("\n\n") if line and not line.startswith(":")]
     if not lines or lines[-1] != "data: [DONE]" or lines.count("data: [DONE]") != 1:
@@ -321,37 +322,37 @@ def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
 class Crowd:
     """Clients that send one request after the other until the time is over."""
 
-    def __init__(self, browser: Browser, seed: int, songs: list[list[dict[str, Any]]]) -> None:
-        self.browser, self.seed, self.songs = browser, seed, songs
+    def __init__(self, songs: list[list[dict[str, Any]]], seed: str) -> None:
+        self.songs, self.seed = songs, seed
         self.tally = Tally()
 
-    async def client(self, number: int, end: float) -> None:
+    async def client(self, browser: Browser, number: int, end: float) -> None:
         rng = random.Random(f"{self.seed} {number}")
         while time.monotonic() < end:
-            await self.once(rng)
+            await self.once(browser, rng)
 
-    async def once(self, rng: random.Random) -> None:
+    async def once(self, browser: Browser, rng: random.Random) -> None:
         drawn = rng.random()
         kind, ask = "", rng.choices((ordinary, structured, tools), (0.7, 0.15, 0.15))[0](rng)
         try:
             if drawn < ABORTING:
                 kind = "leaves"
-                await self.browser.leave(ask, rng)
+                await browser.leave(ask, rng)
             elif drawn < ABORTING + MALFORMED:
                 kind = "malformed"
-                await self.browser.malformed(Ask("malformed", *rng.choice(BROKEN)))
+                await browser.malformed(Ask("malformed", *rng.choice(BROKEN)))
             elif drawn < ABORTING + MALFORMED + SLOW:
                 kind = "slow"
                 body = ask.body if isinstance(ask.body, dict) else {}
-                await self._answered(Ask("slow", ask.path, body | {"stream": True}, ask.valid), pause=0.3)
+                await self._answered(browser, Ask("slow", ask.path, body | {"stream": True}, ask.valid), pause=0.3)
             elif drawn < ABORTING + MALFORMED + SLOW + CANARIES:
                 kind, number = "canary", rng.randrange(len(CANARY))
-                found = await self._answered(CANARY[number])
+                found = await self._answered(browser, CANARY[number])
                 if found is not None and found != self.songs[number]:
                     self.tally.blame(kind, f"canary {number} sang {found}, it was {self.songs[number]}")
             else:
                 kind = ask.kind
-                await self._answered(ask)
+                await self._answered(browser, ask)
         except Broken as error:
             self.tally.blame(kind, str(error))
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as error:
@@ -360,8 +361,8 @@ class Crowd:
         self.tally.counts[kind] += 1
         self.tally.requests += 1
 
-    async def _answered(self, ask: Ask, pause: float = 0.0) -> list[dict[str, Any]] | None:
-        found = await self.browser.whole(ask, pause)
+    async def _answered(self, browser: Browser, ask: Ask, pause: float = 0.0) -> list[dict[str, Any]] | None:
+        found = await browser.whole(ask, pause)
         if found is None:
             self.tally.refused += 1
             await asyncio.sleep(0.5)
@@ -392,6 +393,15 @@ def state_of(process: int) -> State:
     )
 
 
+def opened(process: int) -> dict[str, int]:
+    """What the descriptors of a process are, to see which kind there are more of."""
+    kinds: Counter[str] = Counter()
+    for entry in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            kinds[os.readlink(entry).partition(":")[0]] += 1
+    return dict(kinds)
+
+
 def _children(process: int) -> list[int]:
     text = Path(f"/proc/{process}/task/{process}/children").read_text()
     return [int(child) for child in text.split()]
@@ -403,23 +413,23 @@ def _status(process: int, name: str) -> int:
     return int(found[1]) if found else 0
 
 
-async def gauges(browser: Browser) -> dict[str, float]:
-    """Requests that run and wait, and the share of pages that requests hold."""
-    async with browser.http.get(browser.url + "/metrics") as response:
-        text = await response.text()
-    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-    return {name: float(re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[0]) for name in names}
-
-
-async def settled(browser: Browser, process: int, wanted: State | None) -> tuple[State, dict[str, float]]:
+async def settled(url: str, process: int, wanted: State | None = None) -> tuple[State, dict[str, float]]:
     """What the server holds once it is idle and as small as `wanted`, or after SETTLE_SECONDS."""
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         await asyncio.sleep(0.5)
-        held, state = await gauges(browser), state_of(process)
+        held, state = await gauges(url), state_of(process)
         small = wanted is None or (state.descriptors <= wanted.descriptors and state.threads <= wanted.threads)
         if (small and not any(held.values())) or time.monotonic() > end:
             return state, held
+
+
+async def gauges(url: str) -> dict[str, float]:
+    """Requests that run and wait, and the share of pages that requests hold. Leaves no connection open."""
+    async with session() as http, http.get(url + "/metrics") as response:
+        text = await response.text()
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    return {name: float(re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[0]) for name in names}
 
 
 @dataclass
@@ -450,40 +460,42 @@ class Watch:
 async def soak(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run it all. The report's `failures` is empty if every rule held."""
     async with serving(model, OPTIONS + options.server) as server:
-        async with session() as http:  # every kind of request, so that all threads and processes have begun
-            browser = Browser(http, server.url)
-            songs = [await browser.whole(ask) or [] for ask in CANARY]
-            warm, end = Crowd(browser, options.seed, songs), time.monotonic() + WARM_SECONDS
-            await asyncio.gather(*(warm.client(-1 - i, end) for i in range(min(32, options.clients))))
+        process = server.process.pid
         async with session() as http:
-            return await loaded(Browser(http, server.url), server, songs, options)
-
-
-async def loaded(
-    browser: Browser, server: ServerProcess, songs: list[list[dict[str, Any]]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """The report of a warm server that is loaded for so many seconds."""
-    before, _ = await settled(browser, server.process.pid, None)
-    crowd, watch = Crowd(browser, options.seed, songs), Watch()
-    watching = asyncio.create_task(watch.follow(server.process.pid, crowd.tally))
-    begun = time.monotonic()
-    await asyncio.gather(*(crowd.client(i, begun + options.seconds) for i in range(options.clients)))
-    took = time.monotonic() - begun
-    watching.cancel()
-    after, held = await settled(browser, server.process.pid, before)
-    for number, ask in enumerate(CANARY):
-        if await browser.whole(ask) != songs[number]:
-            crowd.tally.blame("canary", f"canary {number} sings another text at the end")
+            songs = [await Browser(http, server.url).whole(ask) or [] for ask in CANARY]
+        await load(server, Crowd(songs, f"{options.seed} warm-up"), options.clients, WARM_SECONDS)
+        before, _ = await settled(server.url, process)
+        first = opened(process)
+        crowd, watch = Crowd(songs, str(options.seed)), Watch()
+        watching = asyncio.create_task(watch.follow(process, crowd.tally))
+        took = await load(server, crowd, options.clients, options.seconds)
+        watching.cancel()
+        after, held = await settled(server.url, process, before)
+        last = opened(process)
+        async with session() as http:
+            for number, ask in enumerate(CANARY):
+                if await Browser(http, server.url).whole(ask) != songs[number]:
+                    crowd.tally.blame("canary", f"canary {number} sings another text at the end")
     report = {
         "seconds": took, "clients": options.clients, "seed": options.seed, "model": options.model or "random",
         "requests": crowd.tally.requests, "kinds": dict(crowd.tally.counts), "refused": crowd.tally.refused,
         "wrong": {kind: [len(found), *found[:3]] for kind, found in crowd.tally.wrong.items()},
-        "before": vars(before), "after": vars(after), "held": held, "slope_mib_per_10k": watch.slope(),
+        "before": vars(before), "after": vars(after), "held": held,
+        "open": {"before": first, "after": last}, "slope_mib_per_10k": watch.slope(),
         "exit_code": server.process.returncode, "log": list(server.log),
         "samples": [[round(t), n, s.memory >> 20, s.descriptors, s.threads] for t, n, s in watch.samples],
         **provenance(),
     }  # fmt: skip
     return report | {"failures": failures(report)}
+
+
+async def load(server: ServerProcess, crowd: Crowd, clients: int, seconds: float) -> float:
+    """Let so many clients ask for so many seconds. Returns how long it took until the last was answered."""
+    begun = time.monotonic()
+    async with session() as http:
+        browser = Browser(http, server.url)
+        await asyncio.gather(*(crowd.client(browser, i, begun + seconds) for i in range(clients)))
+    return time.monotonic() - begun
 
 
 def failures(report: dict[str, Any]) -> list[str]:
@@ -500,7 +512,7 @@ def failures(report: dict[str, Any]) -> list[str]:
     if report["requests"] >= JUDGED_AFTER and slope is not None and slope > SLOPE:
         found.append(f"memory grows by {slope:.2f} MiB for 10,000 requests")
     found += [f"the log has {line!r}" for line in report["log"] if "Traceback" in line or "Error:" in line]
-    if report["exit_code"] is not None:
+    if report["exit_code"]:
         found.append(f"the server ended with {report['exit_code']}")
     return found
 
