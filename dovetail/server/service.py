@@ -26,7 +26,7 @@ from dovetail.server.job import Job
 from dovetail.server.metrics import Metrics
 from dovetail.server.params import check_common
 from dovetail.server.protocol import GenerationRequest, sort_extra
-from dovetail.structured.compiler import AT_ONCE
+from dovetail.structured.compiler import AT_ONCE, WAITING
 from dovetail.structured.grammar import Grammar
 
 _LOG = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Service:
         self.engine = EngineThread(llm.session, self.metrics)
         self.pool = ThreadPoolExecutor(2, thread_name_prefix="dovetail-text")
         self.bulk = ThreadPoolExecutor(1, thread_name_prefix="dovetail-bulk")
-        self.compilers = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="dovetail-form")  # they only wait
+        self.compilers = ThreadPoolExecutor(AT_ONCE + 2 * WAITING, thread_name_prefix="dovetail-form")
         self.intake = Intake(llm)
 
     def close(self) -> None:

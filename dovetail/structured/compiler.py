@@ -24,6 +24,8 @@ from dovetail.structured.vocabulary import Vocabulary
 from dovetail.structured.worker import CPU_SECONDS, MEMORY, WALL_SECONDS
 
 AT_ONCE = 4  # grammars that are tried at the same time
+QUICK = 0.1  # seconds of CPU; who takes more is tried again, when no other such grammar is
+WAITING = 8  # of those who take more, before the next is sent away
 _CODE = "from dovetail.structured.worker import main; main()"
 _SIMPLER = "ask for something simpler"
 _DEATHS = {
@@ -37,12 +39,15 @@ _DEATHS = {
 class Compiler:
     """Tries grammars for one vocabulary. The process starts with the first one, and again after it was lost.
 
-    Several threads may use it. A grammar waits for others only while AT_ONCE of them are being tried.
+    Several threads may use it. A grammar waits for others only while AT_ONCE of them are being tried, for QUICK
+    seconds each. Those that take longer wait for each other.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self._room = threading.Semaphore(AT_ONCE)
+        self._slow = threading.Semaphore(1)
+        self._places = threading.Semaphore(WAITING)
         self._lock = threading.Lock()
         self._process: _Process | None = None
 
@@ -54,14 +59,16 @@ class Compiler:
         given = {f.name: getattr(asked, f.name) for f in fields(asked) if f.init}
         given |= {"json": asked.text} if asked.form == "json" else {}
         with self._room:
-            for _ in range(2):  # the process may have been lost through no fault of this grammar
-                process = self._running()
-                result = None if process is None else process.ask({"asked": given})
-                if result is not None:
-                    return _checked(result)
-        raise RequestError(
-            "the process that compiles grammars cannot be kept running", status=503, type="unavailable_error"
-        )
+            result = self._ask({"asked": given, "seconds": QUICK})
+        if result.get("died") == -signal.SIGPROF:
+            if not self._places.acquire(blocking=False):
+                raise _unavailable(f"{WAITING} grammars that take long to compile are waiting")
+            try:
+                with self._slow:
+                    result = self._ask({"asked": given, "seconds": CPU_SECONDS})
+            finally:
+                self._places.release()
+        return _checked(result)
 
     def close(self) -> None:
         """End the process. The next grammar starts another."""
@@ -69,6 +76,14 @@ class Compiler:
             process, self._process = self._process, None
         if process is not None:
             process.end()
+
+    def _ask(self, job: Mapping[str, Any]) -> Mapping[str, Any]:
+        for _ in range(2):  # the process may have been lost through no fault of this grammar
+            process = self._running()
+            result = None if process is None else process.ask(job)
+            if result is not None:
+                return result
+        raise _unavailable("the process that compiles grammars cannot be kept running")
 
     def _running(self) -> _Process | None:
         """The process; None if it cannot be started."""
@@ -160,7 +175,8 @@ def _checked(result: Mapping[str, Any]) -> Mapping[str, Any]:
         raise GrammarError(result["error"])
     if (why := _DEATHS.get(-result["died"])) is not None:
         raise GrammarError(why)
-    raise RequestError(
-        f"the grammar could not be compiled now (signal {-result['died']}); try again later", status=503,
-        type="unavailable_error",
-    )  # fmt: skip
+    raise _unavailable(f"the grammar could not be compiled now (signal {-result['died']})")
+
+
+def _unavailable(why: str) -> RequestError:
+    return RequestError(f"{why}; try again later", status=503, type="unavailable_error")

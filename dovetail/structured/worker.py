@@ -23,7 +23,7 @@ from dovetail.core.structured import StructuredOutputs
 from dovetail.structured.grammar import GrammarError, compiled, source
 from dovetail.structured.vocabulary import Vocabulary
 
-CPU_SECONDS = 1.0  # that a grammar may take
+CPU_SECONDS = 1.0  # that a grammar may take, unless its job says less
 WALL_SECONDS = 20.0  # the same by the clock, on a machine that does other things
 MEMORY = 512 << 20  # bytes that a grammar may take
 
@@ -79,14 +79,17 @@ def _mallinfo() -> Callable[[], Any]:
 _MALLINFO = _mallinfo()
 
 
-def limit() -> None:
-    """Limit this process from now on. It has no standard streams: they are those of the process that forked it."""
+def limit(seconds: float = CPU_SECONDS) -> None:
+    """Limit this process from now on, to some seconds of CPU among others.
+
+    It has no standard streams: they are those of the process that forked it.
+    """
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     for name in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(name, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -133,7 +136,7 @@ class Worker:
     def _compile(self, job: Job, into: int) -> None:
         """What a child does."""
         try:
-            limit()
+            limit(job["seconds"])
             with open(into, "wb") as file:
                 file.write(json.dumps(tried(self.vocabulary, job)).encode())
         finally:

@@ -17,7 +17,7 @@ import pytest
 
 from dovetail.core.errors import RequestError
 from dovetail.core.structured import StructuredOutputs
-from dovetail.structured.compiler import AT_ONCE, Compiler
+from dovetail.structured.compiler import AT_ONCE, WAITING, Compiler
 from dovetail.structured.grammar import GrammarError
 from dovetail.structured.vocabulary import Vocabulary
 from dovetail.structured.worker import MEMORY
@@ -138,14 +138,27 @@ def test_what_cannot_be_ended_from_within_is_killed(compiler: Compiler, asked: A
     assert not pids or children() == pids  # the process itself goes on
 
 
-def test_a_grammar_that_takes_long_delays_no_other(compiler: Compiler) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+def test_grammars_that_take_long_wait_for_each_other_and_delay_nobody(compiler: Compiler) -> None:
+    with ThreadPoolExecutor(AT_ONCE + WAITING) as pool:
         slow = [pool.submit(compiler.try_out, LONG) for _ in range(2)]
         check(compiler)
         assert not any(s.done() for s in slow)
         for s in slow:
             with pytest.raises(GrammarError, match="more than 1 seconds"):
                 s.result()
+
+
+def test_only_so_many_that_take_long_may_wait(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.structured.compiler.WAITING", 1)
+    own = Compiler(compiler.vocabulary)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(own.try_out, LONG) for _ in range(2)]
+        errors = [b.exception() for b in both]
+    own.close()
+    kinds = sorted(type(e).__name__ for e in errors)
+    assert kinds == ["GrammarError", "RequestError"]
+    (busy,) = [e for e in errors if isinstance(e, RequestError)]
+    assert busy.status == 503 and "try again later" in str(busy)
 
 
 def test_a_process_that_was_killed_is_replaced(compiler: Compiler) -> None:
