@@ -183,6 +183,7 @@ class Acceptor:
 
     def close(self) -> None:
         self._task.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener)  # whose owner closes it at once
 
     async def wait_closed(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import httpx
@@ -183,12 +184,22 @@ def test_every_request_ends_exactly_once(tiny_model, requests: list[dict], fault
         return replace(result, spans=[replace(r, tokens=(), error="NaN") if r.tokens else r for r in result.spans])
 
     running.throttle.inner.run = run
+    admitted, request = [], running.service.gate.request
+
+    @contextmanager
+    def counted():
+        with request():
+            admitted.append(1)
+            yield
+
+    running.service.gate.request = counted
     try:
         with ThreadPoolExecutor(5) as pool:
-            asked = [pool.submit(attempt, running, {"ignore_eos": True, "seed": 1, **r}) for r in requests]
-            answers = [future.result(SECONDS) for future in asked]
-        for answer, request in zip(answers, requests, strict=True):
-            code = end_of(answer, request["n"] * len(request["prompt"])) if answer is not None else 503
+            sent = [pool.submit(attempt, running, {"ignore_eos": True, "seed": 1, **r}) for r in requests]
+            answers = [future.result(SECONDS) for future in sent]
+        assert sum(answer is not None for answer in answers) >= len(admitted)
+        for answer, asked in zip(answers, requests, strict=True):
+            code = end_of(answer, asked["n"] * len(asked["prompt"])) if answer is not None else 503
             assert code in {"none": (200,), "nan": (200, 500), "fail": (200, 500, 503)}.get(fault, (200, 503)), (
                 code
             )
@@ -200,11 +211,15 @@ def test_every_request_ends_exactly_once(tiny_model, requests: list[dict], fault
 
 
 def attempt(running: Running, body: dict) -> httpx.Response | None:
-    """The answer; None if the server has ended, and nothing listens."""
-    try:
-        return running.post("/v1/completions", **body)
-    except httpx.ConnectError:
-        return None
+    """The answer; None if the server had ended before it saw the request. Once it has begun, it must end."""
+    with ExitStack() as stack:
+        try:
+            url = f"{running.url}/v1/completions"
+            answer = stack.enter_context(httpx.stream("POST", url, json=body, timeout=SECONDS))
+        except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
+            return None
+        answer.read()
+        return answer
 
 
 def test_a_job_that_cannot_be_submitted_ends_with_the_engine(start, monkeypatch: pytest.MonkeyPatch) -> None:
