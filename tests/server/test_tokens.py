@@ -25,7 +25,7 @@ BEGUN = [*ASK, {"role": "assistant", "content": "So we go "}]
 @settings(max_examples=30, deadline=None)
 def test_text_comes_back(shared: Running, text: str) -> None:
     tokens = shared.post("/tokenize", prompt=text).json()["tokens"]
-    assert tokens == list(text.encode())
+    assert tokens == shared.llm.tokenizer.encode(text)
     found = shared.post("/detokenize", tokens=tokens).json()
     assert found == {"prompt": text, "content": text}
 
