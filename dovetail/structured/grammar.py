@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dovetail.structured.vocabulary import Vocabulary
 
 # Between the parts of JSON. Small models that may write any number of spaces and newlines never stop.
-WHITESPACE = r"[ \t]{1,8}|(\r?\n){1,2}[ \t]{0,32}"
+WHITESPACE = r"[ \t]{1,2}|(\r?\n){1,2}[ \t]{0,32}"
 
 
 STATES = 20_000  # of a lexer, 1 to 2 KB each
