@@ -111,6 +111,7 @@ class _Process:
         )  # fmt: skip
         self.end: Callable[[], Any] = weakref.finalize(self, _end, self._process)
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # not `_lock`: a write may wait until results have been taken
         self._numbers = itertools.count()
         self._owed: dict[int, Future[Mapping[str, Any] | None]] = {}
         threading.Thread(target=_listen, args=(self._process.stdout, weakref.ref(self)), daemon=True).start()
@@ -132,7 +133,9 @@ class _Process:
 
     def put(self, result: dict[str, Any]) -> None:
         with self._lock:
-            self._owed.pop(result.pop("number")).set_result(result)
+            future = self._owed.pop(result.pop("number"), None)
+        if future is not None:  # else nobody waits any more
+            future.set_result(result)
 
     def lose(self) -> None:
         """The process has ended, and what it owes will not come."""
@@ -144,17 +147,18 @@ class _Process:
 
     def _send(self, write: Callable[[Any], Any]) -> None:
         try:
-            with self._lock:
+            with self._writing:
                 write(self._process.stdin)
         except (BrokenPipeError, ValueError):  # the listener says that it is lost
             self.lose()
 
 
 def _listen(results: Any, process: Callable[[], _Process | None]) -> None:
-    for line in results:
-        if (owner := process()) is not None:
-            owner.put(json.loads(line))
-        del owner
+    with contextlib.suppress(ValueError):  # the last line is cut where the process was killed
+        for line in results:
+            if (owner := process()) is not None:
+                owner.put(json.loads(line))
+            del owner
     if (owner := process()) is not None:
         owner.lose()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from dovetail.core.errors import RequestError
 from dovetail.core.structured import StructuredOutputs
-from dovetail.structured.compiler import AT_ONCE, WAITING, Compiler
+from dovetail.structured.compiler import AT_ONCE, WAITING, Compiler, _listen
 from dovetail.structured.grammar import GrammarError
 from dovetail.structured.vocabulary import Vocabulary
 from dovetail.structured.worker import MEMORY
@@ -161,12 +163,30 @@ def test_only_so_many_that_take_long_may_wait(compiler: Compiler, monkeypatch: p
     assert busy.status == 503 and "try again later" in str(busy)
 
 
+def test_large_grammars_come_and_go_at_the_same_time(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions and results are larger than pipes, so the process waits for its reader while others write."""
+    monkeypatch.setattr("dovetail.structured.compiler.WALL_SECONDS", 600.0)  # to wait for ever is a failure
+    forms = [StructuredOutputs(json={"enum": [i], "description": "x" * 500_000}) for i in range(24)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        sources = [result["source"] for result in pool.map(compiler.try_out, forms)]
+    assert [json.loads(s)["grammars"][0]["json_schema"]["enum"] for s in sources] == [[i] for i in range(24)]
+
+
 def test_a_process_that_was_killed_is_replaced(compiler: Compiler) -> None:
     check(compiler)
     (pid,) = children()
     os.kill(pid, signal.SIGKILL)
     check(compiler)
     assert len(children()) == 1 and children() != [pid]
+
+
+def test_a_process_that_is_killed_while_it_answers_is_replaced(compiler: Compiler) -> None:
+    cut = io.BytesIO(b'{"number": 5, "sou')
+    process = compiler._running()
+    assert process is not None
+    _listen(cut, weakref.ref(process))
+    assert process.lost and compiler._running() is not process
+    check(compiler)
 
 
 def test_who_waits_when_the_process_is_killed_is_served_by_the_next(compiler: Compiler) -> None:
