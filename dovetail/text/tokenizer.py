@@ -171,7 +171,8 @@ class Tokenizer:
                 text.encode("utf-8")  # the backend reports a lone surrogate as a wrong argument type
         except UnicodeError as error:
             raise RequestError(f"the text is not valid Unicode: {str(error)[:200]}") from error
-        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this lets other threads run meanwhile. It keeps no offsets, which takes half the time.
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -279,6 +280,8 @@ class Tokenizer:
         if self._special_pattern is None:
             return {}
         found = {spelled for text in texts for spelled in self._special_pattern.findall(text)}
+        if not found:
+            return {}
         added = self.backend.get_added_tokens_decoder().items()
         return {i: token.content for i, token in added if token.special and token.content in found}
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +240,22 @@ def test_byte_tokenizer() -> None:
     assert ByteTokenizer(add_bos=True).encode("a") == [256, 97]
     rendered = tokenizer.render([{"role": "user", "content": "x"}])
     assert rendered == "<|bos|><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_long_text_lets_other_threads_run(tmp_path: Path) -> None:
+    tokenizer = build(tmp_path, byte_level_keys("gpt-2"))
+    text = "".join(f" hello {i}" for i in range(30_000))
+    began = threading.Event()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # another thread runs when this one lets it, and not before
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            ids = pool.submit(lambda: (began.set(), tokenizer.encode(text))[1])
+            began.wait()
+            assert not ids.done()
+    finally:
+        sys.setswitchinterval(interval)
+    assert tokenizer.decode(ids.result()) == text
 
 
 def test_text_that_is_not_unicode() -> None:
