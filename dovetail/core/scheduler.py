@@ -230,11 +230,11 @@ class Scheduler:
         limits = [cap if (n := r.max_total - len(r.tokens) - 1) > cap else max(0, n) for r in ready]
         proposed = self.seams.drafter.propose(ready, limits, spare)
         for r, limit, drafts in zip(ready, limits, proposed, strict=True):
+            known = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, drafts[:limit]))
             if r.constraint is not None and limit:
-                drafts = r.constraint.drafts(drafts)
-            if drafts:
-                kept = drafts[: min(limit, spare)]
-                r.drafts = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, kept))
+                known = r.constraint.drafts(known)
+            if known:
+                r.drafts = known[: min(limit, spare)]
                 spare -= len(r.drafts)
         return caught_up
 

@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 from dovetail.core.engine import Engine, Progress
 from dovetail.core.sampling import SamplingParams
+from dovetail.core.seams import Drafter
 from dovetail.core.types import Request
 from dovetail.ops.cpu import isas
 from dovetail.structured.grammar import Grammar, GrammarError
@@ -121,6 +122,21 @@ def test_drafts_are_accepted_in_an_answer_with_a_form() -> None:
     finish(engine)
     assert re.fullmatch("[ab]{60}", text(r.output))
     assert engine.scheduler.stats.accepted > 5 and engine.steps < len(r.output)
+
+
+@pytest.mark.parametrize("guess", [-1, 61, 2**40])
+def test_guesses_outside_the_vocabulary_are_cut_before_the_form_sees_them(guess: int) -> None:
+    class Guesser(Drafter):
+        def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> list[list[int]]:
+            return [[TOKENS.index(b"a"), guess] for _ in requests]
+
+    engine = tiny_engine(**KINDS[0])
+    engine.seams.drafter = Guesser()
+    r = constrained(engine, grammar(regex="[ab]{20}"), temperature=0, logit_bias={TOKENS.index(b"a"): 50.0})
+    engine.add(r)
+    finish(engine)
+    assert text(r.output) == "a" * 20
+    assert engine.scheduler.stats.accepted >= 8
 
 
 def stepwise(engine: Engine) -> list[Progress]:
