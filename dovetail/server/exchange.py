@@ -33,7 +33,7 @@ Work = Callable[[dict[str, Any], "Reply"], Awaitable[None]]
 
 
 class ClientGone(Exception):
-    """The client closed the connection."""
+    """The client closed the connection, or does not read."""
 
 
 class Reply:
@@ -62,9 +62,12 @@ class Reply:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, data: bytes) -> None:
-        """Wait while the client is slow to read. TimeoutError if it does not read at all."""
-        async with asyncio.timeout(WRITE_SECONDS):
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        """Wait while the client is slow to read. ClientGone if it does not read at all."""
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError:
+            raise ClientGone from None
 
     async def close_stream(self, last: bytes = b"") -> None:
         """End the stream after one more piece."""
@@ -107,12 +110,12 @@ class Exchange(Response):
                 body = parse(scope, data)
                 del data
                 await unless_gone(receive, self.work(body, reply))
-        except (ClientGone, TimeoutError):
+        except ClientGone:
             _LOG.debug("the client is gone")
         except Exception as error:
             if errors.request_error(error).status >= 500 and not isinstance(error, RequestError):
                 _LOG.exception("a request failed")
-            with contextlib.suppress(TimeoutError):  # the client does not read
+            with contextlib.suppress(ClientGone):
                 await reply.fail(error)
 
 

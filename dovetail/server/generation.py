@@ -45,7 +45,7 @@ class Generation(ABC, Generic[R]):
         service = self.service
         self.request: R = self.fields.model_validate(body)
         reply.ignored = service.check(self.request)
-        asked = service.intake.read(self.request)
+        asked = await service.read(self.request, reply.received)
         with service.gate.room_for(asked.choices):
             form = await service.compiled(asked)  # held until the answers have it
             name, seed = uuid.uuid4().hex, service.seed()
@@ -93,7 +93,7 @@ class Generation(ABC, Generic[R]):
                 tokens += self.count(delta)
                 spent = {"usage": usage(job.answers, tokens)} if continuous else {}
                 events += [self._event([part], spent) for part in self.parts(delta)]
-            if ended and deltas and not asked:
+            if ended and events and not asked:
                 events[-1]["timings"] = timings(job.answers)
             if events or now() - written >= QUIET_SECONDS:
                 await reply.write(b"".join(map(event, events)) or KEEP_ALIVE)

@@ -25,7 +25,7 @@ from dovetail.server.intake import Asked, Intake
 from dovetail.server.job import Job
 from dovetail.server.metrics import Metrics
 from dovetail.server.params import check_common
-from dovetail.server.protocol import GenerationRequest, sort_extra
+from dovetail.server.protocol import ChatRequest, CompletionRequest, GenerationRequest, sort_extra
 from dovetail.structured.compiler import AT_ONCE, WAITING
 from dovetail.structured.grammar import Grammar
 
@@ -74,6 +74,12 @@ class Service:
     async def aside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run `function` in another thread, so that it does not block the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
+
+    async def read(self, request: ChatRequest | CompletionRequest, size: int) -> Asked:
+        """`Intake.read` for a body of `size` bytes. Schemas of a large one take seconds to check."""
+        if size <= LARGE_BODY:
+            return self.intake.read(request)
+        return await self.tokenizing(size, self.intake.read, request)
 
     async def tokenizing(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
         """The same for a body of `size` bytes. Large ones wait for each other, small ones for no large one."""

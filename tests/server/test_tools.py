@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dovetail.core.sampling import SamplingParams
+from dovetail.outputs import Delta
+from dovetail.server.chat import Chat
+from dovetail.server.errors import Failure
+from dovetail.server.exchange import Reply
+from dovetail.server.job import Job
+from dovetail.server.protocol import ChatRequest
+from dovetail.server.service import LARGE_BODY
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from tests.server.serving import NAME, Running, Scripted, save_tiny, writing
 
@@ -112,6 +121,53 @@ def test_a_stream_says_what_the_whole_says(
     with writing(shared, text):
         fields = {"max_tokens": limit, "parallel_tool_calls": parallel}
         assert streamed(client, **fields) == whole(client, **fields)
+
+
+def test_an_error_that_comes_with_a_part_of_a_call_is_told(shared: Running) -> None:
+    """Nothing of the call is shown yet, so there is no event that could say how long it took."""
+
+    class Written(Reply):
+        def __init__(self) -> None:
+            self.events: list[bytes] = []
+
+        async def open_stream(self) -> None:
+            pass
+
+        async def write(self, data: bytes) -> None:
+            self.events.append(data)
+
+    async def stream() -> None:
+        service, written = shared.service, Written()
+        chat = Chat(service)
+        chat.request = ChatRequest(messages=ASK, tools=[WEATHER], stream=True)
+        chat.head = {}
+        answers = service.intake.answers(service.intake.read(chat.request), "some")
+        job = Job(answers, True, 0.0)
+        job.put(Delta(answers[0], 0, "<tool_call>", [60], [], None, None, 0.0))
+        parts = asyncio.ensure_future(chat._stream(job, written))
+        while not written.events:  # the role
+            await asyncio.sleep(0)
+        job.put(Delta(answers[0], 0, "{", [61], [], None, None, 0.0))
+        job.fail(Failure("the engine has failed"))
+        with pytest.raises(Failure, match="the engine has failed"):
+            await parts
+
+    asyncio.run(stream())
+
+
+def test_schemas_of_a_large_body_are_checked_beside_the_event_loop(
+    shared: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    read = shared.service.intake.read
+    monkeypatch.setattr(
+        shared.service.intake, "read", lambda r: (names.append(threading.current_thread().name), read(r))[1]
+    )
+    for size in (10, LARGE_BODY):
+        tool = {"type": "function", "function": {"name": "f", "description": "x" * size}}
+        shared.post("/v1/chat/completions", messages=ASK, tools=[tool], max_tokens=1)
+    small, large = names
+    assert large.startswith("dovetail-bulk") and small == shared._thread.name
 
 
 def test_a_call_that_the_limit_cuts_is_text(client: openai.OpenAI, shared: Running) -> None:
