@@ -15,10 +15,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from dovetail.core.errors import ModelError, RequestError
 from dovetail.text.conversation import Message
+from dovetail.text.template_sandbox import Sandbox, begin
 from dovetail.text.traits import Traits
 
 _MAX_SOURCE = 1 << 20  # characters
@@ -56,8 +56,8 @@ def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
@@ -75,7 +75,7 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment().compiled(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise ModelError(f"chat template: {error}") from error
 
@@ -108,6 +108,7 @@ class ChatTemplate:
         context = {**self._special_tokens, **variables}
         context.update(messages=list(messages), tools=tools, add_generation_prompt=add_generation_prompt)
         context.setdefault("documents", None)
+        begin()
         parts, length = [], 0
         try:
             for part in self._template.generate(context):
