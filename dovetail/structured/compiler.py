@@ -114,7 +114,7 @@ class _Process:
         self._writing = threading.Lock()  # not `_lock`: a write may wait until results have been taken
         self._numbers = itertools.count()
         self._owed: dict[int, Future[Mapping[str, Any] | None]] = {}
-        threading.Thread(target=_listen, args=(self._process.stdout, weakref.ref(self)), daemon=True).start()
+        threading.Thread(target=listen, args=(self._process.stdout, weakref.ref(self)), daemon=True).start()
         self._send(vocabulary.write)
 
     def ask(self, job: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -153,7 +153,8 @@ class _Process:
             self.lose()
 
 
-def _listen(results: Any, process: Callable[[], _Process | None]) -> None:
+def listen(results: Any, process: Callable[[], _Process | None]) -> None:
+    """Hand results, a line each, to the process that `process` gives while it is there, and say when they end."""
     with contextlib.suppress(ValueError):  # the last line is cut where the process was killed
         for line in results:
             if (owner := process()) is not None:

@@ -9,17 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dovetail.core.errors import RequestError
 from dovetail.core.structured import StructuredOutputs
-from dovetail.structured.compiler import AT_ONCE, WAITING, Compiler, _listen
+from dovetail.structured.compiler import AT_ONCE, WAITING, Compiler, listen
 from dovetail.structured.grammar import GrammarError
 from dovetail.structured.vocabulary import Vocabulary
 from dovetail.structured.worker import MEMORY
@@ -180,13 +180,11 @@ def test_a_process_that_was_killed_is_replaced(compiler: Compiler) -> None:
     assert len(children()) == 1 and children() != [pid]
 
 
-def test_a_process_that_is_killed_while_it_answers_is_replaced(compiler: Compiler) -> None:
-    cut = io.BytesIO(b'{"number": 5, "sou')
-    process = compiler._running()
-    assert process is not None
-    _listen(cut, weakref.ref(process))
-    assert process.lost and compiler._running() is not process
-    check(compiler)
+def test_the_end_of_a_process_that_is_killed_while_it_answers_is_noticed() -> None:
+    told: list[Any] = []
+    owner = SimpleNamespace(put=told.append, lose=lambda: told.append("lost"))
+    listen(io.BytesIO(b'{"number": 4}\n{"number": 5, "sou'), lambda: owner)  # type: ignore[arg-type, return-value]
+    assert told == [{"number": 4}, "lost"]
 
 
 def test_who_waits_when_the_process_is_killed_is_served_by_the_next(compiler: Compiler) -> None:
