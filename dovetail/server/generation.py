@@ -58,7 +58,7 @@ class Generation(ABC, Generic[R]):
                     "model": self.request.model or service.options.names[0],
                 }
                 if self.request.stream:
-                    await self._stream(job, reply)
+                    await self.stream(job, reply)
                 else:
                     await job.result()
                     body = self.head | await service.aside(self.whole, answers)
@@ -76,7 +76,8 @@ class Generation(ABC, Generic[R]):
     def count(self, delta: Delta) -> int:
         """How many tokens of a delta the client sees."""
 
-    async def _stream(self, job: Job, reply: Reply) -> None:
+    async def stream(self, job: Job, reply: Reply) -> None:
+        """Send what the job gains as events, to its end. Raises the error with which it ended."""
         options = self.request.stream_options
         asked = bool(options and options.include_usage)
         continuous = asked and bool(options and options.continuous_usage_stats)
