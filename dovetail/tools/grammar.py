@@ -11,7 +11,7 @@ from dovetail.tools.frame import Frame
 from dovetail.tools.request import Function, Tools
 
 # Between the parts of JSON: what models write, but never so much that one goes on for ever.
-_GUIDANCE = {"whitespace_pattern": r"[ \t]{1,4}|\r?\n[ \t]{0,16}"}
+GUIDANCE = {"whitespace_pattern": r"[ \t]{1,4}|\r?\n[ \t]{0,16}"}
 _TEXT = r"text: /(.|\n)*/"
 # What may be a control token: <...> or [UPPERCASE].
 _MARK = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
@@ -32,12 +32,10 @@ class CallGrammar:
         """One call or several, and nothing else."""
         return _lines("start: calls", *self._calls(self._first))
 
-    def calls_or_json(self, schema: Mapping[str, Any]) -> str:
-        """Calls, or an answer that follows a JSON schema."""
-        answer = _json("answer", schema)
-        if self._first.lstrip("[").startswith(
-            "{"
-        ):  # two kinds of JSON are told apart where both are written alike
+    def calls_or_json(self, schema: Mapping[str, Any], guidance: Mapping[str, Any] = GUIDANCE) -> str:
+        """Calls, or an answer that follows a JSON schema. guidance: of llguidance, for the answer's whitespace."""
+        answer = _json("answer", schema, guidance)
+        if self._first.lstrip("[").startswith("{"):  # two kinds of JSON that begin alike
             return _lines("start: calls | answer", answer, *self._json_calls())
         return _lines("start: calls | answer", answer, *self._calls(self._first))
 
@@ -74,11 +72,11 @@ class CallGrammar:
         ]
         key = frame.middle.strip('", :')
         for i, function in enumerate(functions):
-            schema = self._schema(function)
-            shared = {name: schema.pop(name) for name in ("$defs", "definitions") if name in schema}
+            schema = {"$id": "urn:arguments", **self._schema(function)}  # the root of its own references
+            asked = {"x-guidance": schema.pop("x-guidance", {})}
             members = {"name": {"const": function.name}, key: schema}
             call = {"type": "object", "properties": members, "required": [*members], "additionalProperties": False}
-            rules.append(_json(f"call_{i}", call | shared))
+            rules.append(_json(f"call_{i}", call | asked))
         return rules
 
     def _schema(self, function: Function) -> dict[str, Any]:
@@ -99,8 +97,10 @@ class CallGrammar:
         return " ".join(parts + [json.dumps(plain)] * bool(plain))
 
 
-def _json(rule: str, schema: Mapping[str, Any]) -> str:
-    return f"{rule}: %json {json.dumps({'x-guidance': _GUIDANCE, **schema})}"
+def _json(rule: str, schema: Mapping[str, Any], guidance: Mapping[str, Any] = GUIDANCE) -> str:
+    own = schema.get("x-guidance")
+    asked = {**guidance, **(own if isinstance(own, Mapping) else {})}
+    return f"{rule}: %json {json.dumps({**schema, 'x-guidance': asked})}"
 
 
 def _lines(*lines: str) -> str:

@@ -14,7 +14,7 @@ from dovetail.core.structured import StructuredOutputs
 from dovetail.text.conversation import Message
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.tools.formats import Format, format_of
-from dovetail.tools.grammar import CallGrammar
+from dovetail.tools.grammar import GUIDANCE, CallGrammar
 from dovetail.tools.message import message
 from dovetail.tools.parser import Parser, PlainParser, parser_for
 from dovetail.tools.prompt import instructions, with_calls_as_text, with_instructions
@@ -79,7 +79,12 @@ class ToolUse:
                 param="tools",
             )
         schema = json.loads(form.text)
-        return grammar.calls_or_json(schema if isinstance(schema, dict) else {})
+        guidance: dict[str, Any] = GUIDANCE
+        if form.disable_any_whitespace:
+            guidance = {"whitespace_flexible": False}
+        elif form.whitespace_pattern is not None:
+            guidance = {"whitespace_pattern": form.whitespace_pattern}
+        return grammar.calls_or_json(schema if isinstance(schema, dict) else {}, guidance)
 
     def parser(self) -> Parser:
         """A parser of one answer."""

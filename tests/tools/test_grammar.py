@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from dovetail.core.sampling import SamplingParams
+from dovetail.core.structured import StructuredOutputs
 from dovetail.structured.grammar import Grammar
 from dovetail.structured.vocabulary import Vocabulary
 from dovetail.text.byte_tokenizer import ByteTokenizer
 from dovetail.tools.call import Call
-from dovetail.tools.formats import FORMATS, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, Format
+from dovetail.tools.formats import FORMATS, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, PYTHONIC, Format
 from dovetail.tools.grammar import CallGrammar, TokenOf
 from dovetail.tools.request import Tools, read_tools
+from dovetail.tools.use import ToolUse
 
 END = 257
 VOCABULARY = Vocabulary.of(ByteTokenizer(), 260)
@@ -112,6 +115,39 @@ def test_definitions_of_a_schema_are_found_from_within_a_call() -> None:
     grammar = grammars(LLAMA3, tools).calls_or_json({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}})
     assert allows(grammar, '{"name": "f", "parameters": {"at": "Oslo"}}') and allows(grammar, "3")
     assert not allows(grammar, '{"name": "f", "parameters": {"at": "Rome"}}')
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA3, PYTHONIC], ids=lambda f: f.name)
+def test_a_schema_that_refers_to_itself_means_the_arguments(form: Format) -> None:
+    parameters = {"properties": {"a": {"type": "integer"}, "next": {"$ref": "#"}}, "required": ["a"]}
+    tools = read_tools([{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}])
+    assert tools is not None
+    grammar = grammars(form, tools).calls_or_json({"type": "integer"})
+    assert allows(grammar, form.frame.written([Call("f", '{"a": 1, "next": {"a": 2}}')]))
+    assert not allows(grammar, form.frame.written([Call("f", '{"a": 1, "next": {"b": 2}}')]))
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA3], ids=lambda f: f.name)
+def test_guidance_of_a_schema_leaves_whitespace_bounded(form: Format) -> None:
+    parameters = {"properties": {"a": {"type": "integer", "unknown": 1}}, "x-guidance": {"lenient": True}}
+    tools = read_tools([{"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}])
+    assert tools is not None
+    for grammar in (grammars(form, tools).calls(), grammars(form, tools).calls_or_json({})):
+        assert allows(grammar, form.frame.written([Call("f", '{ "a": 1}')]))
+        assert not allows(grammar, form.frame.written([Call("f", "{" + " " * 99 + '"a": 1}')]))
+
+
+@pytest.mark.parametrize("form", [HERMES, LLAMA3], ids=lambda f: f.name)
+def test_whitespace_that_was_asked_for_holds_for_an_answer_beside_tools(form: Format) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.templates["default"] = form.marks[0]
+    use = ToolUse(tokenizer, offered("auto"))
+    assert use.format is form
+    asked = [StructuredOutputs(json={}, **given) for given in ({}, {"disable_any_whitespace": True})]
+    asked.append(StructuredOutputs(json={}, whitespace_pattern="\\t"))
+    found = [use.params(SamplingParams(structured_outputs=form)).structured_outputs.grammar for form in asked]
+    for text, expected in (('{"a":1}', [1, 1, 1]), ('{"a": 1}', [1, 0, 0]), ('{"a":\t1}', [1, 0, 1])):
+        assert [allows(grammar, text) for grammar in found] == expected, text
 
 
 @pytest.mark.parametrize("choice", ["required", "auto"])
