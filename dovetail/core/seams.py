@@ -41,7 +41,7 @@ class Policy:
 
     Default: first come, first served, but a long prompt does not stop others. A prompt with less to compute than
     the oldest overtakes it; the oldest keeps half of the tokens. While there is such a prompt, or others generate,
-    prompts take at most `crowded` tokens of a step, so that the step is short.
+    a step has at most `crowded` tokens for each prompt that is there, so that it is short if they are few.
     """
 
     crowded = 64
@@ -60,7 +60,7 @@ class Policy:
         """
         shorter = sorted((b.tokens, i) for i, b in enumerate(backlogs) if b.tokens < backlogs[0].tokens)
         if shorter or others:
-            left = min(left, self.crowded)
+            left = min(left, self.crowded * len(backlogs))
         amounts, half = [0] * len(backlogs), left // 2
         for tokens, i in shorter:
             amounts[i] = min(tokens, half)

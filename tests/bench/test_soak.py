@@ -73,7 +73,7 @@ def test_streams_are_added_up_and_end_once(soak: ModuleType) -> None:
 
 HEALTHY: dict[str, Any] = {
     "wrong": {}, "before": {"descriptors": 9, "threads": 4, "memory": 1}, "held": {"num_requests_running": 0.0},
-    "after": {"descriptors": 9, "threads": 3, "memory": 2}, "slope_mib_per_10k": 0.5, "requests": 30_000,
+    "after": {"descriptors": 9, "threads": 3, "memory": 2}, "slope_mib_per_10k": 0.5, "requests": 300_000,
     "log": ["shutting down"], "exit_code": 0,
 }  # fmt: skip
 

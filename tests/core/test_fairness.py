@@ -36,12 +36,13 @@ def test_the_oldest_keeps_half_and_shorter_ones_go_by_length() -> None:
     assert shares(16, [40]) == [16]
     assert shares(16, [40], others=3) == [8]
     assert shares(16, [40, 50, 40]) == [16, 0, 0]  # nobody is shorter
+    assert shares(64, [40, 50, 40], others=1) == [24, 0, 0]
     assert shares(16, [10, 50, 40]) == [10, 6, 0]
-    assert shares(16, [40, 30]) == [4, 4]
-    assert shares(16, [40, 30, 2]) == [4, 2, 2]
-    assert shares(16, [40, 30, 2, 1, 1, 9]) == [4, 0, 2, 1, 1, 0]
-    assert shares(16, [5, 4, 30]) == [4, 4, 0]
-    assert shares(16, [5, 1, 30]) == [5, 1, 2]
+    assert shares(64, [40, 30]) == [8, 8]
+    assert shares(16, [40, 30, 2]) == [8, 6, 2]
+    assert shares(16, [40, 30, 2, 1, 1, 9]) == [8, 0, 2, 1, 1, 4]
+    assert shares(16, [5, 4, 30]) == [5, 4, 7]
+    assert shares(16, [5, 1, 30]) == [5, 1, 10]
     assert shares(1, [40, 1]) == [1, 0]
 
 
@@ -49,7 +50,7 @@ def test_the_oldest_keeps_half_and_shorter_ones_go_by_length() -> None:
 @examples(200)
 def test_shares_add_up_and_leave_nobody_without(tokens: list[int], left: int, others: int) -> None:
     found = shares(left, tokens, others)
-    most = min(left, Crowded.crowded) if others or min(tokens) < tokens[0] else left
+    most = min(left, Crowded.crowded * len(tokens)) if others or min(tokens) < tokens[0] else left
     assert sum(found) == min(most, sum(tokens))  # nothing is left over
     assert all(0 <= n <= want for n, want in zip(found, tokens, strict=True))
     assert found[0] >= min(tokens[0], most - most // 2)
@@ -70,10 +71,9 @@ def test_a_short_prompt_overtakes_and_its_answer_does_not_wait() -> None:
     assert took(engine) == {"long": 16}
     short = make(engine, "short", [2, 1], 3)
     engine.add(short)
-    assert took(engine) == {"long": 6, "short": 2}
-    assert took(engine) == {"long": 8, "short": 1}  # one token of the answer, and a step that is short
-    assert took(engine) == {"long": 8, "short": 1}
-    assert took(engine) == {"long": 2, "other": 14}  # the other one was not begun before
+    assert took(engine) == {"long": 14, "short": 2}
+    assert took(engine) == {"long": 10, "short": 1, "other": 5}  # the other one was not begun before
+    assert took(engine) == {"long": 1, "short": 1, "other": 8}  # a step that is short
     finish(engine)
     assert [r.output for r in (long, other, short)] == [expected(r.prompt, r.max_total - len(r.prompt))
                                                         for r in (long, other, short)]  # fmt: skip
@@ -102,8 +102,7 @@ def test_a_prompt_that_is_stored_counts_as_what_is_left_of_it() -> None:
     engine.add(turn)
     finish(engine)
     add(engine, make(engine, "long", [2] * 30, 2), make(engine, "next", [*turn.tokens, 2, 1], 2))
-    assert took(engine) == {"long": 4, "next": 4}
-    assert took(engine) == {"long": 6, "next": 2}
+    assert took(engine) == {"long": 10, "next": 6}
     assert took(engine) == {"long": 8, "next": 1}
 
 
@@ -113,7 +112,7 @@ def test_siblings_begin_as_soon_as_their_prompt_is_computed() -> None:
     add(engine, parent, fork_of(engine, parent, "fork", 4))
     assert took(engine) == {"parent": 7}
     engine.scheduler.waiting = {make(engine, "long", [2] * 40, 2): None, **engine.scheduler.waiting}
-    assert took(engine) == {"parent": 1, "fork": 1, "long": 7}
+    assert took(engine) == {"parent": 1, "fork": 1, "long": 14}
 
 
 def test_what_was_preempted_is_computed_again_beside_others() -> None:
