@@ -70,7 +70,7 @@ def renamed(error: RequestError, param: str) -> RequestError:
 def _response_format(value: Mapping[str, Any]) -> dict[str, Any] | None:
     """OpenAI's response_format as fields of StructuredOutputs; None for text."""
     kind = value.get("type")
-    if kind not in _FORMAT_FIELDS:
+    if not isinstance(kind, str) or kind not in _FORMAT_FIELDS:
         raise _refused("type", f"must be one of {', '.join(_FORMAT_FIELDS)}, got {str(kind)[:64]!r}")
     _check_fields(value, _FORMAT_FIELDS[kind], "")
     if kind == "text":

@@ -101,6 +101,7 @@ def test_a_stream_has_the_same_text_and_logprobs(shared: Running) -> None:
         ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "structured_outputs", "leave one of them"),
         ({"guided_json": "{"}, "guided_json", "not a JSON text"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "json_object"),
+        ({"response_format": {"type": {"a": 1}}}, "response_format.type", "json_object"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "banana"}}}},
          "response_format", "banana"),
