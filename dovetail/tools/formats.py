@@ -10,9 +10,9 @@ from functools import partial
 from dovetail.tools import escaped_calls, json_calls, python_calls
 from dovetail.tools.call import Call
 from dovetail.tools.frame import Frame
+from dovetail.tools.python_calls import Parameters
 from dovetail.tools.source import Read, Source
 
-Parameters = Mapping[str, Sequence[str]]  # names of the parameters of each function that may becalled
 Found = tuple[list[Call], int] | None  # calls and their end, or None: no call begins here
 Reader = Callable[[Source, int, Parameters], Read[Found]]
 

@@ -21,7 +21,7 @@ _DIGITS = {"x": 2, "u": 4, "U": 8}
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _CLOSES = {"[": "]", "(": ")", "{": "}"}
 
-Parameters = Mapping[str, Sequence[str]]  # names of the parameters of each function, in order
+Parameters = Mapping[str, Sequence[str]]  # names of the parameters of each function that may be called
 
 
 class _Malformed(Exception):
