@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,7 @@ class Stream:
         self._gaps: list[tuple[int, int]] = []  # where those are in it
         self._stoppable = 0  # stop strings may be found from this character on
         self._margin = max((len(s) for s in p.stops), default=1) - 1
+        self._sorted = sorted(p.stops)
 
     def push(self, progress: Progress) -> None:
         """Take the tokens of a step. Sets finish_reason when the answer is complete."""
@@ -157,7 +159,10 @@ class Stream:
     def _held(self) -> int:
         """Length of the longest tail that begins a stop string."""
         for n in range(min(self._margin, len(self._read) - self._stoppable), 0, -1):
-            if any(s.startswith(self._read[-n:]) for s in self.request.params.stops if len(s) > n):
+            tail = self._read[-n:]
+            # Stops that begin with the tail follow it in this order; the tail itself is no stop, or it were found.
+            after = bisect_left(self._sorted, tail)
+            if after < len(self._sorted) and self._sorted[after].startswith(tail):
                 return n
         return 0
 

@@ -150,6 +150,20 @@ def test_text_that_may_become_a_stop_string_is_held_as_short_as_possible() -> No
     assert [push(short, c).text for c in "ac"] == ["a", "c"]  # one character is never half a stop string
 
 
+@examples(200)
+@given(st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=6), st.text("abc", max_size=12))
+def test_what_is_held_back_is_the_longest_tail_that_begins_a_stop_string(stops: list[str], text: str) -> None:
+    answer = answer_of(stop=stops)
+    for end in range(1, len(text) + 1):
+        push(answer, text[end - 1])
+        if answer.finished:
+            assert any(text[:end].endswith(s) for s in stops)
+            return
+        assert not any(s in text[:end] for s in stops)
+        held = max((n for s in stops for n in range(len(s)) if text[:end].endswith(s[:n])), default=0)
+        assert answer.streams[0].ready == end - held
+
+
 def test_a_stop_string_is_not_found_in_what_least_tokens_have_shown() -> None:
     answer = answer_of(stop=["ab", "bc"], min_tokens=2)
     assert [push(answer, c).text for c in "abcab"] == ["a", "b", "c", "", ""]

@@ -13,6 +13,8 @@ from dovetail.core.structured import StructuredOutputs
 
 MAX_LOGPROBS = 20  # larger reveals the output projection and costs memory per token
 MAX_LOGIT_BIAS = 1024
+MAX_STOPS = 1024  # looked for in every step, for every answer
+MAX_STOP = 1024  # characters of a stop
 MAX_N = 128
 
 
@@ -122,9 +124,13 @@ def _items(name: str, values: object) -> tuple[Any, ...]:
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else _items("stop", stop)
+    if len(stops) > MAX_STOPS:
+        raise RequestError(f"stop may have {MAX_STOPS} strings, got {len(stops)}", param="stop")
     for s in stops:
         if not isinstance(s, str) or not s:
             raise RequestError(f"stop must be non-empty strings, got {s!r}", param="stop")
+        if len(s) > MAX_STOP:
+            raise RequestError(f"a stop may have {MAX_STOP} characters, got {len(s)}", param="stop")
     return stops
 
 
@@ -133,7 +139,10 @@ def _token_ids(name: str, ids: Sequence[int] | None) -> tuple[int, ...]:
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
             raise RequestError(f"{name} must be token ids, got {i!r}", param=name)
-    return ids
+    found = tuple(dict.fromkeys(ids))
+    if len(found) > MAX_STOPS:
+        raise RequestError(f"{name} may have {MAX_STOPS} ids, got {len(found)}", param=name)
+    return found
 
 
 def _bias(bias: Mapping[int, float] | None) -> dict[int, float]:

@@ -83,6 +83,13 @@ def test_greedy_and_penalised() -> None:
         assert SamplingParams(**change).penalised  # type: ignore[arg-type]
 
 
+def test_what_ends_an_answer_is_bounded() -> None:
+    refused("stop", [str(i) for i in range(1025)], "stop may have 1024 strings, got 1025")
+    refused("stop", ["a", "b" * 1025], "a stop may have 1024 characters, got 1025")
+    refused("stop_token_ids", list(range(1025)), "stop_token_ids may have 1024 ids, got 1025")
+    assert SamplingParams(stop_token_ids=[3, 1, 3] * 1000).stop_token_ids == (3, 1)
+
+
 def test_stop_strings() -> None:
     assert SamplingParams(stop="ab").stops == ("ab",)
     assert SamplingParams(stop=["ab", "c"]).stops == ("ab", "c")
