@@ -20,7 +20,9 @@ _SAME = (
     "skip_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
-_TEMPLATE_RESERVED = frozenset({"self", "messages", "add_generation_prompt", "tools", "chat_template"})
+_TEMPLATE_RESERVED = frozenset({
+    "self", "messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template",
+})  # fmt: skip
 
 Prompt = str | list[int]
 Defaults = Callable[..., SamplingParams]  # the checkpoint's own settings, with overrides

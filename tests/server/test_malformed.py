@@ -81,6 +81,7 @@ CHAT_ONLY = [
     {"messages": HI, "chat_template": "{{ 7 * 7 }}"}, {"messages": HI, "chat_template_kwargs": 5},
     {"messages": HI, "chat_template_kwargs": {"messages": []}},
     {"messages": HI, "chat_template_kwargs": {"self": 1}},
+    {"messages": HI, "chat_template_kwargs": {"continue_final_message": True}},
     {"messages": HI, "chat_template_kwargs": {"bos_token": "x"}},
     {"messages": HI, "chat_template_kwargs": {"tools": 1}},
     {"messages": HI, "continue_final_message": True, "add_generation_prompt": True},
