@@ -108,7 +108,10 @@ class Intake:
                 "choose one of them",
                 param="continue_final_message",
             )
-        self._check_size(sum(map(len, strings([m.get("content") for m in request.messages]))), "messages")
+        said = [[m.get("content"), m.get("tool_calls")] for m in request.messages]
+        self._check_size(sum(map(len, strings(said))), "messages")
+        if tools.tools is not None:
+            self._check_size(sum(map(len, strings(tools.tools.shown()))), "tools")
         return tools.prompt(
             request.messages,
             add_generation_prompt=not goes_on and request.add_generation_prompt is not False,

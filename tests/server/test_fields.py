@@ -143,3 +143,19 @@ def test_a_chat_that_cannot_fit_is_refused_before_it_is_tokenized(
     for path in (CHAT, "/tokenize"):
         answer = shared.post(path, messages=[{"role": "user", "content": content}])
         assert answer.status_code == 400 and "context" in answer.json()["error"]["message"], answer.text
+
+
+def test_tools_and_calls_that_cannot_fit_are_refused_before_they_are_tokenized(
+    shared: Running, monkeypatch
+) -> None:
+    monkeypatch.setattr(shared.llm.tokenizer, "apply_chat_template", None)  # calling it would be a 500
+    said = {"role": "user", "content": "x"}
+    long = {"name": "f", "description": "x" * 100_000}
+    function = {"name": "f", "arguments": json.dumps({"a": "x" * 100_000})}
+    called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    for more in (
+        {"messages": [said], "tools": [{"type": "function", "function": long}]},
+        {"messages": [said, called, {"role": "tool", "content": "1"}]},
+    ):
+        answer = shared.post(CHAT, **more)
+        assert answer.status_code == 400 and "context" in answer.json()["error"]["message"], answer.text
