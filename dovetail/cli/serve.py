@@ -77,13 +77,19 @@ def command(
         int, typer.Option(min=0, help="Most answers that wait; further requests get 503.")
     ] = 1024,
     shutdown_timeout: Annotated[
-        float, typer.Option(parser=_seconds, metavar="DURATION", help="Time for open requests after SIGTERM.")
+        float,
+        typer.Option(
+            parser=_seconds,
+            metavar="DURATION",
+            help="Time for open requests after SIGTERM, in seconds or as in 1m.",
+        ),
     ] = 30.0,
 ) -> None:
     """Serve MODEL over HTTP with the OpenAI API.
 
-    It answers /v1/chat/completions, /v1/completions and /v1/models, and /health, /metrics (Prometheus), /version
-    and /docs. The first Ctrl-C or SIGTERM finishes open requests; a second one ends them with an error.
+    It answers /v1/chat/completions, /v1/completions and /v1/models, and /tokenize, /detokenize, /tokenizer_info,
+    /health, /metrics (Prometheus), /version and /docs, which lists every field of a request. The first Ctrl-C or
+    SIGTERM finishes open requests; a second one ends them with an error.
 
     \b
     Examples:

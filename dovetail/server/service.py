@@ -105,7 +105,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.options.names:
-            raise NotFound(f"the model '{name}' is not served here", param="model")
+            served = ", ".join(self.options.names)
+            raise NotFound(f"the model '{name}' is not served here; the names are {served}", param="model")
 
     def root(self) -> str:
         """From where clients can load the model's tokenizer: a folder, or a Hugging Face id."""
