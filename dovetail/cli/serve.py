@@ -78,11 +78,7 @@ def command(
     ] = 1024,
     shutdown_timeout: Annotated[
         float,
-        typer.Option(
-            parser=_seconds,
-            metavar="DURATION",
-            help="Time for open requests after SIGTERM, in seconds or as in 1m.",
-        ),
+        typer.Option(parser=_seconds, metavar="DURATION", help="Time after SIGTERM for open requests, as in 1m."),
     ] = 30.0,
 ) -> None:
     """Serve MODEL over HTTP with the OpenAI API.
