@@ -182,7 +182,7 @@ def sort_extra(request: GenerationRequest) -> Iterator[str]:
         if name in _REPLACED and value is not None:
             raise RequestError(f"{name} is not supported; use {_REPLACED[name]}", param=name)
         if name in unsupported:
-            if not any(type(value) is type(v) and value == v for v in unsupported[name]):
+            if not any(isinstance(value, bool) == isinstance(v, bool) and value == v for v in unsupported[name]):
                 raise RequestError(f"{name}: this value is not supported yet", param=name)
         elif value is not None and _is_limit(name):
             raise RequestError(f"{name} is not a field here; the limit of an answer is max_tokens", param=name)

@@ -29,6 +29,10 @@ HINTS = {
     "Unknown format": 'leave it out, or put "x-guidance": {"lenient": true} into the schema to ignore it',
 }
 
+_BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})  # by any name
+_DATA = frozenset({"const", "default", "enum", "examples"})  # not schemas
+
 
 class GrammarError(Exception):
     """Why a grammar cannot be used, in words for the user who wrote it."""
@@ -93,12 +97,30 @@ def _json(asked: StructuredOutputs) -> str:
         if not schema:
             raise GrammarError("nothing is valid by the schema false")
         schema = {}
+    _check_bounds(schema)
     own = schema.get("x-guidance")
     options: dict[str, object] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     if asked.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     schema = {**schema, "x-guidance": {**options, **(own if isinstance(own, dict) else {})}}
     return json.dumps({"grammars": [{"json_schema": schema}]}, ensure_ascii=False)
+
+
+def _check_bounds(schema: object) -> None:
+    """GrammarError for bounds that llguidance would read as others: it has 64 bits, and knows no draft 4."""
+    if isinstance(schema, list):
+        for item in schema:
+            _check_bounds(item)
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if key in _DATA:
+            continue
+        if key in _BOUNDS and isinstance(value, bool):
+            raise GrammarError(f"{key} is {str(value).lower()}, as in draft 4; write the bound itself as a number")
+        if key in _BOUNDS and isinstance(value, int) and not -(2**63) < value < 2**63:
+            raise GrammarError(f"{key} is {str(value)[:40]}, and bounds beyond 64 bits cannot be held")
+        _check_bounds(list(value.values()) if key in _NAMED and isinstance(value, dict) else value)
 
 
 def _from_gbnf(text: str) -> str:

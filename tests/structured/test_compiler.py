@@ -87,10 +87,16 @@ TROUBLE: dict[str, tuple[dict[str, Any], str]] = {
     "a large factor": ({"json": {"type": "integer", "multipleOf": 999_999_937}}, "fuel"),
     "another host": ({"json": {"$ref": "http://169.254.169.254/latest"}}, "169.254"),
     "a file": ({"json": {"$ref": "file:///etc/passwd"}}, "passwd"),
+    "a bound beyond 64 bits": ({"json": {"type": "integer", "minimum": 10**30}}, "minimum is 1000000"),
+    "a bound of draft 4": (
+        {"json": {"properties": {"a": {"type": "integer", "minimum": 3, "exclusiveMinimum": True}}}}, "draft 4",
+    ),
     "a long substring": ({"grammar": 'start: %regex {"substring_chars": "' + "abcdef" * 30_000 + '"}'}, "too big"),
 }  # fmt: skip
 
 HARMLESS: dict[str, dict[str, Any]] = {
+    "a property that is named as a bound": {"json": {"type": "object", "properties": {"minimum": True}}},
+    "a constant that has a bound's name": {"json": {"const": {"minimum": 10**30, "exclusiveMinimum": True}}},
     "nested repetitions": {"regex": "(?:(?:a{0,10000}){0,10000}){0,10000}"},
     "a NUL": {"regex": "a\0?b"},
     "a NUL in a schema": {"json": {"enum": ["\0", "a"]}},
