@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,15 @@ def _keys(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
         if not (key.isascii() and key.isprintable() and key == key.strip() and key):
             raise ConfigError("an API key must be printable ASCII, not empty, and without spaces around it")
     return tuple(found)
+
+
+def _check_origins(origins: Sequence[str]) -> None:
+    """ConfigError for what no browser says of a page."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ConfigError(
+                f"--allowed-origins {origin}: an origin is written as https://chat.example, without a path"
+            )
 
 
 @spliced
@@ -97,6 +107,7 @@ def command(
     from dovetail.server.service import ServiceOptions
 
     keys = _keys(api_key or [], api_key_file)
+    _check_origins(allowed_origins or ())
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is no news
     names = tuple(served_model_name or [model])

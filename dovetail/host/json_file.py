@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dovetail.core.errors import ModelError, RequestError
+
+_PIECE = 1 << 20  # bytes of a file that are read at a time
 
 
 def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
@@ -39,15 +40,19 @@ def parse_json_object(text: bytes, source: str) -> dict[str, Any]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole file; ModelError if it cannot be read or is longer than `limit` bytes."""
+    parts, size = [], 0
     try:
-        with open(path, "rb") as file:
-            # Not limit + 1: reading takes memory for what it is asked for.
-            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+        with open(
+            path, "rb"
+        ) as file:  # in pieces: reading takes memory for what it is asked for, and pipes have no size
+            while size <= limit and (part := file.read(min(limit + 1 - size, _PIECE))):
+                parts.append(part)
+                size += len(part)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
-    if len(data) > limit:
+    if size > limit:
         raise ModelError(f"{path}: is longer than {limit} bytes")
-    return data
+    return b"".join(parts)
 
 
 def read_json_object(path: Path, limit: int = 4 << 20) -> dict[str, Any]:

@@ -149,8 +149,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return await _unforeseen(request, error)
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-    known = RequestError(str(error.detail), status=error.status_code, type=kind)
+    known = RequestError(_detail(request, error), status=error.status_code, type=kind)
     return JSONResponse(errors.body(known), error.status_code, error.headers)
+
+
+def _detail(request: Request, error: HTTPException) -> str:
+    """What is wrong. The router says no more of a path or method that it does not know than its status."""
+    asked = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404 and error.detail == "Not Found":
+        return f"there is no {asked}; the API is under /v1, and /docs lists every route"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{asked} is not possible; this route takes {allowed}"
+    return str(error.detail)
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:

@@ -65,6 +65,12 @@ def test_keys_that_cannot_be_sent_are_refused(tiny_model: Path, tmp_path: Path, 
     assert refused.exit_code == 2 and "key" in refused.stderr
 
 
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/page", "", "https://"])
+def test_origins_that_no_browser_sends_are_refused(tiny_model: Path, origin: str) -> None:
+    refused = call("serve", tiny_model, "--allowed-origins", origin)
+    assert refused.exit_code == 2 and "https://chat.example" in refused.stderr
+
+
 def test_defaults_are_the_model_s_own(tiny_model: Path) -> None:
     llm = LLM(tiny_model, kv_memory=4 << 20, threads=1)
     llm.checkpoint.generation_config = {"temperature": 0.6, "top_p": 0.95}

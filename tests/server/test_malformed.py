@@ -157,6 +157,9 @@ def test_routes(shared: Running) -> None:
     ):  # fmt: skip
         answer = httpx.request(method, shared.url + path)
         assert answer.status_code == status and answer.json()["error"]["code"] == status
+    lost = httpx.post(f"{shared.url}/chat/completions").json()["error"]["message"]  # a base URL without /v1
+    assert "POST /chat/completions" in lost and "under /v1" in lost
+    assert "takes POST" in httpx.get(shared.url + CHAT).json()["error"]["message"]
 
 
 def test_bytes_that_are_not_http(shared: Running) -> None:

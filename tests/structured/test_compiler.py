@@ -35,13 +35,22 @@ DEEP = StructuredOutputs(grammar=f'start: r0\n{RULES}\nr20000: "a"')  # overflow
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[Compiler]:
+    _others.update(all_workers())  # of servers that other tests share
     made = Compiler(vocabulary())
     yield made
     made.close()
     assert not children()
 
 
+_others: set[int] = set()
+
+
 def children() -> list[int]:
+    """Processes that this module's compilers run."""
+    return [pid for pid in all_workers() if pid not in _others]
+
+
+def all_workers() -> list[int]:
     """Processes of this one that run the worker."""
     found = [int(p) for t in Path("/proc/self/task").iterdir() for p in (t / "children").read_text().split()]
     return [p for p in found if b"dovetail.structured.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
