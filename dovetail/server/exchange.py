@@ -172,6 +172,10 @@ def parse(scope: Scope, data: bytes) -> dict[str, Any]:
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json" and b"origin" in headers:
         raise RequestError("a web page must send the content type application/json", status=415)
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding not in (b"", b"identity"):
+        name = coding[:64].decode("latin-1")
+        raise RequestError(f"the content encoding {name} is not supported; send the body as it is", status=415)
     return json_object(data, "body")
 
 

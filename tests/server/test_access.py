@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -91,3 +92,11 @@ def test_the_page_of_the_api_is_complete_and_needs_nothing_else(shared: Running)
     document = httpx.get(f"{shared.url}/openapi.json").json()
     assert all(path in page for path in document["paths"]) and "max_completion_tokens" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+def test_compressed_bodies_are_refused_by_name(shared: Running) -> None:
+    body, address = json.dumps(BODY).encode(), f"{shared.url}/v1/completions"
+    plain = httpx.post(address, content=body, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
+    packed = httpx.post(address, content=gzip.compress(body), headers={"content-encoding": "gzip"})
+    assert packed.status_code == 415 and "gzip" in packed.json()["error"]["message"]
