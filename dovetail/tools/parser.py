@@ -204,7 +204,10 @@ class _FramedParser(_Base):
             start += len(frame.closing)
         while not source.closed:
             yield
-        self._text(source.text[start:])
+        rest, head = source.text[start:], frame.between + frame.head
+        cut = head.startswith(rest) or rest.startswith(head) or frame.closing.startswith(rest)
+        if not (self.calls and cut):  # what is left of a further call is no text
+            self._text(rest)
 
     def _expect(self, at: int, literal: str) -> Read[int | None]:
         return at + len(literal) if (yield from self._source.starts(at, literal)) else None
