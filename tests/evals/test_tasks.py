@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail import LLM
+from dovetail import LLM, SamplingParams
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.evals.prompts import Example, encode, row_prompt, text_prompt
 from dovetail.evals.scorers import first_letter, last_number, scorer
@@ -167,13 +167,16 @@ def test_examples_are_paragraphs_without_a_chat_template(base):
 # -- suites ----------------------------------------------------------------------------------------------
 
 
-def test_a_models_own_answers_are_right_and_others_wrong(tiny_model, tmp_path):
+def test_a_models_own_answers_are_right_and_others_wrong(tiny_model, llm, tmp_path):
     rows = [{"prompt": f"number {i}", "answer": "?"} for i in range(6)]
     file = write(tmp_path / "rows.jsonl", rows)
     options = ("--data", file, "--tokens", 9)
     found, _ = run(tiny_model, "jsonl", *options)
     assert (found["accuracy"], found["correct"], found["total"], found["stderr"]) == (0, 0, 6, 0)
-    assert (found["tokens"], found["unfinished"]) == (54, 6)
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    said = [o.outputs[0] for o in llm.chat(chats, SamplingParams(temperature=0, max_tokens=9))]
+    cut = sum(o.finish_reason == "length" for o in said)
+    assert (found["tokens"], found["unfinished"]) == (sum(len(o.token_ids) for o in said), cut) and 0 < cut < 6
     own = [item["answer"] for item in found["items"]]
     for i, answer in enumerate(own[:2]):
         rows[i]["answer"] = answer
@@ -182,7 +185,7 @@ def test_a_models_own_answers_are_right_and_others_wrong(tiny_model, tmp_path):
     assert [i["line"] for i in found["items"]] == [1, 2, 3, 4, 5, 6]
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["stderr"] == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 6))
-    assert "2 of 6 by exact" in text and "6 cut off" in text
+    assert "2 of 6 by exact" in text and f"{cut} cut off" in text
 
 
 def test_examples_are_not_scored_and_the_limit_counts_what_is(tiny_model, tmp_path):
