@@ -226,9 +226,11 @@ class Tally:
     refused: int = 0  # with 503 and retried
     wrong: dict[str, list[str]] = field(default_factory=dict)
     requests: int = 0
+    begun: float = field(default_factory=time.monotonic)
 
     def blame(self, kind: str, what: str) -> None:
-        self.wrong.setdefault(kind, []).append(what[:500])
+        """Note what was wrong, and when: faults of one moment have another cause than faults of all hours."""
+        self.wrong.setdefault(kind, []).append(f"[{time.monotonic() - self.begun:.1f} s] {what[:500]}")
 
 
 class Browser:
