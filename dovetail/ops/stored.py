@@ -13,6 +13,7 @@ from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.lazy_torch import torch
 from dovetail.ops.dequant import BLOCKS
+from dovetail.ops.grids import DEQUANTIZE
 from dovetail.ops.memory import ELEMENTS, as_tensor, rounded
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class StoredTensor:
     `data` is uint8 [rows, row_bytes]. Rows run over all but the last dimension. `data` is usually a view of a
     mapped file: do not write to it. A format may keep more than codes. `parts` are by name what belongs to a row
     (scales, zero points): their first dimension runs over the rows. `shared` is what all rows have in common (a
-    permutation of the columns).
+    permutation of the columns). `activation`: how the checkpoint wants the rows quantized that it is multiplied
+    with, one of `ops.grids.ACTIVATIONS`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class StoredTensor:
     data: NDArray[np.uint8]
     parts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     shared: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    activation: str = ""
 
     @classmethod
     def of(cls, name: str, values: NDArray[Any], kind: str = "float32") -> StoredTensor:
@@ -99,17 +102,5 @@ class StoredTensor:
         return replace(self, data=data, shape=shape, parts=parts)
 
 
-def _by_channel(stored: StoredTensor) -> NDArray[np.float32]:
-    """int8 codes and a float scale for each row; `order`, if there is one, says of which column each code is."""
-    codes = stored.data.view(np.int8).reshape(stored.shape).astype(np.float32)
-    scale = stored.parts["scale"].astype(np.float32).reshape(-1, *[1] * (len(stored.shape) - 1))
-    values: NDArray[np.float32] = codes * scale
-    if "order" not in stored.shared:
-        return values
-    out = np.empty_like(values)
-    out[..., stored.shared["order"]] = values
-    return out
-
-
 # Formats of several parts: how their values come about, in float32.
-PARTED: dict[str, Callable[[StoredTensor], NDArray[np.float32]]] = {"INT8_CHANNEL": _by_channel}
+PARTED: dict[str, Callable[[StoredTensor], NDArray[np.float32]]] = dict(DEQUANTIZE)

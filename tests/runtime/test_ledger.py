@@ -87,7 +87,7 @@ class Halved:
         values = weight.values()
         scale = np.abs(values).max(1) / np.float32(127)
         codes = (values / scale[:, None]).round().astype(np.int8).view(np.uint8)
-        return StoredTensor(weight.name, "INT8_CHANNEL", weight.shape, codes, {"scale": scale})
+        return StoredTensor(weight.name, "I8", weight.shape, codes, {"scale": scale[:, None]})
 
 
 @native
