@@ -21,7 +21,7 @@ from dovetail.core.technique import Composition
 from dovetail.core.types import UNLIMITED
 from dovetail.host.lazy_torch import torch
 from dovetail.layers.linear import Dense, Packed
-from dovetail.layers.loader import Loader
+from dovetail.layers.loader import Loader, Recoding
 from dovetail.models import MODELS, geometry
 from dovetail.ops.cpu import TORCH
 from dovetail.runtime.batch import BatchBuilder
@@ -105,9 +105,13 @@ def _format(config: Config) -> Format:
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:
     """The model as the executor: its weights, KV, and the techniques that wait for both."""
     native = config.kernels != TORCH
-    if native and cache is not None and seams.format is None:
+    if seams.format is not None:
+        cache = None
+    elif native and cache is not None:
         cache.open(config.threads)
-    load = Loader(checkpoint, seams.format or _format(config), config.dtype, config.device, cache=cache)
+    recoding = seams.format if isinstance(seams.format, Recoding) else None
+    fmt = seams.format if seams.format is not None and recoding is None else _format(config)
+    load = Loader(checkpoint, fmt, config.dtype, config.device, cache=cache, recoding=recoding)
     site.model = model = MODELS[checkpoint.config.architecture].program(load, seams.rows, seams.variant)
     offload = None
     if config.num_kv_cells:

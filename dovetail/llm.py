@@ -9,6 +9,7 @@ from typing import Any
 
 from dovetail.config import Config, Found, Machine, Options, resolve
 from dovetail.core.errors import ConfigError, RequestError
+from dovetail.core.model import PLAIN_FORMATS
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import Probe
@@ -61,6 +62,9 @@ class LLM:
         offered = facts(checkpoint.config)
         if asked.kv_offloading_size is not None:
             offered |= {"a slow tier"}
+        stored = stored_format(checkpoint)
+        if stored in PLAIN_FORMATS:
+            offered |= {"weights that are not quantized"}
         composition = compose(*parts, facts=offered)
         self.config: Config = resolve(
             asked,
@@ -68,7 +72,7 @@ class LLM:
             geometry(checkpoint.config),
             Found(
                 str(model),
-                stored_format(checkpoint),
+                stored,
                 tuple(composition.specs),
                 _machine(asked.device),
                 bytes_per_token,

@@ -89,7 +89,7 @@ class TinyCheckpoint:
 
 CHECKPOINT = TinyCheckpoint(tiny_config())
 OFFERED = frozenset(
-    {"a slow tier"}
+    {"a slow tier", "weights that are not quantized"}
 )  # what techniques may need besides the model; their definitions need none of it
 
 

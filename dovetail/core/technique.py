@@ -87,7 +87,11 @@ class Composition:
         return [t.spec for t in self.techniques]
 
 
-PROVIDERS = {"a slow tier": "give its size with --kv-offloading-size"}  # what users can do about needs
+PROVIDERS = {  # what users can do about needs
+    "a slow tier": "give its size with --kv-offloading-size",
+    "weights that are not quantized": "take a checkpoint in bf16, float16 or float32, or let `dovetail quantize` "
+    "make one of these weights",
+}
 
 
 def compose(*techniques: Technique, facts: frozenset[str] = frozenset()) -> Composition:

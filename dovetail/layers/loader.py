@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dovetail.checkpoint import Checkpoint
@@ -10,6 +11,28 @@ from dovetail.core.seams import Format
 from dovetail.layers.embedding import Embedding
 from dovetail.layers.linear import Linear, Packed, Unrecorded
 from dovetail.layers.norm import Norm
+from dovetail.ops.stored import StoredTensor
+
+Recode = Callable[[StoredTensor], StoredTensor]
+
+
+class Recoding:
+    """What fills the Format seam to keep weights in other codes; the engine's own Format then multiplies them.
+
+    layers: makes new codes of a linear layer's weight in the blocks. head: the same for the output head, or None
+    to leave it as it is. count: how many weights were recoded.
+    """
+
+    def __init__(self, layers: Recode, head: Recode | None = None) -> None:
+        self.layers, self.head = layers, head
+        self.count = 0
+
+    def __call__(self, stored: StoredTensor) -> StoredTensor:
+        recode = self.layers if stored.name.startswith("model.layers.") else self.head
+        if recode is None:
+            return stored
+        self.count += 1
+        return recode(stored)
 
 
 class Loader:
@@ -23,15 +46,17 @@ class Loader:
         device: str = "cpu",
         *,
         cache: PackedCache | None = None,
+        recoding: Recoding | None = None,
     ) -> None:
         """dtype: the compute type, one of `ops.memory.ELEMENTS`. device: as torch names it. cache: where packed
-        weights may be ready."""
+        weights may be ready. recoding: of linear layers, before the Format gets them."""
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.format = fmt
         self.dtype = dtype
         self.device = device
         self.cache = cache
+        self.recoding = recoding
 
     def embedding(self, name: str) -> Embedding:
         stored = self.checkpoint.tensor(f"{name}.weight")
@@ -47,7 +72,7 @@ class Loader:
         biases = [read(f"{n}.bias") for n in names] if bias else []
         if isinstance(self.format, Packed):
             return self.format.layer([self._packed(name, self.format) for name in full], biases)
-        weights = [read(name) for name in full]
+        weights = [self._weight(name) for name in full]
         layer: Any = self.format.linear(weights, biases)
         return layer if hasattr(layer, "record") else Unrecorded(layer, weights)
 
@@ -55,8 +80,12 @@ class Loader:
         """A packed weight: from the cache, or packed now and added to it."""
         found = self.cache.get(name, self.checkpoint.shape(name)) if self.cache is not None else None
         if found is None:
-            found = fmt.pack(self.checkpoint.tensor(name))
+            found = fmt.pack(self._weight(name))
             self.checkpoint.release(name)
             if self.cache is not None:
                 self.cache.add(name, found)
         return found
+
+    def _weight(self, name: str) -> StoredTensor:
+        stored = self.checkpoint.tensor(name)
+        return stored if self.recoding is None else self.recoding(stored)

@@ -12,12 +12,17 @@ from dovetail.core.errors import ConfigError
 if TYPE_CHECKING:
     from dovetail.core.technique import Technique
 
+# The module of each, whose factory has its name; or module.factory.
 MODULES = {
     "infinigen": "infinigen",
     "ngram": "ngram",
     "quest": "quest",
     "shadowkv": "shadowkv",
     "sink-window": "sink_window",
+    "w4a16": "rounded.w4a16",
+    "w4a8": "rounded.w4a8",
+    "w8a8-fp8": "rounded.w8a8_fp8",
+    "w8a8-int8": "rounded.w8a8_int8",
 }
 MOST = 2**31 - 1  # of a whole number: more tokens than any sequence has
 
@@ -28,7 +33,8 @@ def technique(spec: str) -> Technique:
     if name not in MODULES:
         known_names = f"the known ones are {', '.join(sorted(MODULES))}"
         raise ConfigError(f"technique '{name}' is unknown; {known_names}{_several(name)}")
-    factory = getattr(importlib.import_module(f"dovetail.techniques.{MODULES[name]}"), MODULES[name])
+    module, _, function = MODULES[name].partition(".")
+    factory = getattr(importlib.import_module(f"dovetail.techniques.{module}"), function or module)
     known = inspect.signature(factory, eval_str=True).parameters
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):

@@ -211,7 +211,7 @@ def test_every_seam_has_a_default_or_is_given_by_the_device_side() -> None:
 def test_every_technique_can_be_named_by_the_spec_it_prints(name: str) -> None:
     built = technique(name)
     assert built.name == name
-    assert built.lossless or built.exact_at
+    assert built.lossless or built.exact_at or built.fills == ("format",)  # which rounds at every setting
     assert technique(built.spec).spec == built.spec
     assert (technique(built.spec).options, built.fills) == (built.options, technique(built.spec).fills)
 
