@@ -12,6 +12,9 @@ from dovetail.core.errors import RequestError
 MAX_BYTES = 1 << 20  # of a schema, an expression, a grammar, or all choices together
 MAX_DEPTH = 128  # of objects and lists within each other in a JSON schema
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
+# What may stand between the parts of JSON that a grammar holds a model to. Small models that may write any number
+# of spaces and newlines never stop.
+JSON_WHITESPACE = r"[ \t]{1,2}|(\r?\n){1,2}[ \t]{0,32}"
 Array = Any  # of numpy; core never looks inside
 
 

@@ -7,17 +7,13 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from dovetail.core.structured import StructuredOutputs
+from dovetail.core.structured import JSON_WHITESPACE, StructuredOutputs
 from dovetail.structured.matcher import DEAD_END, Matcher
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from dovetail.structured.vocabulary import Vocabulary
-
-# Between the parts of JSON. Small models that may write any number of spaces and newlines never stop.
-WHITESPACE = r"[ \t]{1,2}|(\r?\n){1,2}[ \t]{0,32}"
-
 
 STATES = 20_000  # of a lexer, 1 to 2 KB each
 # What a step may take. All answers of a step wait for the slowest, so these are below llguidance's own limits. The
@@ -99,7 +95,7 @@ def _json(asked: StructuredOutputs) -> str:
         schema = {}
     _check_bounds(schema)
     own = schema.get("x-guidance")
-    options: dict[str, object] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
+    options: dict[str, object] = {"whitespace_pattern": asked.whitespace_pattern or JSON_WHITESPACE}
     if asked.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     schema = {**schema, "x-guidance": {**options, **(own if isinstance(own, dict) else {})}}

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dovetail.core.structured import JSON_WHITESPACE
 from dovetail.tools.frame import Frame
 from dovetail.tools.request import Function, Tools
 
-# Between the parts of JSON: what models write, but never so much that one goes on for ever.
-GUIDANCE = {"whitespace_pattern": r"[ \t]{1,4}|\r?\n[ \t]{0,16}"}
+GUIDANCE = {"whitespace_pattern": JSON_WHITESPACE}  # of llguidance
 _TEXT = r"text: /(.|\n)*/"
 # What may be a control token: <...> or [UPPERCASE].
 _MARK = re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])")
