@@ -60,8 +60,6 @@ def read_hf_config(
     ModelError naming `source` and the field for an unknown architecture, a missing or wrongly typed field, or
     numbers that contradict each other.
     """
-    if values.get("quantization_config") is not None:
-        raise ModelError(f"{source}: quantization_config: quantized Hugging Face checkpoints are not supported")
     if isinstance(values.get("text_config"), dict):
         kind = str(values.get("model_type"))[:64]
         raise ModelError(f"{source}: model_type {kind!r} holds more than text (text_config); only text can be run")

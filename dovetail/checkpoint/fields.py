@@ -53,6 +53,15 @@ class Fields:
             raise self.wrong(name, value, "a string")
         return value
 
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings; () where it is missing or null."""
+        value = self.values.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise self.wrong(name, value, "a list of strings")
+        return tuple(value)
+
     def object(self, name: str) -> Fields | None:
         """A JSON object, or None where it is missing, null or {}."""
         value = self.values.get(name)

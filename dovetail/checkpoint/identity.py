@@ -14,7 +14,7 @@ SAMPLES = 64  # places in a file
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest of the configuration and, of every tensor, its name, format, shape and first bytes.
+    """A digest of the configuration and, of every tensor, its name, format, shape and first bytes of all parts.
 
     It does not change when the files move. Not every byte is read, so it tells models apart, but it does not
     detect a forgery.
@@ -23,7 +23,8 @@ def identity(checkpoint: Checkpoint) -> str:
     for name in sorted(checkpoint.names()):
         tensor = checkpoint.tensor(name)
         found.update(f"\0{name} {tensor.format} {tensor.shape} ".encode())
-        found.update(tensor.data.reshape(-1)[:SAMPLE].tobytes())
+        for part in (tensor.data, *tensor.parts.values(), *tensor.shared.values()):
+            found.update(part.reshape(-1)[:SAMPLE].tobytes())
     return found.hexdigest()
 
 

@@ -256,7 +256,6 @@ CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
     (SMOLLM3 | {"no_rope_layers": [2] * 9}, "no_rope_layers must be"),
     (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be at least 1"),
     ({"rope_parameters": {"rope_type": "factors"}}, "'factors' is not known"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
 ]
 
 
