@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 
 EXIT_MISSED = 1
 
+CompareOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="An earlier result, with whose answers these are paired.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
 
 @spliced
 def command(
@@ -42,6 +53,7 @@ def command(
         str | None,
         typer.Option(metavar="SPEC", help="Reference: plain, exact, or parts as in --sweep.", show_default=False),
     ] = None,
+    compare: CompareOption = None,
     least: Annotated[
         list[str] | None, typer.Option("--min", metavar="KEY=N", help="Exit with 1 if a figure is below. Repeat.")
     ] = None,
@@ -56,19 +68,22 @@ def command(
 
     Everything runs through the engine that serves, so quality and speed are of the same run. A technique that was
     in use and never acted makes the measurement an error (exit 1). Without --against, comparisons are with the
-    engine without techniques, or in float32 (exact) if no technique is in use.
+    engine without techniques, or in float32 (exact) if no technique is in use. Answers to the same questions are
+    paired: with those of --compare, else of the first setting.
 
     \b
     Examples:
       dovetail eval smollm2-135m --suite perplexity
       dovetail eval smollm2-135m --suite divergence --sweep kv-cache-dtype=bf16,int8,int4 --plot kl.png
       dovetail eval smollm2-135m --suite perplexity --use sink-window:window=256 --max perplexity=20
+      dovetail eval smollm2-135m --suite gsm8k --data test.jsonl --sweep kv-cache-dtype=int8,int4
       dovetail eval smollm2-135m --suite needle --lengths 1024..4096 --plot heat.png
     """
     from dovetail.evals.journal import Journal
 
     asked = _asked(model, suite, suite_options, engine, sweep or [], against)
-    bounds = [*_bounds(asked.suite, least or [], "--min"), *_bounds(asked.suite, most or [], "--max")]
+    asked = replace(asked, earlier=None if compare is None else _earlier(asked.suite, compare))
+    bounds = [*_bounds(asked, least or [], "--min"), *_bounds(asked, most or [], "--max")]
     asked = replace(asked, bounds=bounds)
     journal = Journal(asked.key, fresh)
     results = _results(asked, journal)
@@ -127,15 +142,32 @@ def _asked(
     return Run(build(kind, options.given), model, list(settings.values()), reference)
 
 
-def _bounds(suite: Suite, texts: Sequence[str], flag: str) -> list[Bound]:
+def _earlier(suite: Suite, path: Path) -> Result:
+    """The result in a file, with which those of `suite` can be paired. ConfigError says why they cannot."""
+    from dovetail.bench.compare import load
+
+    found = load(path)
+    found = next((r for r in found.get("results", ()) if "items" in r), found)  # of several, the first measured
+    digest = suite.questions()
+    if digest is None:
+        raise ConfigError(f"--compare: the suite {suite.name} has no questions that are answered right or wrong")
+    if found.get("suite") != suite.name or found.get("data_sha256") != digest or "items" not in found:
+        raise ConfigError(f"--compare {path}: it is no result of the suite {suite.name} on the same questions")
+    return found
+
+
+def _bounds(asked: Run, texts: Sequence[str], flag: str) -> list[Bound]:
     """`accuracy=0.95` of --min or --max."""
-    from dovetail.evals.bounds import Bound
+    from dovetail.evals.bounds import DIFFERENCE, Bound
 
     found = []
+    keys = list(asked.suite.columns)
+    if asked.suite.questions() is not None and (asked.earlier is not None or len(asked.settings) > 1):
+        keys.append(DIFFERENCE)
     for text in texts:
         key, equals, value = text.partition("=")
-        if key not in suite.columns or not equals:
-            raise ConfigError(f"{flag} '{text}': write KEY=NUMBER with one of {', '.join(suite.columns)}")
+        if key not in keys or not equals:
+            raise ConfigError(f"{flag} '{text}': write KEY=NUMBER with one of {', '.join(keys)}")
         try:
             bound = float(value)
         except ValueError:
@@ -153,6 +185,8 @@ def _say(asked: Run, result: Result) -> None:
     if result["state"] == "refused":
         return
     text = asked.suite.text(result)
+    if "paired" in result:
+        text += f"\n{_paired(result['paired'])}"
     if len(asked.settings) == 1:
         print(text)
         for name, count in result["activity"].items():
@@ -173,13 +207,30 @@ def _table(suite: Suite, results: Sequence[Result]) -> str:
     front = pareto([(r["decode_tokens_per_s"], sign * r[suite.quality]) for r in measured])
     best = {measured[i]["setting"] for i in front}
     rows = []
+    pairs = any("paired" in r for r in results)
     for r in results:
         figures = [float(r[c]) if c in r else None for c in suite.columns]
         low, high = r.get("decode_spread", (None, None))
         marks = [r["state"]] if r["state"] != "measured" else ["best"] if r["setting"] in best else []
         marks += ["earlier run"] if r.get("earlier") else []
-        rows.append((r["setting"], *figures, low, high, ", ".join(marks)))
-    return table(("setting", *suite.columns, "lowest", "highest", ""), rows)
+        paired = _difference(r["paired"]) if "paired" in r else ("", "")
+        rows.append((r["setting"], *figures, low, high, *(paired if pairs else ()), ", ".join(marks)))
+    more = ("difference", "95 %") if pairs else ()
+    return table(("setting", *suite.columns, "lowest", "highest", *more, ""), rows)
+
+
+def _difference(paired: dict[str, Any]) -> tuple[str, str]:
+    low, high = paired["interval"]
+    return f"{paired['difference']:+.1%}", f"{low:+.1%} to {high:+.1%}"
+
+
+def _paired(paired: dict[str, Any]) -> str:
+    """The difference in a line."""
+    difference, interval = _difference(paired)
+    return (
+        f"{difference} from {paired['model']} {paired['to']} (95 %: {interval}) on the same {paired['questions']} "
+        f"questions: {paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
+    )
 
 
 def _json(asked: Run, results: Sequence[Result]) -> dict[str, Any]:

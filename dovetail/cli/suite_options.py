@@ -46,7 +46,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "dense": (int, "Tokens at the start of a window that read everything, whatever techniques are in use."),
     "tokens": (int, "Tokens of each answer."),
     "prompts": (Path, "File of prompts to answer: a line of text each, or .jsonl with prompt or messages."),
-    "limit": (int, "How many rows of the file count, from its start."),
+    "limit": (int, "How many rows of the file count, from its start. gsm8k: 200 by default."),
     "scorer": (str, "When an answer is right: exact, contains, number, choice, or regex:PATTERN."),
     "shots": (int, "Rows at the start of the file that are worked examples before each question."),
     "lengths": (str, "Tokens of context and question, as in 1024,2048 or 1024..8192 (doubling)."),

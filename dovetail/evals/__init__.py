@@ -17,6 +17,7 @@ SUITES = {
     "similarity": ("similarity", "Similarity"),
     "jsonl": ("tasks", "Jsonl"),
     "gsm8k": ("tasks", "Gsm8k"),
+    "humaneval": ("humaneval", "HumanEval"),
     "multiple-choice": ("multiple_choice", "MultipleChoice"),
     "needle": ("needle", "Needle"),
 }

@@ -1,6 +1,7 @@
 """Bars on the figures of a result: `--min` and `--max` of `dovetail eval`.
 
-Shares of trials and the speed of decoding are known by intervals (`bench.verdict`). All other figures are exact:
+Shares of trials, their differences and the speed of decoding are known by intervals (`bench.verdict`,
+`evals.paired`). All other figures are exact:
 the same text or prompts give the same figure again.
 """
 
@@ -8,11 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from dovetail.bench.verdict import Bar, Decision, Looks, Verdict, decide_exact, decide_share, judge
+from dovetail.bench.verdict import (
+    Bar,
+    Decision,
+    Interval,
+    Looks,
+    Verdict,
+    decide_exact,
+    decide_share,
+    judge,
+)
 from dovetail.evals.suite import Result, Suite
 
 SPEED = "decode_tokens_per_s"
+DIFFERENCE = "difference"  # from the answers that a result is paired with
 LOOKS = Looks(8)  # of decoding, after so many parts of answers
 
 
@@ -33,6 +45,8 @@ class Bound:
 
     def decide(self, suite: Suite, result: Result) -> Decision:
         bar = self.bar
+        if self.key == DIFFERENCE:
+            return _decide_difference(bar, result["paired"])
         if self.key not in result:
             return Decision(bar.needs, Verdict.MISSED, "it was not measured: the context leaves no room")
         if self.key == SPEED:
@@ -44,5 +58,26 @@ class Bound:
 
 
 def decided(suite: Suite, result: Result, bounds: Sequence[Bound]) -> list[dict]:
-    """The decision on each bound, as in the JSON of a result: with the `figure` it is about and its `value`."""
-    return [{"figure": b.key, "value": result.get(b.key), **b.decide(suite, result).to_dict()} for b in bounds]
+    """The decision on each bound, as in the JSON of a result: with the `figure` it is about and its `value`. There
+    is none on the difference of a result that is paired with nothing."""
+    found = []
+    for bound in bounds:
+        values = result
+        if bound.key == DIFFERENCE:
+            if "paired" not in result:
+                continue
+            values = result["paired"]
+        found.append(
+            {"figure": bound.key, "value": values.get(bound.key), **bound.decide(suite, result).to_dict()}
+        )
+    return found
+
+
+def _decide_difference(bar: Bar, paired: dict[str, Any]) -> Decision:
+    """Judge a difference of shares by the interval that holds it."""
+    interval = Interval(*paired["interval"])
+    verdict = bar.judge(interval)
+    why = f"{interval.low:+.1%} to {interval.high:+.1%} over {paired['questions']} questions"
+    if verdict is Verdict.UNDECIDED:
+        why = f"too few questions to decide: {why}"
+    return Decision(bar.needs, verdict, why, interval)

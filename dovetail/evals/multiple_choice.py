@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import RequestError
 from dovetail.evals.prompts import question
-from dovetail.evals.rows import given_file, left_out, read_jsonl
+from dovetail.evals.rows import given_file, left_out, read_jsonl, read_lines
 from dovetail.evals.scoring import score
 from dovetail.evals.suite import Result, Suite, at_least
 from dovetail.evals.tasks import binomial_error
@@ -65,6 +65,9 @@ class MultipleChoice(Suite):
     def __post_init__(self) -> None:
         at_least(1, limit=self.limit)
         given_file(self.name, self.data)
+
+    def questions(self) -> str | None:
+        return read_lines(given_file(self.name, self.data)).digest
 
     def measure(self, llm: LLM, reference: Any) -> Result:
         given = read_jsonl(given_file(self.name, self.data)).map(parse).first(self.limit)

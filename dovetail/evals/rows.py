@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,11 +107,14 @@ def given_file(suite: str, data: Path | None) -> Path:
 
 
 def read_lines(path: Path) -> Rows[bytes]:
-    """The lines of a file that are not blank. ConfigError if it cannot be read."""
+    """The lines of a file that are not blank. A file whose name ends in .gz is unpacked. ConfigError if it cannot
+    be read."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
     rows = tuple((number, line.strip()) for number, line in lines if line.strip())
     return Rows(str(path), hashlib.sha256(data).hexdigest()[:12], rows)

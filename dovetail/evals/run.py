@@ -15,6 +15,7 @@ from dovetail.core.errors import ConfigError, DovetailError
 from dovetail.core.technique import idle
 from dovetail.evals.bounds import LOOKS, SPEED, Bound, decided
 from dovetail.evals.journal import Journal
+from dovetail.evals.paired import Paired
 from dovetail.evals.suite import Result, Suite
 from dovetail.provenance import commit, versions
 from dovetail.setting import Setting
@@ -30,13 +31,15 @@ MEASURED, REFUSED, IDLE = "measured", "refused", "idle"
 @dataclass(frozen=True)
 class Run:
     """What to measure: `suite` on `model` at each of `settings`, against `reference` if the suite compares. The
-    figures of each setting are judged by `bounds`."""
+    figures of each setting are judged by `bounds`. Answers to questions are paired with those of `earlier`, a
+    result, or else of the first setting that was measured."""
 
     suite: Suite
     model: str
     settings: Sequence[Setting]
     reference: Setting | None = None
     bounds: Sequence[Bound] = ()
+    earlier: Result | None = None
 
     @property
     def key(self) -> dict[str, Any]:
@@ -53,10 +56,12 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
     """A result for each setting, in order. Results in the journal are not measured again.
 
     A result has `setting` (its name), `state` and the suite's figures. `why` says why it was refused, or which
-    technique was idle. `bars` has the decision on each bound, where there are any. A refused setting does not stop
-    the others. `show` is called with each result.
+    technique was idle. `paired` says how the answers differ from those that they are paired with. `bars` has the
+    decision on each bound, where there are any. A refused setting does not stop the others. `show` is called with
+    each result.
     """
     results: list[Result] = []
+    first = asked.earlier
     reference: Any = None
     for i, setting in enumerate(asked.settings):
         result = journal.found.get(setting.name)
@@ -72,11 +77,22 @@ def run(asked: Run, journal: Journal, show: Callable[[Result], None]) -> list[Re
                 journal.add(setting.name, result)
         else:
             result = {**result, "earlier": True}  # its speed was measured at another time
+        if asked.suite.questions() is not None and result["state"] != REFUSED:
+            result = result | _paired(first, result)
+            first = first or result
         if asked.bounds and result["state"] != REFUSED:
             result = {**result, "bars": decided(asked.suite, result, asked.bounds)}
         results.append(result)
         show(result)
     return results
+
+
+def _paired(first: Result | None, result: Result) -> Result:
+    """What a result says about its difference from `first`, if they have questions in common."""
+    if first is None:
+        return {}
+    pairs = Paired.of(*({item["line"]: item["correct"] for item in r["items"]} for r in (first, result)))
+    return {"paired": {"to": first["setting"], "model": first["model"], **pairs.to_dict()}} if pairs.trials else {}
 
 
 def _file(name: str) -> list[Any]:

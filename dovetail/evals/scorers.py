@@ -18,6 +18,7 @@ _NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)%])[-−])?\$?"
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
+_MARKS = (("####", ""), ("\\boxed{", "}"))  # of final answers, and where these end
 _LETTER = re.compile(r"(?<![^\W_])[A-E](?![^\W_])")
 
 
@@ -61,10 +62,13 @@ def scorer(name: str) -> Scorer:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number behind the last ####, as in GSM8K, else the last number of the text. Commas between thousands and
-    dollar signs are ignored."""
-    _, marked, after = text.rpartition("####")
-    found = _NUMBER.search(after) if marked else None
+    """The number behind the last ####, as in GSM8K, or in the last \\boxed{}, else the last number of the text.
+    Commas between thousands and dollar signs are ignored."""
+    found = None
+    for mark, end in _MARKS:
+        _, marked, after = text.rpartition(mark)
+        if marked and found is None:
+            found = _NUMBER.search(after.partition(end)[0] if end else after)
     if found is None:
         found = next(reversed(list(_NUMBER.finditer(text))), None)
     if found is None:

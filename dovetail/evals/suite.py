@@ -49,6 +49,12 @@ class Suite:
         """Successes and trials, if the figure `key` is a share of trials; None if it is exact."""
         return None
 
+    def questions(self) -> str | None:
+        """The digest of the file of questions, each of which is answered right or wrong. A result then has `items`
+        with `line` and `correct`, and results on the same file are paired (`evals.paired`). None if a suite has no
+        such questions."""
+        return None
+
     def text(self, result: Result) -> str:
         """A result for people, in a few lines."""
         raise NotImplementedError

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.core.errors import ConfigError, RequestError
 from dovetail.evals.answers import answer, fitting
-from dovetail.evals.prompts import Example, encode, has_template, row_prompt
-from dovetail.evals.rows import Rows, given_file, left_out, read_jsonl
+from dovetail.evals.prompts import Example, Prompt, encode, has_template, row_prompt
+from dovetail.evals.rows import Rows, given_file, left_out, read_jsonl, read_lines
 from dovetail.evals.scorers import scorer
 from dovetail.evals.suite import Result, Suite, at_least
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TOKENS = 256
 GSM8K_FILES = ("gsm8k_test*.jsonl", "test.jsonl")
+GSM8K_LIMIT, GSM8K_TOKENS = 200, 512
+# What Qwen's and DeepSeek's reports ask their instruct models, without worked examples.
+GSM8K_ASKS = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,13 @@ class Jsonl(Suite):
         """The file with the rows. ConfigError where there is none."""
         return given_file(self.name, self.data)
 
+    def questions(self) -> str | None:
+        return read_lines(self.file()).digest
+
+    def ask(self, row: Mapping[str, Any]) -> Prompt:
+        """How a row is asked. RequestError if it cannot be."""
+        return row_prompt(row)
+
     def measure(self, llm: LLM, reference: Any) -> Result:
         rows = self._rows(llm)
         # Without a chat template the examples are paragraphs, and so is the answer.
@@ -85,16 +95,16 @@ class Jsonl(Suite):
         judge = scorer(self.scorer)
 
         def example(row: Mapping[str, Any]) -> Example:
-            found = Example(row_prompt(row), _right(row))
+            found = Example(self.ask(row), _right(row))
             judge.expected(found.answer)
             return found
 
         examples, rest = read_jsonl(self.file()).map(example).split(self.shots)
 
-        def ask(given: Example) -> Asked:
+        def asked(given: Example) -> Asked:
             return Asked(fitting(llm, encode(llm, given.prompt, examples), self.tokens), given.answer)
 
-        return rest.first(self.limit).map(ask)
+        return rest.first(self.limit).map(asked)
 
     def share(self, result: Result, key: str) -> tuple[float, int] | None:
         return (result["correct"], result["total"]) if key == "accuracy" else None
@@ -110,11 +120,18 @@ class Jsonl(Suite):
 @dataclass(frozen=True)
 class Gsm8k(Jsonl):
     """GSM8K (arXiv 2110.14168): school maths, scored by the last number. Options as for `jsonl`; `data` may be
-    the folder that holds its test file."""
+    the folder that holds its test file. Without worked examples a question ends with GSM8K_ASKS."""
 
     scorer: str = "number"
+    limit: int | None = GSM8K_LIMIT
+    tokens: int = GSM8K_TOKENS
 
     name = "gsm8k"
+
+    def ask(self, row: Mapping[str, Any]) -> Prompt:
+        if self.shots or not isinstance(row.get("question"), str):
+            return row_prompt(row)
+        return row_prompt({**row, "question": f"{row['question']}\n{GSM8K_ASKS}"})
 
     def file(self) -> Path:
         """The test file. ConfigError says where to get it."""

@@ -59,6 +59,9 @@ def run(model, suite, *words):
         ("18.00 %", "18"),
         ("**42**.", "42"),
         (r"\boxed{42}", "42"),
+        (r"so \boxed{7}. Then \boxed{\$1,234 \text{ in 3 years}}, or 5 a day.", "1234"),
+        (r"#### 8, not \boxed{9}", "8"),
+        (r"\boxed{none} of the 6", "6"),
         ("first 7, and nothing after ####", "7"),
         ("none", None),
         ("", None),
@@ -241,7 +244,7 @@ def test_gsm8k_finds_its_file(tiny_model, tmp_path):
     assert Gsm8k(data=folder).file() == named and Gsm8k(data=plain).file() == plain
     found, _ = run(tiny_model, "gsm8k", "--data", folder, "--tokens", 4)
     assert (found["suite"], found["scorer"], found["total"], found["shots"]) == ("gsm8k", "number", 2, 0)
-    assert Gsm8k(data=plain).tokens == 256
+    assert (Gsm8k(data=plain).limit, Gsm8k(data=plain).tokens) == (200, 512)
 
 
 def test_gsm8k_says_where_to_get_it(tiny_model, tmp_path):
