@@ -9,7 +9,7 @@ g of a row is columns [g K / groups, (g + 1) K / groups), and one group is a sca
 | I4 | u = q + 8, q in [-8, 7]: [N, K / 2], even columns in the low half | as I8 | (q - zero) scale |
 | F8 | e4m3 codes [N, K] | scale float32 [N, groups] | e4m3(code) scale |
 | ATOM | I4 codes [N, (K - o) / 2], then int8 codes [N, o] | scale [N, groups]; outlier_scale [N] | q scale |
-| TENDER8, TENDER4 | codes as of I8, I4 | scale [N]; bias [N, chunks] | q scale |
+| TENDER8, TENDER4 | codes as of I8, I4 | scale [N]; bias [N, chunks] or none | q scale |
 
 `shared["order"]` (int64 [K]), if there is one, says of which input column each code is: ATOM and TENDER have one,
 and GPTQ with act-order. Then groups are of the codes' columns, not of the input's.
@@ -17,9 +17,10 @@ and GPTQ with act-order. Then groups are of the codes' columns, not of the input
 How rows of activations are quantized for a weight is `StoredTensor.activation`; what that needs is in `shared`:
 
 - atom: `clip` float32 [1], which the magnitudes of a group are multiplied with (Atom, section 4.3).
-- tender: `sizes` int64 [G], how many codes each group has, largest scale first; `scales` float32 [chunks], of
-  the last group; `means` float32 [chunks, K], subtracted from rows; `chunk` int64 [1], rows of one.
-  `bias` is the product of the means and the unquantized weight (Tender, section 3).
+- tender: `sizes` int64 [G], how many codes each group has, largest scale first; groups begin at multiples of 4
+  codes. `scales` float32 [chunks], of the last group; `means` float32 [chunks, K] by input column, subtracted from
+  rows, or none; `chunk` int64 [1], rows of one. `bias` is the product of the means and the unquantized weight, if
+  there are means (`ops.tender`).
 """
 
 from __future__ import annotations
