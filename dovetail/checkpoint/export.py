@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,20 @@ from numpy.typing import NDArray
 
 from dovetail.checkpoint.checkpoint import Checkpoint
 from dovetail.checkpoint.layout import NORM_SUFFIX
+from dovetail.checkpoint.safetensors_writer import (
+    SHARD_BYTES,
+    Entry,
+    sync_directory,
+    write_json,
+    write_text,
+    write_weights,
+)
 from dovetail.core.errors import ConfigError
 from dovetail.core.model import PLAIN_FORMATS, ModelConfig
 from dovetail.host.files import explaining, require_space
 from dovetail.ops.memory import ELEMENTS, rounded
 from dovetail.text.tokenizer import Tokenizer
 
-SHARD_BYTES = 4 << 30
 _REMEDY = "choose another folder"
 _PLAIN = {kind: name for name, kind in PLAIN_FORMATS.items()}
 
@@ -51,15 +58,20 @@ def export(
             raise ConfigError(f"{directory} exists and is not an empty directory")
     config = config_json(checkpoint, dtype)
     tokenizer = checkpoint.tokenizer()
-    generation = checkpoint.generation_config or _generation(checkpoint.config, tokenizer)
     with explaining(directory, needed, "the model", _REMEDY), _making(directory):
         require_space(directory, needed, "the model", _REMEDY)
-        _write_weights(checkpoint, directory, dtype, shard_bytes)
-        _write_tokenizer(tokenizer, checkpoint.config, directory)
-        _write_json(directory / "generation_config.json", generation)
-        _write_json(directory / "config.json", config)
-        _sync_directory(directory)
+        write_weights(directory, plain_entries(checkpoint, dtype), shard_bytes)
+        write_beside(checkpoint, tokenizer, directory)
+        write_json(directory / "config.json", config)
+        sync_directory(directory)
     return directory
+
+
+def write_beside(checkpoint: Checkpoint, tokenizer: Tokenizer, directory: Path) -> None:
+    """What stands beside weights and config.json: the tokenizer's files and generation_config.json."""
+    _write_tokenizer(tokenizer, checkpoint.config, directory)
+    generation = checkpoint.generation_config or _generation(checkpoint.config, tokenizer)
+    write_json(directory / "generation_config.json", generation)
 
 
 @contextlib.contextmanager
@@ -82,81 +94,15 @@ def _making(directory: Path) -> Iterator[None]:
         raise
 
 
-def _write(path: Path, write: Callable[[Path], int]) -> int:
-    """Let `write` fill a temporary file, sync it, and only then give it its name. Returns what `write` returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        written = write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        return written
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    _write(path, lambda temporary: temporary.write_bytes(text.encode("utf-8")))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _save(checkpoint: Checkpoint, names: Sequence[str], dtype: str, path: Path) -> int:
-    """Write a safetensors file, one tensor at a time. Returns the bytes of its values."""
-    shapes, end = dict(_tensors(checkpoint)), 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name in names:
-        begin, end = end, end + math.prod(shapes[name]) * ELEMENTS[dtype].itemsize
-        header[name] = {"dtype": _PLAIN[dtype], "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # values begin at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(np.ascontiguousarray(_values(checkpoint, name, dtype)).data)
-    return end
-
-
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     return checkpoint.architecture.tensors(checkpoint.config)
 
 
-def _shards(checkpoint: Checkpoint, itemsize: int, limit: int) -> Iterator[list[str]]:
-    """Tensor names in groups of at most `limit` bytes (a larger tensor has a group of its own)."""
-    group: list[str] = []
-    size = 0
+def plain_entries(checkpoint: Checkpoint, dtype: str) -> Iterator[Entry]:
+    """Every tensor in one plain type."""
     for name, shape in _tensors(checkpoint):
-        nbytes = math.prod(shape) * itemsize
-        if group and size + nbytes > limit:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += nbytes
-    yield group
-
-
-def _write_weights(checkpoint: Checkpoint, directory: Path, dtype: str, limit: int) -> None:
-    groups = list(_shards(checkpoint, ELEMENTS[dtype].itemsize, limit))
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, names in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
-        total += _write(directory / file, partial(_save, checkpoint, names, dtype))
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
+        size = math.prod(shape) * ELEMENTS[dtype].itemsize
+        yield Entry(name, _PLAIN[dtype], shape, size, partial(_values, checkpoint, name, dtype))
 
 
 def _values(checkpoint: Checkpoint, name: str, dtype: str) -> NDArray[Any]:
@@ -180,17 +126,17 @@ def export_tokenizer(tokenizer: Tokenizer, config: ModelConfig, parent: Path) ->
             made = Path(scratch) / "tokenizer"
             made.mkdir()
             _write_tokenizer(tokenizer, config, made)
-            _sync_directory(made)
+            sync_directory(made)
             with contextlib.suppress(OSError):  # another process was first
                 os.rename(made, directory)
     return directory
 
 
 def _write_tokenizer(tokenizer: Tokenizer, config: ModelConfig, directory: Path) -> None:
-    _write_text(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=False))
+    write_text(directory / "tokenizer.json", tokenizer.backend.to_str(pretty=False))
     if set(tokenizer.templates) == {"default"}:
-        _write_text(directory / "chat_template.jinja", tokenizer.templates["default"])
-    _write_json(directory / "tokenizer_config.json", tokenizer_settings(tokenizer, config))
+        write_text(directory / "chat_template.jinja", tokenizer.templates["default"])
+    write_json(directory / "tokenizer_config.json", tokenizer_settings(tokenizer, config))
 
 
 def tokenizer_settings(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:

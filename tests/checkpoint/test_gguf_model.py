@@ -216,7 +216,7 @@ def test_crash_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("dovetail.checkpoint.export._save", full)
+    monkeypatch.setattr("dovetail.checkpoint.safetensors_writer.write_file", full)
     (tmp_path / "out").mkdir()
     for target in (tmp_path / "out", tmp_path / "new" / "out"):
         with pytest.raises(ModelError, match=r"not enough disk space for the model.*choose another folder"):
