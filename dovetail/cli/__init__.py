@@ -18,7 +18,19 @@ from typer.core import TyperCommand, TyperGroup
 
 from dovetail.core.errors import DovetailError
 
-_OWN_MODULES = ("run", "chat", "serve", "batch", "export", "random", "doctor", "eval", "bench", "reproduce")
+_OWN_MODULES = (
+    "run",
+    "chat",
+    "serve",
+    "batch",
+    "export",
+    "random",
+    "doctor",
+    "eval",
+    "bench",
+    "advise",
+    "reproduce",
+)
 COMMANDS = {
     "pull": "models:pull",
     "list": "models:show",

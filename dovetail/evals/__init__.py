@@ -1,5 +1,5 @@
 """Measures the quality of what is served, on the path that serves it. A suite is a class here, and a line in
-SUITES. Imports the engine and bench; imported by reproduce and cli."""
+SUITES. Imports the engine and bench; imported by advise, reproduce and cli."""
 
 from __future__ import annotations
 

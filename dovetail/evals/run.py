@@ -48,7 +48,7 @@ class Run:
             (s.name, s.use, sorted(vars(s.options).items())) for s in (*self.settings, self.reference) if s
         ]
         facts = {"suite": self.suite.name, **self.suite.facts, "model": self.model}
-        files = [_file(str(value)) for value in (*self.suite.facts.values(), self.model)]
+        files = [file_facts(str(value)) for value in (*self.suite.facts.values(), self.model)]
         return {**facts, "settings": settings, "files": files, "program": [versions(), commit()]}
 
 
@@ -95,7 +95,7 @@ def _paired(first: Result | None, result: Result) -> Result:
     return {"paired": {"to": first["setting"], "model": first["model"], **pairs.to_dict()}} if pairs.trials else {}
 
 
-def _file(name: str) -> list[Any]:
+def file_facts(name: str) -> list[Any]:
     """Facts by which a change of the file is noticed, if `name` names a file."""
     path = Path(name).expanduser()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dovetail.core.cost import Load, Operation, Speeds, StepTime, total
+from dovetail.layers.loader import Recoding
 from dovetail.runtime.ledger import DEVICE, recorded
 
 if TYPE_CHECKING:
@@ -21,22 +22,25 @@ def uncounted(llm: LLM) -> str | None:
         return f"the model is in the memory of {llm.config.device}, whose bandwidth is not measured"
     if llm.config.slow_tier:
         return "the slow tier decides what is read, and that is not counted"
-    if names := [t.name for t in llm.techniques if READERS & set(t.fills)]:
+    # New codes of weights are packed like those of a file, and counted as they are kept.
+    readers = READERS - {"format"} if isinstance(llm.engine.seams.format, Recoding) else READERS
+    if names := [t.name for t in llm.techniques if readers & set(t.fills)]:
         return f"{', '.join(names)} decides what is read, and that is not counted"
     return None
 
 
-def step_bytes(llm: LLM, context: int) -> float:
-    """Bytes that a decode step of one request moves behind `context` tokens: the sum over its program.
+def step_bytes(llm: LLM, context: int, streams: int = 1) -> float:
+    """Bytes that a decode step of `streams` requests moves, each behind `context` tokens: the program's sum.
 
     Nearly all are the weights of products, as they are kept (`weights_kept`), and K and V of the context.
     """
-    return total(operations(llm), Load(((1, context),), 1)).all_bytes
+    return total(operations(llm), Load(((1, context),) * streams, streams)).all_bytes
 
 
-def step_seconds(llm: LLM, context: int, bandwidth: float) -> float:
+def step_seconds(llm: LLM, context: int, bandwidth: float, streams: int = 1) -> float:
     """The least time of that step in seconds, at `bandwidth` in bytes per second."""
-    return StepTime(operations(llm), Speeds(None, {DEVICE: bandwidth}))(Load(((1, context),), 1))
+    step = StepTime(operations(llm), Speeds(None, {DEVICE: bandwidth}))
+    return step(Load(((1, context),) * streams, streams))
 
 
 def weights_kept(llm: LLM) -> str:
