@@ -175,11 +175,12 @@ void AttentionPlan::cut() {
 // ---- running
 
 void AttentionPlan::prepare(const KVMemory& kv) {
-    const size_t gathered = kv.layout == TILED ? 0 : (size_t)KEYS * padded_ * 4;
+    const size_t gathered = kv.layout == TILED && !kv.coded() ? 0 : (size_t)KEYS * padded_ * kv.element();
     for (Scratch& s : scratch_) {
         if (s.states.size() < (size_t)packed_rows_ * record()) s.states.resize((size_t)packed_rows_ * record());
         if (s.q.size() < (size_t)packed_rows_ * padded_ * 4) s.q.resize((size_t)packed_rows_ * padded_ * 4);
         if (s.k.size() < gathered) s.k.resize(gathered), s.v.resize(gathered);
+        if (s.scales.size() < 4 * KEYS && kv.coded()) s.scales.resize(4 * KEYS, 0.0f);
     }
 }
 
@@ -206,7 +207,7 @@ struct Reader {
     // The chunk's tiles.
     void tiles(int chunk, const void** k, const void** v) const {
         const int per_page = kv.page_size / 16, from = chunk * KEY_TILES;
-        const size_t bytes = kv.tile_bytes();
+        const size_t bytes = kv.stored_tile();
         for (int i = 0, p = from / per_page, inside = from % per_page; i < KEY_TILES; p++, inside = 0) {
             const size_t base = kv.tile(page(p), head, 0);
             for (; inside < per_page && i < KEY_TILES; inside++, i++)
@@ -246,7 +247,9 @@ void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs
     for (int c = item.first; c < item.last; c++) {
         const bool read = c * CHUNK < std::min(end, length) && (c + 1) * CHUNK > begin;
         if (read) {
-            load_chunk(index, args, c, follows, mine);
+            const int first = c * CHUNK;
+            load_chunk(index, kernels, args,
+                       {c, std::max(0, begin - first), std::min({CHUNK, end - first, length - first}), follows}, mine);
             for (int p = 0; p < packed; p += MAX_QUERIES)
                 run_rows({item, p, std::min(MAX_QUERIES, packed - p)}, kernels, args, c, mine);
         }
@@ -270,23 +273,54 @@ void AttentionPlan::keep_piece(const Item& item, int piece, Scratch& mine) {
     }
 }
 
-// The chunk's keys, and what to fetch meanwhile: the next chunk, or the first one of the next item. follows: the chunk
-// before was loaded, and this one was fetched then.
-void AttentionPlan::load_chunk(int index, const AttendArgs& args, int chunk, bool follows, Scratch& mine) const {
+// The chunk's keys, and what to fetch meanwhile: the next chunk, or the first one of the next item.
+void AttentionPlan::load_chunk(int index, const Kernels& kernels, const AttendArgs& args, const Wanted& what,
+                               Scratch& mine) const {
+    const int chunk = what.chunk;
     const Item& item = items_[index];
     const Reader reader{sequences_[nodes_[item.node].sequence], *args.kv, args.first_page, item.head};
     KeyBlock& keys = mine.keys;
+    keys.k_scale = keys.k_low = keys.v_scale = keys.v_low = nullptr, keys.next_shift = 0;
     if (args.kv->layout != TILED) return gather(reader, chunk, mine);
-    if (follows) {
+    if (what.follows) {
         memcpy(keys.k, keys.next_k, sizeof keys.k), memcpy(keys.v, keys.next_v, sizeof keys.v);
     } else {
         reader.tiles(chunk, keys.k, keys.v);
     }
-    if (chunk + 1 < item.last || index + 1 >= (int)items_.size())
-        return reader.tiles(chunk + 1, keys.next_k, keys.next_v);
-    const Item& next = items_[index + 1];
-    Reader{sequences_[nodes_[next.node].sequence], *args.kv, args.first_page, next.head}.tiles(
-        next.first, keys.next_k, keys.next_v);
+    if (chunk + 1 < item.last || index + 1 >= (int)items_.size()) {
+        reader.tiles(chunk + 1, keys.next_k, keys.next_v);
+    } else {
+        const Item& next = items_[index + 1];
+        Reader{sequences_[nodes_[next.node].sequence], *args.kv, args.first_page, next.head}.tiles(
+            next.first, keys.next_k, keys.next_v);
+    }
+    if (args.kv->coded()) decode(kernels, *args.kv, what, mine);
+}
+
+// Replaces tiles of codes by tiles of bfloat16 of this thread's own, once for all rows. Scales are applied to scores and
+// weights, so decoding rounds nothing.
+void AttentionPlan::decode(const Kernels& kernels, const KVMemory& kv, const Wanted& what, Scratch& mine) const {
+    KeyBlock& keys = mine.keys;
+    const bool four = kv.stored == STORE_INT4;
+    const size_t codes = code_bytes(kv.stored, padded_), tile = kv.tile_bytes();
+    float* const scales = mine.scales.data();
+    auto take = [&](const void* from, int i, float* to) {
+        const float* of_tile = (const float*)((const uint8_t*)from + codes);
+        memcpy(to + 16 * i, of_tile, 64);
+        for (int t = 0; four && t < 16; t++) to[KEYS + 16 * i + t] = of_tile[16 + t] + 8 * of_tile[t];
+    };
+    for (int i = what.first / 32 * 2; i < std::min(KEY_TILES, (what.last + 31) / 32 * 2); i++) {
+        const uint8_t *k = (const uint8_t*)keys.k[i], *v = (const uint8_t*)keys.v[i];
+        __builtin_prefetch((const uint8_t*)keys.next_k[i] + codes), __builtin_prefetch((const uint8_t*)keys.next_v[i] + codes);
+        kernels.decode[kv.stored](k, 1, padded_ / 2, mine.k.data() + i * tile);
+        take(k, i, scales);
+        kernels.decode[kv.stored](v, 8, padded_ / 16, mine.v.data() + i * tile);
+        take(v, i, scales + 2 * KEYS);
+        keys.k[i] = mine.k.data() + i * tile, keys.v[i] = mine.v.data() + i * tile;
+    }
+    keys.next_shift = four ? 2 : 1;
+    keys.k_scale = scales, keys.v_scale = scales + 2 * KEYS;
+    keys.k_low = four ? scales + KEYS : nullptr, keys.v_low = four ? scales + 3 * KEYS : nullptr;
 }
 
 // Other layouts: the chunk's keys as tiles of this thread's own.

@@ -39,13 +39,13 @@ Summary summary_of(const std::string& kind) { return choice<Summary>(kind, {"bou
 KVMemory kv_memory(const std::string& layout, const std::string& stored, nb::tuple addresses, nb::tuple sizes) {
     KVMemory kv{};
     kv.layout = choice<Layout>(layout, {"tiled", "NHD", "HND"});
-    kv.stored = choice<KVStored>(stored, {"float32", "bf16", "int8", "int4"});
+    kv.stored = choice<KVStored>(stored, {"float32", "bf16", "int8", "int4", "fp8"});
     kv.k = (uint8_t*)nb::cast<uintptr_t>(addresses[0]), kv.v = (uint8_t*)nb::cast<uintptr_t>(addresses[1]);
     kv.k_scale = (float*)nb::cast<uintptr_t>(addresses[2]), kv.v_scale = (float*)nb::cast<uintptr_t>(addresses[3]);
     kv.pages_per_layer = nb::cast<int64_t>(sizes[0]), kv.page_size = nb::cast<int>(sizes[1]);
     kv.heads = nb::cast<int>(sizes[2]), kv.dim = nb::cast<int>(sizes[3]), kv.cells = nb::cast<int64_t>(sizes[4]);
-    if (kv.layout == TILED && (kv.page_size % 16 || kv.stored > STORE_BF16))
-        throw std::invalid_argument("tiled KV takes pages of a multiple of 16 tokens, in float32 or bf16");
+    if (kv.layout == TILED && kv.page_size % 16)
+        throw std::invalid_argument("tiled KV takes pages of a multiple of 16 tokens");
     if (kv.layout == TILED && kv.cells < 1)
         throw std::invalid_argument("tiled KV needs the number of pages that there is memory for");
     if (kv.dim % 2 || kv.dim > 512) throw std::invalid_argument("head_dim must be even and at most 512");
@@ -267,8 +267,8 @@ NB_MODULE(_native, m) {
     nb::class_<LowRankKeys>(m, "LowRankKeys")
         .def("__init__", [](LowRankKeys* self, const std::string& stored, nb::tuple sizes,
                             const std::vector<std::tuple<std::vector<float>, float>>& rotations, std::vector<int> of_layer) {
-            const KVType type = choice<KVStored>(stored, {"float32", "bf16"}) == STORE_BF16 ? KV_BF16 : KV_F32;
-            KeysShape shape{type, nb::cast<int>(sizes[0]), nb::cast<int>(sizes[1]), nb::cast<int>(sizes[2]), {}, std::move(of_layer)};
+            const nb::tuple all = nb::make_tuple(1, sizes[2], sizes[0], sizes[1], 1), none = nb::make_tuple(0, 0, 0, 0);
+            KeysShape shape{kv_memory("tiled", stored, none, all), {}, std::move(of_layer)};
             for (const auto& [frequencies, temper] : rotations) shape.rotations.push_back({frequencies, temper});
             new (self) LowRankKeys(std::move(shape));
         }, nb::arg("stored"), nb::arg("sizes"), nb::arg("rotations"), nb::arg("of_layer"))

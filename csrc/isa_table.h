@@ -2,6 +2,7 @@
 
 
 #include "kernels/attention.h"
+#include "kernels/codes.h"
 #include "kernels/linear.h"
 #include "kernels/low_rank.h"
 #include "kernels/pages.h"
@@ -15,6 +16,7 @@
         if (!table.name) {                                    \
             add_linear(table), add_rows_of(table);            \
             add_attention(table), add_sample(table);          \
+            add_codes(table);                                 \
             add_pages(table), add_low_rank(table);            \
             table.name = #NAME;                               \
         }                                                     \

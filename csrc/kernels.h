@@ -36,6 +36,16 @@ struct BlockShape {
 using Gemm = void (*)(const GemmArgs& args);
 
 enum KVType : int { KV_F32, KV_BF16, NUM_KV };
+
+// How KV is stored. Codes have a scale for each token and KV head. INT8, FP8 (e4m3): x ~ scale * code. INT4, codes 0 to 15:
+// x ~ low + scale * code.
+enum KVStored : int { STORE_F32, STORE_BF16, STORE_INT8, STORE_INT4, STORE_FP8, NUM_STORED };
+
+// A tile of codes has the order of a bfloat16 tile (n dimensions): vectors of 32 values, which take 32 bytes. With four bits,
+// neighbouring vectors of a row share 32 bytes, the first of them in the low halves. K is one row of n / 2 vectors, V has 8
+// rows of n / 16. So a byte belongs to one token. Behind the codes are the sixteen scales, and for INT4 the sixteen lows.
+inline int code_bytes(KVStored stored, int n) { return stored == STORE_INT4 ? (n + 31) / 32 * 256 : 16 * n; }
+inline int coded_tile(KVStored stored, int n) { return code_bytes(stored, n) + (stored == STORE_INT4 ? 128 : 64); }
 enum Gate : int { GATE_NONE, GATE_SILU, GATE_GELU, GATE_GELU_TANH, GATE_RELU };
 
 // out = activation(gate) * up, for `rows` rows of n values.
@@ -61,6 +71,9 @@ struct KeyBlock {
     const void* v[KEY_TILES];
     const void* next_k[KEY_TILES];  // to fetch meanwhile
     const void* next_v[KEY_TILES];
+    int next_shift = 0;             // what comes next has 2^-next_shift of the bytes of these tiles
+    // Of codes: keys are k_scale[t] * k + k_low[t], values v_scale[t] * v + v_low[t]. Null if there is nothing to apply.
+    const float *k_scale = nullptr, *k_low = nullptr, *v_scale = nullptr, *v_low = nullptr;
     int first, last;                // tiles [first, last) are read, both even
 };
 
@@ -171,6 +184,12 @@ struct Kernels {
     // Writes a token's K and V [n], n a multiple of 16, as bfloat16 into column `t` of its tiles. If a value is not finite,
     // nothing is written and the result is false.
     bool (*write_bf16)(const float* k, const float* v, int n, int t, uint8_t* k_tile, uint8_t* v_tile);
+    // Writes K or V [n] of a token as codes into column `t` of its tile, as `write_bf16` does.
+    bool (*write_codes[NUM_STORED])(const float* x, int n, int t, bool keys, uint8_t* tile);
+    // Codes as bfloat16, which is exact, in the order of their vectors. Those of INT4 become -8 to 7.
+    void (*decode[NUM_STORED])(const uint8_t* codes, int rows, int vectors, uint8_t* out);
+    // The keys that a tile of codes stands for, as a tile of bfloat16. Of n dimensions the first `dim` count, the rest is 0.
+    void (*decode_keys[NUM_STORED])(const uint8_t* tile, int n, int dim, uint8_t* out);
     void (*argmax)(const float* x, int n, float* best, int* index);  // lowest index of the largest; NaN wins
 
     // Scores of query rows [rows][head_dim] against a block: scores [rows][KEYS].

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "aligned.h"
-#include "kernels.h"
+#include "kv.h"
 
 namespace dovetail {
 
@@ -23,8 +23,7 @@ struct Rotation {
 };
 
 struct KeysShape {
-    KVType type;
-    int heads, dim, page_size;
+    KVMemory kv;  // how K is stored, without its memory
     std::vector<Rotation> rotations;
     std::vector<int> of_layer;  // the number of each layer's rotation
 };
@@ -42,7 +41,7 @@ class LowRankKeys {
     // The prompt whose pages have these aliases, in order, and its factors by layer (rank 0 where there are none).
     void add(const std::vector<int64_t>& aliases, const std::vector<Factors>& layers);
     void remove(const std::vector<int64_t>& aliases);
-    // K of a page as tiles.
+    // K of a page as tiles, in codes where K is stored so.
     void rebuild(const Kernels& kernels, const AliasPlace& at, uint8_t* out) const;
 
  private:
@@ -55,11 +54,11 @@ class LowRankKeys {
         int64_t prompt = -1;
         int index = 0;
     };
-    int padded() const { return (shape_.dim + 15) / 16 * 16; }
-    size_t element() const { return shape_.type == KV_F32 ? 4 : 2; }
+    int padded() const { return shape_.kv.padded(); }
+    size_t element() const { return (size_t)shape_.kv.element(); }
     size_t head_basis(int rank) const { return (size_t)((rank + 1) / 2 * 2) * padded() * element(); }
     void pack(const Factors& from, Layer& to) const;
-    int half() const { return (shape_.dim / 2 + 15) / 16 * 16; }
+    int half() const { return (shape_.kv.dim / 2 + 15) / 16 * 16; }
     void angles_at(const Rotation& rotation, int position, double factor, float* out) const;
     void extend(int tiles);
 

@@ -481,9 +481,10 @@ void Program::seal_partial(const TurnedKeys& to, const std::vector<int64_t>& pag
                 const int64_t page = pages[i / heads] + first;
                 const float* basis = to.basis + ((size_t)layer * heads + i % heads) * kv.dim * to.width;
                 uint8_t* out = to.out + ((size_t)page * heads + i % heads) * per_page * tile;
+                thread_local std::vector<uint8_t> room;
+                const uint8_t* keys = page_keys(*kernels_, kv, page, i % heads, room);
                 for (int t = 0; t < per_page; t++)
-                    kernels_->turn_keys[kv.compute()](kv.k + kv.tile(page, i % heads, t), kv.dim, basis, to.width,
-                                                       out + t * tile);
+                    kernels_->turn_keys[kv.compute()](keys + t * kv.tile_bytes(), kv.dim, basis, to.width, out + t * tile);
             });
         });
     }

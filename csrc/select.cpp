@@ -290,24 +290,15 @@ void Selection::choose_partial(const Row& row, int head, const Kernels& kernels)
     if (head == 0) cuts_[r] = (row.count - count) * page_size_, left_out_ += row.eligible - count;
 }
 
-// The tiles of a page's keys, which are gathered first where they do not lie in tiles.
-static const uint8_t* page_keys(const KVMemory& kv, int64_t page, int head) {
-    if (kv.layout == TILED) return kv.k + kv.tile(page, head, 0);
-    thread_local std::vector<uint8_t> both;
-    const size_t bytes = (size_t)(kv.page_size / 16) * kv.tile_bytes();
-    both.assign(2 * bytes, 0);  // also what is beyond the head's dimension
-    gather_tokens(kv, page, head, 0, kv.page_size, 0, both.data(), both.data() + bytes);
-    return both.data();
-}
-
 void summarise(Member& member, const Kernels& kernels, const KVMemory& kv, Summary kind, int layers,
                const std::vector<int64_t>& pages, uint8_t* out, int vectors) {
     const int n = (int)pages.size(), width = landmark_width(kv);
     const size_t bytes = (size_t)vectors * (kind == LANDMARKS ? width : kv.padded()) * kv.element();
     member.share(n * layers, [&](int i) {
         const int64_t page = pages[i % n] + (i / n) * kv.pages_per_layer;
+        thread_local std::vector<uint8_t> room;
         for (int h = 0; h < kv.heads; h++) {
-            const PageTiles tiles{page_keys(kv, page, h), kv.tile_bytes(), kv.page_size / 16, kv.padded(),
+            const PageTiles tiles{page_keys(kernels, kv, page, h, room), kv.tile_bytes(), kv.page_size / 16, kv.padded(),
                                   DEVIATIONS / std::sqrt((float)kv.dim)};
             uint8_t* to = out + ((size_t)page * kv.heads + h) * bytes;
             if (kind == LANDMARKS) kernels.landmarks[kv.compute()](tiles, vectors, width, to);

@@ -1,4 +1,4 @@
-// float16 and bfloat16 as float32. The kernels have their own: they share no inline code with the rest.
+// float16, bfloat16 and e4m3 as float32. The kernels have their own: they share no inline code with the rest.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -29,6 +29,25 @@ inline uint16_t to_bf16(float x) {
     uint32_t b;
     memcpy(&b, &x, 4);
     return x != x ? 0x7fc0 : (uint16_t)((b + (b >> 16 & 1) + 0x7fff) >> 16);
+}
+
+// e4m3: no infinity; 448 is the largest. Below 2^-6 values are multiples of 2^-9.
+inline float e4m3_value(uint8_t code) {
+    const uint32_t sign = (uint32_t)(code & 128) << 24, x = code & 127, bits = sign | ((x << 20) + (120u << 23));
+    float value;
+    memcpy(&value, &bits, 4);
+    if (x < 8) value = (sign ? -0x1p-9f : 0x1p-9f) * (float)x;
+    return value;
+}
+
+// Of a magnitude of at most 448, rounded to nearest even.
+inline uint8_t to_e4m3(float x) {
+    const float small = (x < 0 ? -x : x) + 16384.0f;
+    uint32_t b, s;
+    memcpy(&b, &x, 4), memcpy(&s, &small, 4);
+    b &= 0x7fffffff;
+    const uint32_t code = b < 0x3c800000 ? s - 0x46800000 : ((b + (b >> 20 & 1) + 0x7ffff) >> 20) - (120 << 3);
+    return (uint8_t)(code | (x < 0 ? 128 : 0));
 }
 
 }  // namespace dovetail

@@ -21,8 +21,7 @@ from dovetail.options import Options
 GIB = 1 << 30
 SECTOR = 4096  # bytes that a disk reads or writes together
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what users also call them
-KEY_BYTES = {"bf16": 2, "float16": 2, "float64": 8}  # bytes of a key's value as techniques keep it; else 4
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8_e4m3": "fp8"}  # what users also call them
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512
@@ -196,6 +195,16 @@ def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
     return "bf16" if name == "bfloat16" else name
 
 
+def key_bytes(kv_dtype: str, native_page: int) -> int:
+    """Bytes of a key's value as techniques keep it. native_page: the page size with native kernels, else 0.
+
+    It is what attention computes in: bfloat16 for tiles of codes, and float32 for codes in other layouts.
+    """
+    if kv_dtype in ("fp8", "int8", "int4"):
+        return 2 if native_page and native_page % 16 == 0 else 4
+    return {"bf16": 2, "float16": 2, "float64": 8}.get(kv_dtype, 4)
+
+
 def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> str:
     """The folder of a slow tier on disk, or nothing. kv: device and type of KV. ConfigError for options that are
     impossible here or would be ignored."""
@@ -216,13 +225,13 @@ def resolve_slow_tier(options: Options, kv: tuple[str, str], default: Path) -> s
         raise ConfigError(f"a slow tier is behind the CPU's memory, and KV is on {device}; use --device cpu")
     if native() is None:
         raise ConfigError("a slow tier for KV needs the native library, which this installation or CPU lacks")
-    from dovetail.runtime.store import fits_tiles
+    from dovetail.runtime.store import TILED, fits_tiles
 
     size = positive("block_size", options.block_size, 16)
     if not fits_tiles(kv_dtype, size):
         change = "--kv-cache-dtype bf16" if fits_tiles("bf16", size) else "--block-size 16"
         raise ConfigError(
-            f"a slow tier holds KV in bf16 or float32, in pages of a multiple of 16 tokens, not {kv_dtype} in "
+            f"a slow tier holds KV in {', '.join(TILED)}, in pages of a multiple of 16 tokens, not {kv_dtype} in "
             f"pages of {size}; use {change}"
         )
     if backend == "host":
@@ -424,7 +433,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
         found.token_bytes(geometry, kv_dtype, native_page) * size,
         model.num_layers,
         geometry.num_kv_heads,
-        found.beside(geometry, size, KEY_BYTES.get(kv_dtype, 4)),
+        found.beside(geometry, size, key_bytes(kv_dtype, native_page)),
     )
     kv = resolve_kv(options, model, sizes, machine.free_memory)
     packed_cache, packed_cache_size = resolve_packed_cache(options, kernels, found.packed)

@@ -37,7 +37,8 @@ BLOCK_OF_ROWS scores_bf16(const uint16_t* q, size_t stride, int pairs, const Key
         UNROLL for (int u = 0; u < U; u++) {
             k[u] = iload(tile[u] + d);
             pin(k[u]);
-            if (AHEAD && (d % 128 == 0 || pairs > SHORT_DIM / 2)) prefetch_far((const char*)keys.next_k[first + u] + d);
+            if (AHEAD && (d % 128 == 0 || pairs > SHORT_DIM / 2))
+                prefetch_far((const char*)keys.next_k[first + u] + (d >> keys.next_shift));
         }
         UNROLL for (int r = 0; r < R; r++) {
             const I y = iall(*(const int32_t*)(x + row[r]));
@@ -92,8 +93,20 @@ void scores_from(const void* q, size_t stride, int rows, int n, const KeyBlock& 
         }
     if constexpr (U > 2) scores_from<WIDE, U / 2>(q, stride, rows, n, keys, u, out);
 }
+// A row's scores with codes, as those with the keys.
+INLINE void rescale(const uint16_t* q, int n, const KeyBlock& keys, float* out) {
+    F total = zero();
+    for (int i = 0; keys.k_low && i < n; i += 16) total = add(total, bf16(q + i));
+    const F shared = all(sum(total));
+    for (int t = 16 * keys.first; t < 16 * keys.last; t += 16) {
+        const F s = mul(load(out + t), load(keys.k_scale + t));
+        store(out + t, keys.k_low ? fma(load(keys.k_low + t), shared, s) : s);
+    }
+}
+
 template <bool WIDE> void scores(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, float* out) {
     scores_from<WIDE, KEY_STEP>(q, stride, rows, n, keys, keys.first, out);
+    for (int r = 0; !WIDE && keys.k_scale && r < rows; r++) rescale((const uint16_t*)q + r * stride, n, keys, out + r * KEYS);
 }
 
 // ---- softmax and V
@@ -125,11 +138,12 @@ INLINE float largest(float* scores, const KeyBlock& keys, int from, int to) {
     return highest(high);
 }
 
-// Turn a row of scores into weights relative to its maximum; their sum.
-template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBlock& keys, float most) {
+// Turn a row of scores into weights relative to its maximum; their sum. Weights of codes are multiplied with their scales,
+// and `low` is the sum of the weighted lows.
+template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBlock& keys, float most, float* low) {
     constexpr float LOG2E = 1.44269504f;
-    const F base = all(most == -__builtin_inff() ? 0.0f : most), low = mul(base, all(-LOG2E));
-    F parts[KEY_TILES / 2];
+    const F base = all(most == -__builtin_inff() ? 0.0f : most), shift = mul(base, all(-LOG2E));
+    F parts[KEY_TILES / 2], lows = zero();
     UNROLL for (int j = 0; j < KEY_TILES / 2; j++) {
         parts[j] = zero();
         if (!WHOLE && (2 * j < keys.first || 2 * j >= keys.last)) continue;
@@ -138,11 +152,15 @@ template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBloc
             a = exponential(sub(a, base)), b = exponential(sub(b, base));
             store(scores + 32 * j, a), store(scores + 32 * j + 16, b);
         } else {
-            a = power_of_two(fma(a, all(LOG2E), low)), b = power_of_two(fma(b, all(LOG2E), low));
-            store_bf16_pair(scores + 16 * j, a, b);  // weights replace scores, in half the room
+            a = power_of_two(fma(a, all(LOG2E), shift)), b = power_of_two(fma(b, all(LOG2E), shift));
         }
         parts[j] = add(a, b);
+        if (WIDE) continue;
+        if (keys.v_low) lows = fma(a, load(keys.v_low + 32 * j), fma(b, load(keys.v_low + 32 * j + 16), lows));
+        if (keys.v_scale) a = mul(a, load(keys.v_scale + 32 * j)), b = mul(b, load(keys.v_scale + 32 * j + 16));
+        store_bf16_pair(scores + 16 * j, a, b);  // weights replace scores, in half the room
     }
+    *low = keys.v_low ? sum(lows) : 0;
     return sum(add(add(parts[0], parts[1]), add(parts[2], parts[3])));
 }
 
@@ -159,7 +177,7 @@ BLOCK_OF_ROWS mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, fl
                 x[v] = iload((const char*)keys.v[u] + at + 64 * v);
                 pin(x[v]);
                 if (AHEAD && ((d / 16 + v) % 2 == 0 || n > SHORT_DIM))
-                    prefetch_far((const char*)keys.next_v[u] + at + 64 * v);
+                    prefetch_far((const char*)keys.next_v[u] + ((at + 64 * v) >> keys.next_shift));
             }
             UNROLL for (int r = 0; r < R; r++) {
                 const I w = iall(((const int32_t*)(p + r * 2 * KEYS))[8 * u + t]);  // rows keep the scores' stride
@@ -217,12 +235,16 @@ void mix_from(const float* scores, int rows, int n, const KeyBlock& keys, int d,
 }
 template <bool WIDE> void mix(float* scores, int rows, int n, const KeyBlock& keys, State& state) {
     // In two loops: a row's exponentials need not wait for its own maximum.
+    float low[dovetail::MAX_QUERIES];
     for (int r = 0; r < rows; r++) state.max[r] = largest(scores + r * KEYS, keys, state.from[r], state.to[r]);
     for (int r = 0; r < rows; r++) {
         float *row = scores + r * KEYS, most = state.max[r];
-        state.sum[r] = whole(keys) ? weigh<WIDE, true>(row, keys, most) : weigh<WIDE, false>(row, keys, most);
+        state.sum[r] = whole(keys) ? weigh<WIDE, true>(row, keys, most, low + r) : weigh<WIDE, false>(row, keys, most, low + r);
     }
     mix_from<WIDE, VALUE_STEP>(scores, rows, n, keys, 0, state);
+    for (int r = 0; keys.v_low && r < rows; r++)
+        for (float *out = state.out + r * state.stride, *end = out + n; out < end; out += 16)
+            store(out, add(load(out), all(low[r])));
 }
 
 void merge(float* const* records, int rows, const State& state, int n) {

@@ -151,6 +151,26 @@ INLINE void store_bf16(void* p, F a) {
 
 INLINE void store_bf16_pair(void* p, F a, F b) { store_bf16(p, a), store_bf16((uint16_t*)p + 16, b); }
 
+// Thirty-two codes as bfloat16: e4m3; or low halves minus 8, and then high halves minus 8.
+INLINE void store_e4m3(void* p, const void* codes) {
+    for (int i = 0; i < 32; i++) {
+        const int code = ((const uint8_t*)codes)[i], x = code & 127;
+        const float value = x < 8 ? (float)x * 0x1p-9f : (float)(8 + x % 8) * ldexpf(1.0f, x / 8 - 10);
+        uint32_t b;
+        memcpy(&b, &value, 4);
+        ((uint16_t*)p)[i] = (uint16_t)(b >> 16 | (code & 128) << 8);
+    }
+}
+INLINE void store_fours(void* low, void* high, const void* codes) {
+    for (int i = 0; i < 32; i++)
+        for (int j = 0; j < 2; j++) {
+            const float value = (float)((((const uint8_t*)codes)[i] >> 4 * j & 15) - 8);
+            uint32_t b;
+            memcpy(&b, &value, 4);
+            ((uint16_t*)(j ? high : low))[i] = (uint16_t)(b >> 16);
+        }
+}
+
 INLINE void pin(I&) {}
 INLINE void pin(F&) {}
 INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // not into the first level

@@ -196,7 +196,7 @@ _ENGINE_HELP = {
     "device": "Where to run: auto, cpu or cuda.",
     "threads": "Threads to compute with. Default: the cores that this process may use.",
     "kv_memory": "Memory for keys and values, as in 512MiB. Default: a quarter of what is free, at most 4GiB.",
-    "kv_cache_dtype": "Type to keep keys and values in: auto, float32, bf16, float16, int8 or int4.",
+    "kv_cache_dtype": "Type to keep keys and values in: auto, float32, bf16, float16, fp8, int8 or int4.",
     "kv_offloading_size": "Size of a slow tier for keys and values, as in 4GiB; --kv-memory holds those in use.",
     "kv_offloading_backend": "What the slow tier is: disk (read past the page cache), or host (memory).",
     "kv_offloading_path": "Folder of the disk tier's file. Default: the cache folder.",

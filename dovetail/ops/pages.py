@@ -82,7 +82,8 @@ class Summaries:
             return
         at = torch.from_numpy(pages).to(self.kv.device)
         for layer in range(layers):
-            self.data[self._at(layer, at)] = self._stored(self.kv.keys(layer, at))
+            keys = self.kv.keys(layer, at).to(self.data.dtype)  # codes are read as float32
+            self.data[self._at(layer, at)] = self._stored(keys)
 
     def _at(self, layer: int, pages: Tensor) -> Tensor:
         """Where the summaries of physical pages are in `data`."""

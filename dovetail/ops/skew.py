@@ -71,14 +71,14 @@ def counted(margin: Tensor, alpha: float) -> Tensor:
 
 class PartialKeys:
     """The first n columns of the turned keys of every page: `data` [layers x pages, KV heads, page_size, n]. Its
-    type is that of the keys, or bfloat16 where keys are int8 or int4 codes."""
+    type is that in which attention computes."""
 
     def __init__(self, kv: Any, basis: NDArray[Any], first: int) -> None:
         """basis: A_n of every layer, [layers, KV heads, head_dim, n]. Layers before `first` are left out."""
         self.kv = kv
         self.columns = basis
         self.first = first
-        self.element = "bfloat16" if kv.k.kind in ("int8", "int4") else kv.k.element
+        self.element = kv.k.element
 
     @cached_property
     def basis(self) -> Tensor:

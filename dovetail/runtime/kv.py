@@ -15,7 +15,7 @@ from dovetail.host.lazy_torch import torch
 from dovetail.ops.attention import Keys, Rows, attend_dense, attend_pages
 from dovetail.runtime.batch import Batch
 from dovetail.runtime.residency import Offload, TieredStore, TierShape, tiers_of
-from dovetail.runtime.store import Store, TiledStore, fits_tiles, store_type
+from dovetail.runtime.store import CodedTiles, Store, TiledStore, fits_tiles, store_type, tiles_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +42,8 @@ def bytes_per_token(geometry: Geometry, kv_cache_dtype: str, native_page: int = 
     """Bytes of K and V of one token over all layers. native_page: the page size with native kernels, else 0."""
     flat, dtype = store_type(kv_cache_dtype)
     tiled = native_page and fits_tiles(kv_cache_dtype, native_page)
-    count = TiledStore.token_bytes if tiled else flat.token_bytes
-    return 2 * geometry.num_layers * count(geometry.num_kv_heads, geometry.head_dim, dtype)
+    kind = tiles_type(dtype) if tiled else flat
+    return 2 * geometry.num_layers * kind.token_bytes(geometry.num_kv_heads, geometry.head_dim, dtype)
 
 
 class KV:
@@ -59,7 +59,7 @@ class KV:
             pages = TierShape(geometry, config.num_stages, config.num_pages, config.page_size, config.aliases)
             self.k, self.v = TieredStore.pair(pages, dtype, config.offload)
         elif config.tiled and fits_tiles(config.kv_cache_dtype, config.page_size):
-            self.k, self.v = TiledStore.pair(shape, dtype, config.page_size)
+            self.k, self.v = tiles_type(dtype).pair(shape, dtype, config.page_size)
         else:
             self.k, self.v = kind(shape, dtype, device), kind(shape, dtype, device)
         self.geometry = geometry
@@ -124,7 +124,7 @@ class KV:
         """`keys` of pages [n] as an array, in float32 (float64 for float64 KV)."""
         if isinstance(self.k, TieredStore):
             return self.k.store.pages(self.k.tiers.cells_of(layer, pages))
-        if isinstance(self.k, TiledStore):
+        if isinstance(self.k, TiledStore | CodedTiles):
             return self.k.pages(np.repeat((pages + layer * self.pages_per_layer)[:, None], self.num_kv_heads, 1))
         found = self.keys(layer, torch.from_numpy(pages).to(self.device))
         return found.to(torch.promote_types(found.dtype, torch.float32)).cpu().numpy()

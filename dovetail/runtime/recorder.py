@@ -18,7 +18,7 @@ from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.kv import KV
 from dovetail.runtime.ledger import DEVICE, Ledger
 from dovetail.runtime.residency import TieredStore, tiers_of
-from dovetail.runtime.store import TiledStore
+from dovetail.runtime.store import CodedTiles, TiledStore
 from dovetail.runtime.target import (
     BARE,
     Fused,
@@ -186,7 +186,7 @@ def add_shape(program: Program, kv: KV) -> int:
     """Tell the program where K and V of layers like these lie, and what moves their pages. Returns the number of
     the shape."""
     k, v = kv.k.memory(), kv.v.memory()
-    cells = len(kv.k.array) if isinstance(kv.k, TiledStore | TieredStore) else 0
+    cells = len(kv.k.array) if isinstance(kv.k, TiledStore | CodedTiles | TieredStore) else 0
     shape = program.shape(
         kv.geometry.num_heads, kv.k.layout, kv.k.kind, (k[0], v[0], k[1], v[1]),
         (kv.pages_per_layer, kv.page_size, kv.num_kv_heads, kv.head_dim, cells),

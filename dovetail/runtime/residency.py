@@ -20,9 +20,7 @@ from dovetail.core.pages import IntArray
 from dovetail.core.seams import Geometry, Residency
 from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
-from dovetail.ops.cpu import padded
-from dovetail.ops.memory import ELEMENTS
-from dovetail.runtime.store import TiledStore
+from dovetail.runtime.store import CodedTiles, TiledStore, tiles_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,22 +105,18 @@ class TieredStore:
 
     layout = "tiled"
 
-    def __init__(self, store: TiledStore, tiers: Tiers) -> None:
+    def __init__(self, store: TiledStore | CodedTiles, tiers: Tiers) -> None:
         self.store = store
         self.array = store.array  # memory of the cells
         self.element = store.element
         self.tiers = tiers
         self.kind = store.kind
 
-    @property
-    def data(self) -> Tensor:
-        return self.store.data
-
     @classmethod
     def pair(cls, shape: TierShape, kind: str, offload: Offload) -> tuple[TieredStore, TieredStore]:
         """K and V, which share their blobs."""
         g, size = shape.geometry, shape.page_size
-        k, v = TiledStore.pair((1, offload.cells * size, g.num_kv_heads, g.head_dim), kind, size)
+        k, v = tiles_type(kind).pair((1, offload.cells * size, g.num_kv_heads, g.head_dim), kind, size)
         tiers = Tiers(k.blobs, shape, offload)
         return cls(k, tiers), cls(v, tiers)
 
@@ -152,11 +146,6 @@ class TieredStore:
             pages = [s[::size] // size for s in (source, target)]
             for first in self.tiers.stages:
                 self.tiers.native.copy(*((p + first).tolist() for p in pages))
-
-
-def blob_bytes(geometry: Geometry, page_size: int, kind: str) -> int:
-    """Bytes of K and V of one page and KV head of a layer, with values of `kind` (of `ops.memory.ELEMENTS`)."""
-    return 2 * page_size * padded(geometry.head_dim) * ELEMENTS[kind].itemsize
 
 
 def tiers_of(store: Any) -> Tiers | None:

@@ -1,11 +1,10 @@
-"""The numeric types of KV. A stored value depends on its own token alone.
+"""The numeric types of KV. Codes are in `codes`. A stored value depends on its own token alone.
 
 Slots are numbered across layers: slot s of layer i is at i * slots per layer + s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,14 @@ from dovetail.core.pages import IntArray
 from dovetail.host.lazy_torch import torch
 from dovetail.ops.cpu import padded
 from dovetail.ops.memory import ELEMENTS, Memory, as_tensor, widened, zeros
+from dovetail.runtime.codes import CODES, CodedTiles, CodeStore
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NATIVE_KINDS = {"float32": "float32", "bfloat16": "bf16"}  # what native kernels call the types of numbers
-KV_DTYPES = ("float32", "bf16", "float16", "int8", "int4", "float64")
+TILED = ("float32", "bf16", *CODES)  # the types that native kernels have tiles for
+KV_DTYPES = ("float32", "bf16", "float16", "fp8", "int8", "int4", "float64")
 
 
 class FloatStore:
@@ -32,7 +33,7 @@ class FloatStore:
 
     def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
         self.slots = shape[1]
-        self._data = Memory(_flat(shape), kind, device)
+        self._data = Memory((shape[0] * shape[1], *shape[2:]), kind, device)
         self.element = kind  # of `ops.memory.ELEMENTS`: what is read
         self.kind = NATIVE_KINDS.get(kind, "")
 
@@ -64,125 +65,8 @@ class FloatStore:
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy slots [n] of every layer."""
-        _copy(self._data, self.slots, source, target)
-
-
-class CodeStore:
-    """Codes and their scales: what KV in 8 and in 4 bits has in common."""
-
-    layout = "NHD"
-    element = "float32"  # what is read
-
-    def __init__(self, codes: Sequence[int], scales: Sequence[int], kind: str, device: str) -> None:
-        """Shapes [layers, slots, ...] of codes of `kind` (of `ops.memory.ELEMENTS`) and of float32 scales."""
-        self.slots = codes[1]
-        self._codes = Memory(_flat(codes), kind, device)
-        self._scales = Memory(_flat(scales), "float32", device)
-
-    @property
-    def codes(self) -> Tensor:
-        return self._codes.tensor
-
-    @property
-    def scales(self) -> Tensor:
-        return self._scales.tensor
-
-    def memory(self) -> tuple[int, int]:
-        return self._codes.address, self._scales.address
-
-    def copy(self, source: IntArray, target: IntArray) -> None:
-        _copy(self._codes, self.slots, source, target)
-        _copy(self._scales, self.slots, source, target)
-
-
-class Int8Store(CodeStore):
-    """Symmetric int8 per token and head: scale = max|x| / 127 (float32), x ~ scale * round(x / scale)."""
-
-    kind = "int8"
-
-    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
-        super().__init__(shape, shape[:3], kind, device)
-
-    @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
-        return num_kv_heads * (head_dim + 4)
-
-    def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
-        codes, scales = quantize_int8(values)
-        at = slots + layer * self.slots
-        self.codes.index_copy_(0, at, codes)
-        self.scales.index_copy_(0, at, scales)
-
-    def read(self, layer: int, slots: Tensor) -> Tensor:
-        flat = slots.flatten() + layer * self.slots
-        codes = self.codes.index_select(0, flat).to(torch.float32)
-        return (codes * self.scales.index_select(0, flat)[..., None]).unflatten(0, slots.shape)
-
-    def read_heads(self, layer: int, slots: Tensor) -> Tensor:
-        heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
-        at = slots + layer * self.slots
-        return self.codes[at, heads].to(torch.float32) * self.scales[at, heads][..., None]
-
-
-def _flat(shape: Sequence[int]) -> tuple[int, ...]:
-    """[layers, slots, ...] with both first dimensions as one."""
-    return (shape[0] * shape[1], *shape[2:])
-
-
-def _copy(data: Memory, slots: int, source: IntArray, target: IntArray) -> None:
-    layers = data.array.reshape(-1, slots, *data.shape[1:])
-    layers[:, target] = layers[:, source]
-
-
-def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., d] -> codes int8 [..., d] and scales float32 [...]; |x - codes * scale| <= scale / 2."""
-    x = x.to(torch.float32)
-    scales = x.abs().amax(-1) / 127
-    codes = torch.round(x / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None])
-    return codes.clamp(-127, 127).to(torch.int8), scales
-
-
-class Int4Store(CodeStore):
-    """Asymmetric int4 per token and head: x ~ low + scale * code, code 0..15, scale = (max - min) / 15."""
-
-    kind = "int4"
-
-    def __init__(self, shape: tuple[int, int, int, int], kind: str, device: str) -> None:
-        super().__init__((*shape[:3], shape[3] // 2), (*shape[:3], 2), kind, device)
-
-    @staticmethod
-    def token_bytes(num_kv_heads: int, head_dim: int, kind: str) -> int:
-        return num_kv_heads * (head_dim // 2 + 8)
-
-    def write(self, layer: int, slots: Tensor, values: Tensor) -> None:
-        codes, scales = quantize_int4(values)
-        at = slots + layer * self.slots
-        self.codes.index_copy_(0, at, codes)
-        self.scales.index_copy_(0, at, scales)
-
-    def read(self, layer: int, slots: Tensor) -> Tensor:
-        flat = slots.flatten() + layer * self.slots
-        return _from_int4(self.codes[flat], self.scales[flat]).unflatten(0, slots.shape)
-
-    def read_heads(self, layer: int, slots: Tensor) -> Tensor:
-        heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
-        at = slots + layer * self.slots
-        return _from_int4(self.codes[at, heads], self.scales[at, heads])
-
-
-def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., d] -> codes uint8 [..., d / 2], even dimensions in the low half, and (scale, low) [..., 2]."""
-    x = x.to(torch.float32)
-    low, high = x.aminmax(dim=-1)
-    scale = (high - low) / 15
-    tiny = torch.finfo(torch.float32).tiny
-    codes = torch.round((x - low[..., None]) / scale.clamp_min(tiny)[..., None]).clamp(0, 15).to(torch.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << 4, torch.stack([scale, low], -1)
-
-
-def _from_int4(codes: Tensor, scales: Tensor) -> Tensor:
-    values = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.float32)
-    return values * scales[..., :1] + scales[..., 1:]
+        layers = self._data.array.reshape(-1, self.slots, *self._data.shape[1:])
+        layers[:, target] = layers[:, source]
 
 
 class TiledStore:
@@ -296,25 +180,27 @@ class TiledStore:
         return found[..., : self.dim]
 
 
-Store = FloatStore | Int8Store | Int4Store | TiledStore
-Flat = type[FloatStore] | type[Int8Store] | type[Int4Store]
+Store = FloatStore | TiledStore | CodeStore | CodedTiles
+FLOATS = {"float32": "float32", "bf16": "bfloat16", "float16": "float16", "float64": "float64"}
 
 
-def store_type(kv_cache_dtype: str) -> tuple[Flat, str]:
-    """The class and element type (of `ops.memory.ELEMENTS`) that a `--kv-cache-dtype` names.
+def store_type(kv_cache_dtype: str) -> tuple[type[FloatStore] | type[CodeStore], str]:
+    """The class and its type (of `ops.memory.ELEMENTS`, or of `codes.CODES`) that a `--kv-cache-dtype` names.
 
     Raises ConfigError for an unknown one.
     """
-    floats = {"float32": "float32", "bf16": "bfloat16", "float16": "float16", "float64": "float64"}
-    if kv_cache_dtype in floats:
-        return FloatStore, floats[kv_cache_dtype]
-    if kv_cache_dtype == "int8":
-        return Int8Store, "int8"
-    if kv_cache_dtype == "int4":
-        return Int4Store, "uint8"
+    if kv_cache_dtype in FLOATS:
+        return FloatStore, FLOATS[kv_cache_dtype]
+    if kv_cache_dtype in CODES:
+        return CodeStore, kv_cache_dtype
     raise ConfigError(f"kv_cache_dtype '{kv_cache_dtype}' is unknown; the known ones are {', '.join(KV_DTYPES)}")
+
+
+def tiles_type(kind: str) -> type[TiledStore] | type[CodedTiles]:
+    """The class of tiles with values of `kind`, as `store_type` gives it."""
+    return CodedTiles if kind in CODES else TiledStore
 
 
 def fits_tiles(kv_cache_dtype: str, page_size: int) -> bool:
     """Whether the native kernels' own layout can hold such pages."""
-    return kv_cache_dtype in ("float32", "bf16") and page_size % 16 == 0
+    return kv_cache_dtype in TILED and page_size % 16 == 0

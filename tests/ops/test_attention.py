@@ -14,7 +14,7 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.paged import PagedAttention, Shape, State, merge_states
 from dovetail.ops.cpu import isas
 from dovetail.ops.template import ALiBi, BlockDiagonal, Sinks, SoftCap, with_tables
-from dovetail.runtime.store import quantize_int4, quantize_int8
+from dovetail.runtime.codes import quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
 SHAPE = Shape(6, 2, 24, 4)

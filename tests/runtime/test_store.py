@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.runtime.store import TiledStore, quantize_int8, store_type
+from dovetail.runtime.codes import CODES, E4M3, quantize_fp8, quantize_int8
+from dovetail.runtime.store import TiledStore, store_type, tiles_type
 from tests.helpers.examples import examples
 from tests.tiny import break_token, finish, make_request, run_all, tiny_engine
 
@@ -33,7 +34,49 @@ def test_int8_of_zeros_is_zero() -> None:
     assert not scales.any()
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("float64", 0), ("float32", 0), ("bf16", 0.01), ("int8", 0.02)])
+@given(st.integers(0, 2**31), st.sampled_from([1e-42, 1e-30, 1e-3, 1.0, 1e4, 1e37]))
+@examples(30)
+def test_fp8_is_the_nearest_e4m3_per_token_and_head(seed: int, size: float) -> None:
+    x = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(seed)) * size
+    codes, scales = quantize_fp8(x)
+    at = (x / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).clamp(-448, 448)
+    table = torch.from_numpy(E4M3)
+    nearest = (at[..., None] - table[~table.isnan()]).abs().amin(-1)
+    assert torch.equal((at - table[codes.long()]).abs(), nearest)
+    alone, scale = quantize_fp8(x[2:3, 1:2])
+    assert torch.equal(alone[0, 0], codes[2, 1])
+    assert torch.equal(scale[0, 0], scales[2, 1])
+
+
+def test_e4m3_is_torch_s() -> None:
+    want = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    assert torch.equal(torch.from_numpy(E4M3).nan_to_num(9999), want.nan_to_num(9999))
+
+
+@pytest.mark.parametrize("dim", [2, 16, 24, 80, 128])
+@pytest.mark.parametrize("kind", CODES)
+def test_tiles_of_codes_hold_what_rows_of_codes_hold(kind: str, dim: int) -> None:
+    shape = (2, 64, 3, dim)
+    keys, values = tiles_type(kind).pair(shape, kind, 32)
+    rows = store_type(kind)[0](shape, kind, "cpu")
+    random = torch.Generator().manual_seed(dim)
+    slots, x = torch.randperm(64, generator=random)[:40], torch.randn(40, 3, dim, generator=random)
+    each = slots[:12].view(2, 1, 6).expand(2, 3, 6)
+    for store in (keys, values, rows):
+        store.write(1, slots, -x)
+        store.write(1, slots, x)  # over what was there
+        store.copy(np.arange(32), np.arange(32, 64))
+    for store in (keys, values):
+        assert not store.read(0, slots).any()
+        assert torch.equal(store.read(1, slots[None]), rows.read(1, slots[None]))
+        assert torch.equal(store.read_heads(1, each), rows.read_heads(1, each))
+        page = store.pages(np.array([[3, 2, 3]]))[0]
+        assert np.array_equal(page, rows.read(1, torch.arange(32)).numpy())  # page 3 is a copy of page 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("float64", 0), ("float32", 0), ("bf16", 0.01), ("fp8", 0.04), ("int8", 0.02)]
+)
 def test_every_store_writes_reads_and_copies(name: str, tolerance: float) -> None:
     kind, dtype = store_type(name)
     store = kind((3, 8, 2, 4), dtype, "cpu")
@@ -69,11 +112,11 @@ def test_copying_a_page_of_tiles_allocates_no_more_than_the_page(kind: str) -> N
 
 
 def test_unknown_types_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"int3.*float32, bf16, float16, int8"):
+    with pytest.raises(ConfigError, match=r"int3.*float32, bf16, float16, fp8, int8"):
         store_type("int3")
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int8"])
 def test_text_with_a_narrow_kv_does_not_depend_on_the_schedule(name: str) -> None:
     prompts = [tuple((i * 5 + j) % 7 for i in range(20)) for j in range(3)]
     params = SamplingParams(temperature=0, max_tokens=20)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dovetail.config import KEY_BYTES
+from dovetail.config import key_bytes
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import Geometry
 from dovetail.core.technique import Beside
@@ -24,7 +24,7 @@ KERNELS = ["torch", *isas()[:1]]
 
 def engine_of(spec: str, kernels: str, kv: str, checkpoint: TinyCheckpoint = CHECKPOINT) -> Any:
     """One that generates: its summaries exist, and its prompt is factorised."""
-    tiered = kernels != "torch" and kv not in ("int8", "int4")
+    tiered = kernels != "torch"
     engine = tiny_engine(
         spec, checkpoint=checkpoint, kernels=kernels, dtype="float32", kv_cache_dtype=kv, page_size=SIZE,
         pages=PAGES, num_kv_cells=PAGES * 3 if tiered else 0,
@@ -36,12 +36,12 @@ def engine_of(spec: str, kernels: str, kv: str, checkpoint: TinyCheckpoint = CHE
     return engine
 
 
-def said(spec: str, kv: str, shape: Geometry = SHAPE) -> Beside:
-    return technique(spec).beside(shape, SIZE, KEY_BYTES.get(kv, 4))
+def said(spec: str, kv: str, kernels: str, shape: Geometry = SHAPE) -> Beside:
+    return technique(spec).beside(shape, SIZE, key_bytes(kv, 0 if kernels == "torch" else SIZE))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("kv", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize(
     "score", ["codes", "bound", "bound,chunk=4", "mean_std", "mean_std,chunk=8"], ids=lambda s: s.replace(",", " ")
 )
@@ -49,12 +49,12 @@ def test_summaries_of_quest(score: str, kv: str, kernels: str) -> None:
     spec = f"quest:budget=64,skip_layers=1,score={score}"
     selector = engine_of(spec, kernels, kv).seams.selector
     assert selector.dropped > 0
-    assert said(spec, kv) == Beside(page=selector.summaries.data.nbytes // PAGES)
+    assert said(spec, kv, kernels) == Beside(page=selector.summaries.data.nbytes // PAGES)
     assert selector.summaries.data.nbytes % PAGES == 0
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("kv", ["float32", "bf16"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int4"])
 @pytest.mark.parametrize("partial", [0.5, 0.325, 1])
 def test_partial_keys_of_infinigen(partial: float, kv: str, kernels: str) -> None:
     """20, 13 and 40 columns: native programs keep an even number."""
@@ -66,11 +66,11 @@ def test_partial_keys_of_infinigen(partial: float, kv: str, kernels: str) -> Non
     data = (native or selector.keys).data
     columns = selector.keys.basis.shape[-1]
     even = columns + columns % 2 if native is None else columns  # what the reference keeps is not padded
-    assert said(spec, kv) == Beside(page=data.nbytes * even // (columns * PAGES))
+    assert said(spec, kv, kernels) == Beside(page=data.nbytes * even // (columns * PAGES))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("kv", ["float32", "bf16"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int4"])
 @pytest.mark.parametrize(
     "form", ["rank=8,chunk=8", "rank=7,chunk=4,energy=0.999999", "rank=0,chunk=16", "rank=8,score=codes"]
 )

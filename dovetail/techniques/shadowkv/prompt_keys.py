@@ -204,10 +204,9 @@ class PromptKeys:
 
     def _factorise(self, index: int, keys: NDArray[Any]) -> LowRank:
         """The low-rank form of keys [tokens, KV heads, head_dim] of a layer; the first token is at position 0."""
-        stored = self.site.kv.k
         angles = self._rope(index).angles(np.arange(len(keys)), keys.dtype)
         found = factorise(unrotate(keys, angles).reshape(len(keys), -1), self.how.rank, self.how.energy)
-        return _even(found).to("bfloat16" if stored.kind in ("int8", "int4") else stored.element)
+        return _even(found).to(self.site.kv.k.element)
 
     def _name(self, prompt: Prompt) -> None:
         n = len(prompt.pages)
