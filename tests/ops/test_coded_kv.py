@@ -89,7 +89,7 @@ def test_attention_is_that_over_what_the_codes_stand_for(isa: str, kind: str, he
     weights.masked_fill_(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
     want = torch.einsum("hqk,khd->qhd", weights.softmax(-1), v)
     assert (got - want).abs().max() < 2**-8 * v.abs().max()
-    assert (got - want).abs().mean() < 2**-11 * v.abs().mean()
+    assert (got - want).abs().mean() < 2**-10 * v.abs().mean()
     for first in (TOKENS - 1, TOKENS - 5, 140):  # as decode and as chunks of a prompt
         assert torch.equal(step.run(x, first), got[first:]), first
 

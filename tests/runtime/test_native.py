@@ -49,7 +49,7 @@ prompts = st.lists(
 
 @given(
     prompts,
-    st.sampled_from([("float32", 16), ("bf16", 16), ("bf16", 32), ("int8", 8), ("int4", 16), ("bf16", 1)]),
+    st.sampled_from([("float32", 16), ("bf16", 16), ("bf16", 32), ("int8", 8), ("int4", 16), ("fp8", 32), ("bf16", 1)]),
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
     st.sampled_from([3, 17, 64, 512]),
@@ -71,7 +71,7 @@ def test_same_text_under_any_schedule(batch, store, dtype, drafts, budget, cachi
 
 @pytest.mark.parametrize("kernels", (*isas(), *emulated()))
 @pytest.mark.parametrize(
-    ("kv", "page_size"), [("float32", 16), ("bf16", 48), ("int8", 8), ("int4", 16), ("bf16", 1)]
+    ("kv", "page_size"), [("float32", 16), ("bf16", 48), ("int8", 8), ("int4", 16), ("fp8", 32), ("bf16", 1)]
 )
 def test_logprobs_match_the_reference(kernels: str, kv: str, page_size: int) -> None:
     """The torch ops on the same KV type: what differs is rounding (and, in bf16, that of queries and weights)."""
@@ -80,8 +80,12 @@ def test_logprobs_match_the_reference(kernels: str, kv: str, page_size: int) -> 
         checkpoint=CHECKPOINT, dtype="float32", kv_cache_dtype=kv, page_size=page_size, pages=1024 // page_size
     ), params)  # fmt: skip
     got = scores(engine_of(kernels, kv, page_size), params)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 if kv == "float32" else 0.15)
-    assert (got - want).abs().mean() < (5e-5 if kv != "bf16" else 0.03)
+    if page_size % 16 or kv in ("float32", "bf16"):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 if kv == "float32" else 0.15)
+        assert (got - want).abs().mean() < (5e-5 if kv != "bf16" else 0.03)
+    else:  # tiles of codes: queries rounded to bfloat16 change codes of the next layers (tests/ops/test_coded_kv.py)
+        exact = scores(engine_of(kernels, "float32", page_size), params)
+        assert (got - want).abs().mean() < 0.25 * (exact - want).abs().mean()
 
 
 def scores(engine, params) -> torch.Tensor:
