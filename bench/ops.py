@@ -249,6 +249,11 @@ def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
 # -- attention ---------------------------------------------------------------------------------------
 
 
+def _peak(kind: str) -> str:
+    """The arithmetic of attention over KV of a kind."""
+    return "float32" if kind == "float32" else "bf16"
+
+
 def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None:
     for heads in GROUPED:
         for kind in KV_DTYPES:
@@ -262,7 +267,7 @@ def decodes(bench: Bench, contexts: Sequence[int] = (1024, 4096, 16384)) -> None
                 steps = Attention(pool, [Request(c - 1, c, range(c // PAGE))], c, bench.kernels)
                 size = c * pool.token_bytes
                 cases.append(
-                    Case(kernel, f"{heads} {c}", 1, steps.run, steps.layers, size, steps.operations, kind)
+                    Case(kernel, f"{heads} {c}", 1, steps.run, steps.layers, size, steps.operations, _peak(kind))
                 )
             bench.measure(cases)
 
@@ -275,7 +280,7 @@ def prefills(bench: Bench, rows: int = 512, layers: int = 8) -> None:
             pool = KVPool(heads, kind, rows, bench.cold // 8)
             steps = Attention(pool, [Request(0, rows, range(rows // PAGE))], rows, bench.kernels, layers=layers)
             name = f"prefill.{kind}"
-            cases.append(Case(name, str(heads), rows, steps.run, steps.layers, 0, steps.operations, kind))
+            cases.append(Case(name, str(heads), rows, steps.run, steps.layers, 0, steps.operations, _peak(kind)))
         if cases:
             bench.measure(cases)
 

@@ -163,13 +163,9 @@ void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int co
 }
 
 const uint8_t* page_keys(const Kernels& kernels, const KVMemory& kv, int64_t page, int head, std::vector<uint8_t>& room) {
-    if (kv.layout == TILED && !kv.coded()) return kv.k + kv.tile(page, head, 0);
-    const size_t tile = kv.tile_bytes(), bytes = (size_t)(kv.page_size / 16) * tile;
-    room.assign(2 * bytes, 0);  // also what is beyond the head's dimension
-    if (kv.layout != TILED) {
-        gather_tokens(kv, page, head, 0, kv.page_size, 0, room.data(), room.data() + bytes);
-        return room.data();
-    }
+    if (!kv.coded()) return kv.k + kv.tile(page, head, 0);
+    const size_t tile = kv.tile_bytes();
+    room.resize((size_t)(kv.page_size / 16) * tile);
     for (int i = 0; i < kv.page_size / 16; i++)
         kernels.decode_keys[kv.stored](kv.k + kv.tile(page, head, i), kv.padded(), kv.dim, room.data() + i * tile);
     return room.data();

@@ -54,7 +54,7 @@ void write_token(const Kernels& kernels, const KVMemory& kv, const TokenPlace& p
 // Copy tokens [first, first + count) of a page into rows `at`.. of the block of tiles in the compute type.
 void gather_tokens(const KVMemory& kv, int64_t page, int head, int first, int count, int at, uint8_t* k, uint8_t* v);
 
-// The tiles of a page's keys, in the compute type. Those that do not lie so are put into `room` first.
+// TILED: the tiles of a page's keys, in the compute type. Codes are decoded into `room` first.
 const uint8_t* page_keys(const Kernels& kernels, const KVMemory& kv, int64_t page, int head, std::vector<uint8_t>& room);
 
 // Tiles of keys in bfloat16 as tiles of codes.

@@ -21,7 +21,12 @@ from dovetail.options import Options
 GIB = 1 << 30
 SECTOR = 4096  # bytes that a disk reads or writes together
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8_e4m3": "fp8"}  # what users also call them
+ALIASES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp8_e4m3": "fp8",
+}  # what users also call them
 MAX_BLOCK_SIZE = 4096
 DEFAULT_SEQS = 64
 DEFAULT_BATCHED_TOKENS = 512

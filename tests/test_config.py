@@ -196,7 +196,10 @@ def test_a_slow_tier_is_behind_the_memory_of_the_cpu(device: str) -> None:
         ({"kv_offloading_size": 1 << 18, "kv_offloading_backend": "tape"}, "'tape' is unknown.* disk and host"),
         ({"kv_offloading_size": 1 << 18, **TIERED, "emulate_link": -1.0}, "GB/s above 0"),
         ({"kv_offloading_size": 1 << 18, **TIERED, "kv_offloading_path": "/tmp"}, "is the disk's"),
-        ({"kv_offloading_size": 1 << 18, **TIERED, "kv_cache_dtype": "int8", "block_size": 8}, "float32, bf16.* not int8"),
+        (
+            {"kv_offloading_size": 1 << 18, **TIERED, "kv_cache_dtype": "int8", "block_size": 8},
+            "float32, bf16.* not int8",
+        ),
         ({"kv_offloading_size": 1 << 18, **TIERED, "block_size": 8}, "multiple of 16 tokens.* of 8"),
         ({"kv_offloading_size": 0, **TIERED}, "kv_offloading_size must be a whole number of at least 1"),
     ],

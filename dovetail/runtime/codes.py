@@ -89,6 +89,16 @@ CODES = {
 }
 
 
+def _values(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
+    """What `Codes.quantize` gave, as values [..., d] in float32."""
+    if kind == "int4":
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+        return codes.to(torch.float32) * scales[..., :1] + scales[..., 1:]
+    if kind == "fp8":
+        codes = codes.view(torch.float8_e4m3fn)
+    return codes.to(torch.float32) * scales[..., None]
+
+
 class CodeStore:
     """Codes [layers * slots, KV heads, head_dim / per_byte] and their scales, of a type of `CODES`."""
 
@@ -125,25 +135,21 @@ class CodeStore:
         self.codes.index_copy_(0, at, codes)
         self.scales.index_copy_(0, at, scales)
 
+    def rounded(self, values: Tensor) -> Tensor:
+        """values [..., head_dim] as they would be read."""
+        return _values(self.kind, *self.how.quantize(values))
+
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim] in float32."""
         flat = slots.flatten() + layer * self.slots
-        found = self._values(self.codes.index_select(0, flat), self.scales.index_select(0, flat))
+        found = _values(self.kind, self.codes.index_select(0, flat), self.scales.index_select(0, flat))
         return found.unflatten(0, slots.shape)
 
     def read_heads(self, layer: int, slots: Tensor) -> Tensor:
         """slots [rows, KV heads, n] -> [rows, KV heads, n, head_dim]: every head reads its own slots."""
         heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
         at = slots + layer * self.slots
-        return self._values(self.codes[at, heads], self.scales[at, heads])
-
-    def _values(self, codes: Tensor, scales: Tensor) -> Tensor:
-        if self.kind == "int4":
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-            return codes.to(torch.float32) * scales[..., :1] + scales[..., 1:]
-        if self.kind == "fp8":
-            codes = codes.view(torch.float8_e4m3fn)
-        return codes.to(torch.float32) * scales[..., None]
+        return _values(self.kind, self.codes[at, heads], self.scales[at, heads])
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy slots [n] of every layer."""
@@ -153,11 +159,11 @@ class CodeStore:
 
 
 class CodedTiles:
-    """K or V as codes, as the native kernels read them: `TiledStore`'s order of pages and heads, in tiles of bytes.
+    """K or V as codes, as the native kernels read them: in the order of `TiledStore`, in tiles of bytes.
 
-    The codes of a tile have the order of a bfloat16 tile (csrc/kernels.h, `KVStored`). With 4 bits two codes of the
-    same token share a byte. Behind the codes are the scales of the sixteen tokens, and for int4 their lows. Reading
-    gives float32. What techniques keep beside KV is bfloat16, as the kernels compute.
+    The codes of a tile have the order of a bfloat16 tile (csrc/kernels.h, `KVStored`). With 4 bits two codes of
+    the same token share a byte. Behind the codes are the scales of the sixteen tokens, and for int4 their lows.
+    Reading gives float32. What techniques keep beside KV is bfloat16, as the kernels compute.
     """
 
     layout = "tiled"
@@ -175,9 +181,7 @@ class CodedTiles:
         self._bytes, self._shifts = _places(padded(head_dim), self.how.per_byte, keys=keys)
 
     @classmethod
-    def pair(
-        cls, shape: tuple[int, int, int, int], kind: str, page_size: int
-    ) -> tuple[CodedTiles, CodedTiles]:
+    def pair(cls, shape: tuple[int, int, int, int], kind: str, page_size: int) -> tuple[CodedTiles, CodedTiles]:
         """K and V of [layers, pages * page_size, KV heads, head_dim], zero."""
         layers, slots, heads, dim = shape
         by_head = (heads, layers * slots // page_size, 2, page_size // 16, tile_bytes(dim, kind))
@@ -216,6 +220,10 @@ class CodedTiles:
         tokens = np.arange(self.page_size)
         found = self._vectors((cells[:, :, None], heads[..., 0], tokens // 16), tokens % 16)
         return found.swapaxes(1, 2)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """values [..., head_dim] as they would be read."""
+        return _values(self.kind, *self.how.quantize(values))
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim] in float32."""
@@ -269,4 +277,3 @@ def _single(codes: NDArray[np.uint8], per_byte: int) -> NDArray[np.uint8]:
     if per_byte == 1:
         return codes
     return np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-

@@ -127,6 +127,10 @@ class TieredStore:
         """Write values [rows, KV heads, head_dim] to slots [rows]."""
         self.store.write_heads(self.tiers.slots(layer, slots, written=True), values)
 
+    def rounded(self, values: Tensor) -> Tensor:
+        """values [..., head_dim] as they would be read."""
+        return self.store.rounded(values)
+
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim]."""
         at = self.tiers.slots(layer, slots.flatten())

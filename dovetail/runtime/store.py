@@ -54,6 +54,10 @@ class FloatStore:
         """values [rows, KV heads, head_dim] into slots [rows]."""
         self.data.index_copy_(0, slots + layer * self.slots, values.to(self.data.dtype))
 
+    def rounded(self, values: Tensor) -> Tensor:
+        """values [..., head_dim] as they would be read."""
+        return values.to(self.data.dtype)
+
     def read(self, layer: int, slots: Tensor) -> Tensor:
         """slots [...] -> [..., KV heads, head_dim]."""
         return self.data.index_select(0, slots.flatten() + layer * self.slots).unflatten(0, slots.shape)
@@ -133,6 +137,10 @@ class TiledStore:
             self.data[page, heads, tile, t // 2, :, t % 2] = values
         else:
             self.data[page, heads, tile, t] = values
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """values [..., head_dim] as they would be read."""
+        return values.to(self.data.dtype)
 
     def pages(self, cells: IntArray) -> NDArray[Any]:
         """Whole pages in float32: cells [n, KV heads], the number of each head's page over all layers -> [n,

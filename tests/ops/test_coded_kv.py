@@ -107,7 +107,9 @@ def test_threads_change_no_bit(kind: str) -> None:
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3.4e38])
 @pytest.mark.parametrize("part", ["k", "v"])
-def test_a_token_that_is_not_finite_is_seen_by_its_readers_only(isa: str, kind: str, bad: float, part: str) -> None:
+def test_a_token_that_is_not_finite_is_seen_by_its_readers_only(
+    isa: str, kind: str, bad: float, part: str
+) -> None:
     heads = (2, 1, 24)
     step, x, clean = Step(isa, kind, heads), values(heads), Step(isa, kind, heads)
     want = clean.run(x)

@@ -12,6 +12,7 @@ from dovetail.core.model import RopeConfig
 from dovetail.ops import cpu, low_rank
 from dovetail.ops.low_rank import factorise, rebuild
 from dovetail.ops.rope import Rope, rotate, unrotate
+from dovetail.runtime.codes import CODES, CodedTiles
 from dovetail.runtime.store import TiledStore
 
 SEEDS = st.integers(0, 2**31)
@@ -110,3 +111,25 @@ def test_native_kernels_rotate_as_models_do_however_far(isa: str, rope: RopeConf
         expected = rebuild(factors, tokens, slice(dim, 2 * dim), rotation.angles(tokens, torch.float32))
         found = kept.read(0, torch.arange(size))[:, 0]
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dim", [24, 64])
+def test_rebuilt_keys_are_stored_as_codes_where_keys_are(isa: str, kind: str, dim: int) -> None:
+    size, rank, rotation = 32, 6, Rope(YARN, dim)
+    factors = low_rank.LowRank(
+        random(0, 2 * size, rank).float().numpy(), random(1, rank, 2 * dim).float().numpy()
+    ).to("bfloat16")
+    keys = cpu.native().LowRankKeys(kind, (2, dim, size), [(rotation.freqs.tolist(), rotation.temper)], [0])
+    keys.add([4, 2], [(factors.coefficients.ctypes.data, factors.basis.ctypes.data, rank)])
+    kept, other = CodedTiles.pair((1, size, 1, dim), kind, size)
+    keys.rebuild(isa, (0, 2, 1), kept.memory()[0])
+    tokens = size + torch.arange(size)  # alias 2 is the prompt's second page
+    expected = rebuild(factors, tokens, slice(dim, 2 * dim), rotation.angles(tokens, torch.float32))
+    found = kept.read(0, torch.arange(size))[:, 0]
+    step = {"fp8": 2**-4 * expected.abs(), "int8": expected.abs().amax(-1, keepdim=True) / 254,
+            "int4": (expected.amax(-1) - expected.amin(-1))[:, None] / 30}[kind]  # fmt: skip
+    assert ((found - expected).abs() <= 1.05 * step + 2**-7 * expected.abs() + 1e-3).all()
+    assert (found - kept.rounded(expected)).abs().mean() < 0.5 * step.mean()
+    assert not other.array.any()

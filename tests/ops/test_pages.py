@@ -214,7 +214,7 @@ def test_packed_codes_are_the_same_again(seed: int, tokens: int, kind: str, dim:
     assert torch.equal(unpacked(data, dim, tokens), found)
 
 
-@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("block", [16, 48])
 def test_native_codes_are_the_definition(tiny_model: Path, kv: str, block: int) -> None:
     if not isas():
@@ -229,13 +229,13 @@ def test_native_codes_are_the_definition(tiny_model: Path, kv: str, block: int) 
     sealed = torch.arange(200 // block)
     for layer in range(2):
         got = summaries.data[layer * cache.pages_per_layer + sealed]
-        keys = cache.keys(layer, sealed)
+        keys = cache.keys(layer, sealed).to(got.dtype)
         found = unpacked(got, cache.head_dim, block)
         torch.testing.assert_close(found, codes(keys).float(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bound", "mean_std"])
-@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize(("block", "chunk"), [(16, 0), (32, 0), (8, 0), (16, 4), (32, 8), (48, 24)])
 def test_native_summaries_are_the_definitions(
     tiny_model: Path, kind: str, kv: str, block: int, chunk: int
@@ -251,10 +251,9 @@ def test_native_summaries_are_the_definitions(
     sealed = torch.arange(200 // block)  # the last ones are summarised in the next step
     for layer in range(2):
         got = summaries.data[layer * cache.pages_per_layer + sealed]
-        want = summary(cache.keys(layer, sealed), kind, chunk or block).to(got.dtype)
-        torch.testing.assert_close(
-            got[..., : cache.head_dim], want, rtol=0.01 if kv == "bf16" else 1e-5, atol=1e-5
-        )
+        want = summary(cache.keys(layer, sealed).to(got.dtype), kind, chunk or block).to(got.dtype)
+        loose = 0.01 if got.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(got[..., : cache.head_dim], want, rtol=loose, atol=1e-5)
         if kind == "bound":
             assert torch.equal(got[..., : cache.head_dim], want)
 
@@ -285,7 +284,9 @@ def test_every_instruction_set_reads_what_the_reference_reads(tiny_model: Path, 
     assert texts(tiny_model, use=use, kernels=isa) == texts(tiny_model, use=use, kernels="torch")
 
 
-@pytest.mark.parametrize(("kv", "block"), [("int8", 16), ("int8", 48), ("float32", 24), ("float32", 8)])
+@pytest.mark.parametrize(
+    ("kv", "block"), [("int8", 8), ("int4", 24), ("fp8", 24), ("float32", 24), ("float32", 8)]
+)
 def test_codes_choose_the_same_pages_in_every_layout(tiny_model: Path, kv: str, block: int) -> None:
     if not isas():
         pytest.skip("the native kernels were not built")
@@ -297,8 +298,8 @@ def test_codes_choose_the_same_pages_in_every_layout(tiny_model: Path, kv: str, 
 
 @settings(max_examples=12, deadline=None)
 @given(
-    st.sampled_from([1, 7, 33, 128]), st.integers(1, 3), st.sampled_from(["float32", "bf16", "int8"]),
-    st.sampled_from([16, 8]), st.booleans(),
+    st.sampled_from([1, 7, 33, 128]), st.integers(1, 3),
+    st.sampled_from(["float32", "bf16", "fp8", "int8", "int4"]), st.sampled_from([16, 8]), st.booleans(),
 )  # fmt: skip
 def test_native_text_is_the_same_under_any_schedule(
     tiny_model: Path, tokens: int, seqs: int, kv: str, block: int, drafts: bool

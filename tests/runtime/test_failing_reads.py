@@ -14,6 +14,7 @@ from dovetail.core.engine import Engine
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.types import Request
 from dovetail.ops.cpu import isas
+from dovetail.runtime.codes import CodedTiles
 from tests.runtime.test_residency import BEST, LAYERS, engine_of, tight, unreadable, unwritable
 from tests.tiny import TinyCheckpoint, make_request, run_all, tiny_config, tiny_engine
 
@@ -100,7 +101,7 @@ def test_a_prompt_that_cannot_be_read_keeps_its_keys_and_the_others_go_on(
 NARROW = TinyCheckpoint(tiny_config(hidden_size=64, intermediate_size=96, head_dim=12, num_layers=LAYERS))
 
 
-@pytest.mark.parametrize("kv", ["float32", "bf16"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("spec", ["", SHADOWKV, "quest:budget=48,skip_layers=0"])
 def test_what_a_failing_read_leaves_in_the_padding_is_gone_when_cells_are_written(
     tmp_path: Path, kv: str, spec: str
@@ -122,7 +123,7 @@ def test_what_a_failing_read_leaves_in_the_padding_is_gone_when_cells_are_writte
         while engine.busy:
             engine.step()
     assert sick.finish_reason == "error"
-    assert padding(memory.data, kv).isnan().any()
+    assert any(broken(memory.store, *at) for at in np.ndindex(memory.array.shape[:2]))
     found, failed = together(engine, {"later": LONG[::-1], "short": SHORT})
     assert not failed
     for name, prompt in (("later", LONG[::-1]), ("short", SHORT)):
@@ -134,13 +135,18 @@ def test_what_a_failing_read_leaves_in_the_padding_is_gone_when_cells_are_writte
     places = torch.from_numpy(memory.tiers.native.places()).long()
     for i, page in enumerate(last.table.ids[: (len(OTHER) + 19) // 16]):  # full ones
         for layer in range(LAYERS):
-            for head, cell in enumerate(places[layer * 40 + page].tolist()):
-                assert cell < 0 or not padding(memory.data[cell, head], kv).count_nonzero(), (i, layer)
+            cells = places[layer * 40 + page].tolist()
+            for head, cell in enumerate(cells):
+                assert cell < 0 or not broken(memory.store, cell, head), (i, layer)
 
 
-def padding(tiles: torch.Tensor, kv: str) -> torch.Tensor:
-    """The dimensions of K beyond 12: float32 [.., dim, 16], bfloat16 [.., dim / 2, 16, 2]."""
-    return tiles[..., 12:, :] if kv == "float32" else tiles[..., 6:, :, :]
+def broken(store: Any, cell: int, head: int) -> bool:
+    """Whether a cell has NaN in the dimensions of K beyond 12, or among the scales of codes."""
+    if isinstance(store, CodedTiles):
+        return bool(np.isnan(store.pages(np.full((1, store.array.shape[1]), cell))[:, :, head]).any())
+    tiles = store.data[cell, head]  # float32 [tiles, dim, 16], bfloat16 [tiles, dim / 2, 16, 2]
+    rest = tiles[:, 12:] if store.kind == "float32" else tiles[:, 6:]
+    return bool(rest.count_nonzero())
 
 
 @pytest.mark.parametrize("spec", ["", "quest:budget=48,skip_layers=0"])

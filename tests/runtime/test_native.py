@@ -49,7 +49,9 @@ prompts = st.lists(
 
 @given(
     prompts,
-    st.sampled_from([("float32", 16), ("bf16", 16), ("bf16", 32), ("int8", 8), ("int4", 16), ("fp8", 32), ("bf16", 1)]),
+    st.sampled_from(
+        [("float32", 16), ("bf16", 16), ("bf16", 32), ("int8", 8), ("int4", 16), ("fp8", 32), ("bf16", 1)]
+    ),
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
     st.sampled_from([3, 17, 64, 512]),
@@ -83,7 +85,7 @@ def test_logprobs_match_the_reference(kernels: str, kv: str, page_size: int) -> 
     if page_size % 16 or kv in ("float32", "bf16"):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 if kv == "float32" else 0.15)
         assert (got - want).abs().mean() < (5e-5 if kv != "bf16" else 0.03)
-    else:  # tiles of codes: queries rounded to bfloat16 change codes of the next layers (tests/ops/test_coded_kv.py)
+    else:  # rounded queries change codes of the next layers; tests/ops/test_coded_kv.py is exact
         exact = scores(engine_of(kernels, "float32", page_size), params)
         assert (got - want).abs().mean() < 0.25 * (exact - want).abs().mean()
 

@@ -261,7 +261,7 @@ def test_pools_of_limited_size_work_operation_by_operation() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", [BEST, "torch"])
-@pytest.mark.parametrize("kv", ["float32", "bf16"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "fp8", "int8", "int4"])
 def test_the_device_is_too_small_and_the_text_the_same(kv: str, kernels: str) -> None:
     engine = engine_of(kernels=kernels, kv=kv, **tight(pages=20))
     assert run_all(engine, PROMPTS, GREEDY) == run_all(engine_of(kernels=kernels, kv=kv), PROMPTS, GREEDY)

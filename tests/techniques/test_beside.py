@@ -90,5 +90,7 @@ def test_landmarks_and_prompts_of_shadowkv(
     basis = sum(k.basis.nbytes for k in prompt.keys.values())
     angles, packed = 2 * padded(SHAPE.head_dim // 2) * 4, padded(SHAPE.head_dim) / SHAPE.head_dim  # natively
     request = basis + round(basis * packed)
-    assert said(spec, kv, kernels, shape) == Beside(page=kept.data.nbytes // PAGES + rows // held + angles, request=request)
+    assert said(spec, kv, kernels, shape) == Beside(
+        page=kept.data.nbytes // PAGES + rows // held + angles, request=request
+    )
     assert kept.data.nbytes % PAGES == rows % held == 0

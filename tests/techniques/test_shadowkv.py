@@ -169,7 +169,7 @@ def test_a_tied_program_keeps_keys_of_every_stage(monkeypatch: pytest.MonkeyPatc
     assert found == [run_all(tiny_engine(FULL), [p], PARAMS)[0] for p in PROMPTS]
 
 
-@pytest.mark.parametrize("kv", ["float32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["float32", "bf16", "fp8", "int8", "int4"])
 @pytest.mark.parametrize("kernels", ["torch", *isas()[:1]])
 @pytest.mark.parametrize("score", SCORES)
 def test_it_runs_on_every_type_of_kv(score: str, kv: str, kernels: str) -> None:

@@ -17,13 +17,13 @@ from dovetail.ops import cpu
 from dovetail.ops.attention.kernel_variant import KernelVariant
 from dovetail.ops.cpu import padded
 from dovetail.ops.template import with_tables
-from dovetail.runtime.store import FloatStore, TiledStore, store_type
+from dovetail.runtime.store import CodedTiles, FloatStore, TiledStore, store_type, tiles_type
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PAGE = 16  # tokens
-KV_DTYPES = ("bf16", "float32")
+KV_DTYPES = ("bf16", "float32", "fp8", "int8", "int4")
 SOME = 1 << 20  # random values, which repeat
 
 
@@ -76,21 +76,30 @@ class KVPool:
     def __init__(self, heads: Heads, kind: str, tokens: int, size: int, *, pages: Pages = IN_PLACE) -> None:
         self.heads, self.kind, self.pages = heads, kind, pages
         dtype = store_type(kind)[1]
-        self.token_bytes = 2 * TiledStore.token_bytes(heads.kv, heads.dim, dtype)
+        self.token_bytes = 2 * tiles_type(dtype).token_bytes(heads.kv, heads.dim, dtype)
         self.tokens = tokens * -(-size // (tokens * self.token_bytes))
         shape = (1, self.tokens, heads.kv, heads.dim)
-        self.k: TiledStore | FloatStore
-        self.v: TiledStore | FloatStore
+        self.k: TiledStore | CodedTiles | FloatStore
+        self.v: TiledStore | CodedTiles | FloatStore
         if pages.tiled:
-            self.k, self.v = TiledStore.pair(shape, dtype, pages.size)
+            self.k, self.v = tiles_type(dtype).pair(shape, dtype, pages.size)
         else:
             self.k, self.v = (FloatStore(shape, dtype, "cpu") for _ in range(2))
-        for data in (self.k.data, self.v.data):
-            most = max(1, SOME // data[0].numel())
-            some = torch.randn(min(most, len(data)), *data.shape[1:]).to(data.dtype)
-            for at in range(0, len(data), len(some)):
-                part = data[at : at + len(some)]
-                part.copy_(some[: len(part)])
+        for store in (self.k, self.v):
+            self._fill(store)
+
+    def _fill(self, store: TiledStore | CodedTiles | FloatStore) -> None:
+        if isinstance(store, CodedTiles):
+            some = min(self.tokens, max(1, SOME // (self.heads.kv * self.heads.dim)) // PAGE * PAGE)
+            store.write(0, torch.arange(some), torch.randn(some, self.heads.kv, self.heads.dim))
+            data, first = torch.from_numpy(store.array), some // store.page_size
+            part = data[:first].clone()
+        else:
+            data, most = store.data, max(1, SOME // store.data[0].numel())
+            part = torch.randn(min(most, len(data)), *data.shape[1:]).to(data.dtype)
+        for at in range(0, len(data), len(part)):
+            to = data[at : at + len(part)]
+            to.copy_(part[: len(to)])
 
 
 class Attention:
@@ -110,8 +119,8 @@ class Attention:
         keys = sum((r.start + 1 + r.stop) * (r.stop - r.start) / 2 for r in requests)
         self.operations = 4.0 * heads.query * heads.dim * keys
         self.program = program = cpu.native().Program(kernels.isa, kernels.threads, cascade, split)
-        sizes = (tokens // size, size, heads.kv, heads.dim, len(pool.k.data))
-        addresses = (pool.k.data.data_ptr(), pool.v.data.data_ptr(), 0, 0)
+        sizes = (tokens // size, size, heads.kv, heads.dim, pool.tokens // size)
+        addresses = (pool.k.memory()[0], pool.v.memory()[0], 0, 0)
         program.shape(heads.query, pool.k.layout, pool.kind, addresses, sizes)
         self._q, self._out = (program.slot(heads.query * padded(heads.dim)) for _ in range(2))
         self._record(tokens // size)
@@ -144,7 +153,7 @@ class Attention:
         random = torch.Generator().manual_seed(2)
         q = torch.randn(self.rows, heads.query, padded(heads.dim), generator=random)
         scaled = (q * heads.dim**-0.5).flatten()
-        if self.pool.kind == "bf16":
+        if self.pool.kind != "float32":
             memory.view(np.int16)[: len(scaled)] = scaled.to(torch.bfloat16).view(torch.int16).numpy()
         else:
             memory[: len(scaled)] = scaled.numpy()

@@ -16,7 +16,7 @@ from dovetail.host.lazy_torch import torch
 from dovetail.ops.cpu import padded
 from dovetail.ops.memory import ELEMENTS, zeros
 from dovetail.ops.pages import num_vectors
-from dovetail.runtime.store import store_type
+from dovetail.runtime.store import TiledStore
 
 SPAN = 16  # pages
 NOISE = 0.5  # deviation of a token's key from its page's mean, relative to that mean
@@ -34,6 +34,7 @@ class Choosing:
 def drift(pool: KVPool) -> None:
     """Give the keys of `pool` a mean that drifts from page to page, in straight lines between random points SPAN
     pages apart. Then neighbouring pages are alike, as in text, and no two pages are the same."""
+    assert isinstance(pool.k, TiledStore)
     keys = pool.k.data  # the dimension of tokens is the one before the last, in tiles of both types
     shape = (*keys.shape[1:-2], 1, keys.shape[-1])
     last = torch.randn(shape)
@@ -64,7 +65,7 @@ class SparseAttention(Attention):
     def _record(self, pages: int) -> None:
         program, choosing, pool = self.program, self.choosing, self.pool
         size, heads = pool.pages.size, pool.heads
-        dtype = ELEMENTS[store_type(pool.kind)[1]]
+        dtype = ELEMENTS[pool.k.element]
         vectors = num_vectors(choosing.kind, size, 0, dtype.itemsize)
         self.summaries = zeros((self.layers * pages, heads.kv, vectors, padded(heads.dim)), dtype)
         at = self.summaries.ctypes.data

@@ -164,7 +164,7 @@ class PromptKeys:
             tokens = (found[:, None] * size + torch.arange(size, device=found.device)).flatten()
             columns, angles = slice(head * dim, (head + 1) * dim), self._rope(index).angles(tokens, wide)
             rebuilt = rebuild(prompt.keys[index], tokens, columns, angles).unflatten(0, (-1, size))
-            keys[:, head][wanted] = rebuilt.to(keys.dtype)[back]
+            keys[:, head][wanted] = self.site.kv.k.rounded(rebuilt).to(keys.dtype)[back]
             self.rebuilt += len(back)
 
     def _make(self, pages: Sequence[int]) -> Prompt:
