@@ -222,7 +222,14 @@ NB_MODULE(_native, m) {
     m.def("emulated", [] { return running(emulated_name); });
     m.def("formats", [] {
         std::vector<std::string> out;
-        for (const FormatInfo& f : FORMATS) out.push_back(f.name);
+        for (const FormatInfo& f : FORMATS)
+            if (f.values) out.push_back(f.name);
+        return out;
+    });
+    m.def("grids", [] {
+        std::vector<std::string> out;
+        for (const FormatInfo& f : FORMATS)
+            if (!f.values) out.push_back(f.name);
         return out;
     });
     m.def("read_bandwidth", [](size_t megabytes, int threads) {
@@ -233,6 +240,7 @@ NB_MODULE(_native, m) {
         dequantize_row(format_of(format), (const uint8_t*)row, k, (float*)out);
     });
 
+    m.attr("MAX_GRID_K") = MAX_GRID_K;
     m.def("layout", [] { return LAYOUT; });
     m.def("checksums", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges, int threads) {
         std::vector<std::pair<const uint8_t*, size_t>> at;
@@ -255,6 +263,19 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release free;
             new (self) Packed(f, (const uint8_t*)rows, row_bytes, n, k, threads);
         })
+        .def_static("grid", [](const std::string& format, std::tuple<int, int, int> sizes, std::pair<uintptr_t, size_t> codes,
+                               std::pair<uintptr_t, uintptr_t> parts, const std::string& activation,
+                               const std::vector<std::pair<uintptr_t, size_t>>& shared, int threads) {
+            const auto [n, k, groups] = sizes;
+            GridWeight w{format_of(format), n, k, groups, (const uint8_t*)codes.first, codes.second,
+                         (const float*)parts.first, (const int16_t*)parts.second, activation, {}};
+            for (const auto& [address, count] : shared) w.shared.emplace_back((const void*)address, count);
+            nb::gil_scoped_release free;
+            return std::make_shared<Packed>(w, threads);
+        }, nb::arg("format"), nb::arg("sizes"), nb::arg("codes"), nb::arg("parts"), nb::arg("activation"), nb::arg("shared"),
+           nb::arg("threads"))
+        .def_prop_ro("activation", &Packed::activation)
+        .def_prop_ro("head", [](const Packed& p) { return nb::bytes(p.head().data(), p.head().size()); })
         .def_ro("bytes", &Packed::bytes)
         .def_prop_ro("address", [](const Packed& p) { return (uintptr_t)p.data; })
         .def_prop_ro("data", [](const Packed& p) {  // to be read
@@ -335,7 +356,7 @@ NB_MODULE(_native, m) {
         .def("linear", [](Program& p, int in, int out, nb::list weights, const std::string& activation,
                           std::vector<float> norm, float eps, std::vector<float> bias, bool add,
                           const std::string& gate, bool sampled) {
-            p.linear({in, out, weights_of(weights), choice<Activation>(activation, {"exact", "int8", "bf16"}),
+            p.linear({in, out, weights_of(weights), choice<Activation>(activation, {"exact", "int8", "bf16", "int8-token", "fp8-token"}),
                       std::move(norm), eps, std::move(bias), add,
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});
         }, nb::arg("source"), nb::arg("target"), nb::arg("weights"), nb::arg("activation"), nb::arg("norm"),

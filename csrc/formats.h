@@ -5,6 +5,13 @@
 // 4-bit codes: 64 bytes hold k-quad j in the low halves and j + 4 in the high halves, four such vectors a block.
 // 5-bit codes: one more vector a block, bit j of each byte being the fifth bit of k-quad j.
 // 6-bit codes: two more vectors a block; vector h holds bits 4-5 of k-quads 4h to 4h + 3, two bits each.
+// 8-bit floats (e4m3): 32 bytes hold a pair of K of each column, sixteen such pairs a block.
+//
+// Weights on uniform grids (I8, I4, F8; see ops/grids.py) are not stored in blocks. Their packed bytes begin with a
+// GridHeader and what all rows have in common. A tile of them begins with a float factor of each column. If they have
+// groups, there follow for each group the 16 float16 scales, which are multiplied with the factor; then for each group
+// the 16 zero points as int8, if there are any; then, from the next multiple of 64 on, all blocks. A factor is a power
+// of two, so that scales that were stored in float16 or bfloat16 keep their value. Without groups it is the scale.
 // Packed weights are kept in files: whoever changes the layout raises its number, and these files are made again.
 #pragma once
 #include <cstddef>
@@ -12,15 +19,20 @@
 
 namespace dovetail {
 
-enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
-enum Activation : int { EXACT, INT8, BFLOAT, NUM_ACTIVATIONS };
+enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
+                    I8, I4, F8,
+                    NUM_FORMATS };
+enum Activation : int { EXACT, INT8, BFLOAT, INT8_TOKEN, FP8_TOKEN, NUM_ACTIVATIONS };
 
 constexpr int LAYOUT = 1;  // the number of the packed layout
 constexpr int TILE = 16;   // columns of a tile
 constexpr int BLOCK = 32;  // K of a block
+// K of weights on grids. Sums of int8 products over all of K then stay within 32 bits, also halfway: with the zero point
+// 128 taken off first, a sum lies below 127 * (255 a - 128 a + 128 b), where a codes were positive and b negative.
+constexpr int MAX_GRID_K = 65536;
 
 // Values per stored block and its bytes (the checkpoint's layout), and the packed sizes: `head` bytes, then
-// `blocks` blocks of `block` bytes, for 16 columns and blocks * 32 values of K.
+// `blocks` blocks of `block` bytes, for 16 columns and blocks * 32 values of K. Weights on grids have no stored block.
 struct FormatInfo {
     const char* name;
     int values, bytes;
@@ -32,7 +44,33 @@ constexpr FormatInfo FORMATS[NUM_FORMATS] = {
     {"Q4_0", 32, 18, 1, 0, 256 + 32},  {"Q4_1", 32, 20, 1, 0, 256 + 64}, {"Q5_0", 32, 22, 1, 0, 320 + 32},
     {"Q5_1", 32, 24, 1, 0, 320 + 64},  {"Q8_0", 32, 34, 1, 0, 512 + 32}, {"Q4_K", 256, 144, 8, 64, 256 + 32},
     {"Q5_K", 256, 176, 8, 64, 320 + 32}, {"Q6_K", 256, 210, 8, 32, 384 + 32},
+    {"I8", 0, 0, 1, 0, 512}, {"I4", 0, 0, 1, 0, 256}, {"F8", 0, 0, 1, 0, 512},
 };
+constexpr bool on_grid(Format f) { return FORMATS[f].values == 0; }
+
+// group: blocks of a group; 0 for one scale a column.
+struct GridShape {
+    int group, zeros;
+};
+
+// Arrays that all rows of a weight have in common, of 4 bytes an element. ORDER: int32 [k], the input column of each code.
+enum Shared : int { ORDER, CLIP, NUM_SHARED };
+
+// Behind it the arrays, each from a multiple of 64 on. activation: how the checkpoint wants rows of activations.
+struct GridHeader {
+    char activation[16];
+    GridShape shape;
+    int32_t counts[10];  // elements of each array
+};
+static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 10, "one line");
+
+constexpr size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Where in a tile of a weight on a grid its zero points and its blocks begin.
+inline size_t grid_zeros(int k_blocks, const GridShape& s) { return 64 + (s.group ? (size_t)(k_blocks / s.group) * 32 : 0); }
+inline size_t grid_blocks(int k_blocks, const GridShape& s) {
+    return lines(grid_zeros(k_blocks, s) + (s.zeros ? (size_t)(k_blocks / s.group) * 16 : 0));
+}
 
 inline size_t tile_bytes(Format f, int k_blocks) {
     const FormatInfo& i = FORMATS[f];
@@ -45,9 +83,13 @@ inline size_t tile_bytes(Format f, int k_blocks) {
 //           as int16 multiples of it [blocks]
 //   EXACT:  float [K], float sum [blocks]
 //   BFLOAT: bfloat16 [K]
+//   INT8_TOKEN: int8 codes [K], float scale, int32 -8 * sum of the codes before each block and of all [blocks + 1]
+//   FP8_TOKEN: e4m3 codes as bfloat16 [K], float scale
 inline size_t activation_bytes(Activation a, int k_blocks) {
     const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8 + 2) + (size_t)(k_blocks + 7) / 8 * 4
                        : a == EXACT ? (size_t)k_blocks * (128 + 4)
+                       : a == INT8_TOKEN ? (size_t)k_blocks * (32 + 4) + 8
+                       : a == FP8_TOKEN ? (size_t)k_blocks * 64 + 4
                                     : (size_t)k_blocks * 64;
     return (raw + 63) / 64 * 64;
 }

@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/codes.h"
+#include "kernels/grid.h"
 #include "kernels/linear.h"
 #include "kernels/low_rank.h"
 #include "kernels/pages.h"
@@ -17,6 +18,7 @@
             add_linear(table), add_rows_of(table);            \
             add_attention(table), add_sample(table);          \
             add_codes(table);                                 \
+            add_grid(table);                                  \
             add_pages(table), add_low_rank(table);            \
             table.name = #NAME;                               \
         }                                                     \

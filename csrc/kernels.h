@@ -26,6 +26,16 @@ struct GemmArgs {
     const uint8_t* ahead;
     int lines;
     int row_count, tile_count;  // of the block
+    GridShape grid;             // of weights on a grid
+};
+
+// A row of floats, zero-padded to k_blocks * 32, that becomes an activation row. shared: of the weights, by kind, or null.
+struct RowArgs {
+    const float* x;
+    int k_blocks;
+    uint8_t* row;
+    int position;  // of its token
+    const void* const* shared;
 };
 
 struct BlockShape {
@@ -175,8 +185,7 @@ struct Kernels {
 
     // y = x / sqrt(mean(x^2) + eps) * w
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
-    // A row of floats, zero-padded to k_blocks * 32, into an activation row.
-    void (*activate[NUM_ACTIVATIONS])(const float* x, int k_blocks, uint8_t* row);
+    void (*activate[NUM_ACTIVATIONS])(const RowArgs& args);
     void (*gate)(const GateArgs& args);
     // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
     void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);

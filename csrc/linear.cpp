@@ -30,6 +30,7 @@ LinearOp::LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kerne
     for (const auto& w : args_.weights) {
         if (w->k != in.width) throw std::invalid_argument("a weight's width differs from its input's");
         if (!kernels.gemm[w->format][args_.activation][1][1]) throw std::invalid_argument("no kernel for this weight");
+        if (!w->agrees(*args_.weights[0])) throw std::invalid_argument("weights of one product take rows of different kinds");
         segments_.push_back({w.get(), column, tiles_});
         if (!args_.gate) column += w->n;
         tiles_ += w->tiles;
@@ -43,6 +44,7 @@ LinearOp::LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kerne
     if (!args_.bias.empty() && (int)args_.bias.size() != (args_.gate ? 2 : 1) * column)
         throw std::invalid_argument("the bias has another length than the output");
     args_.norm.resize(args_.norm.empty() ? 0 : in.stride, 0.0f);
+    shared_ = args_.weights[0]->shared;
 }
 
 int LinearOp::total(const Work& work) const {
@@ -67,18 +69,27 @@ BlockShape LinearOp::shape(const Kernels& kernels, int n) const {
 void LinearOp::prepare(const Work& work) {
     const size_t need = (size_t)total(work) * row_bytes_ + 64;  // sums of the last row are read a vector at a time
     if (work.rows->size() < need) work.rows->resize(need);
+    const size_t mine = ALONE * row_bytes_ + 2 * floats() * sizeof(float);
     for (Aligned<uint8_t>& own : *work.own)
-        if (own.size() < ALONE * row_bytes_ + norm_bytes()) own.resize(ALONE * row_bytes_ + norm_bytes());
+        if (own.size() < mine) own.resize(mine);
 }
 
-// `own`: room for a normalized row.
-void LinearOp::activate(const Kernels& kernels, const float* x, uint8_t* row, float* own) const {
+void LinearOp::activate(const Work& work, int r, const float* x, uint8_t* row, float* own) const {
     if (!args_.norm.empty()) {
-        kernels.rms_norm(x, args_.norm.data(), args_.eps, in_width_, own);
+        work.kernels->rms_norm(x, args_.norm.data(), args_.eps, in_width_, own);
         for (int i = (in_width_ + 15) / 16 * 16; i < k_blocks_ * BLOCK; i++) own[i] = 0;
         x = own;
     }
-    kernels.activate[args_.activation](x, k_blocks_, row);
+    if (const auto* order = (const int32_t*)shared_[ORDER]) {
+        float* ordered = own + floats();
+        for (int i = 0; i < in_width_; i++) ordered[i] = x[order[i]];
+        for (int i = in_width_; i < k_blocks_ * BLOCK; i++) ordered[i] = 0;
+        x = ordered;
+    }
+    const Step& step = *work.step;
+    const size_t at = args_.sampled ? step.sampled[r] : r;
+    const int position = at < step.positions.size() ? step.positions[at] : 0;
+    work.kernels->activate[args_.activation]({x, k_blocks_, row, position, shared_});
 }
 
 void LinearOp::run(Member& member, const Work& work) {
@@ -90,15 +101,15 @@ void LinearOp::run(Member& member, const Work& work) {
     };
     const uint8_t* rows = work.rows->data();
     uint8_t* mine = (*work.own)[member.id].data();
-    float* norm = (float*)(mine + ALONE * row_bytes_);
+    float* floats = (float*)(mine + ALONE * row_bytes_);
     if (n <= ALONE) {
-        for (int r = 0; r < n; r++) activate(*work.kernels, input(r), mine + r * row_bytes_, norm);
+        for (int r = 0; r < n; r++) activate(work, r, input(r), mine + r * row_bytes_, floats);
         rows = mine;
     } else {
         const int each = std::max(1, n / (member.threads() * CHUNKS));
         member.share((n + each - 1) / each, [&](int c) {
             for (int r = c * each; r < std::min(n, (c + 1) * each); r++)
-                activate(*work.kernels, input(r), work.rows->data() + r * row_bytes_, norm);
+                activate(work, r, input(r), work.rows->data() + r * row_bytes_, floats);
         });
     }
     const Kernels& k = *work.kernels;
@@ -135,7 +146,7 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& bl
     const Gemm gemm = block.n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
                                          : kernels.gemm[w.format][args_.activation][block.n][block.count];
     gemm({tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines, block.n,
-          block.count});
+          block.count, w.grid});
 }
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {

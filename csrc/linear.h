@@ -33,8 +33,9 @@ class LinearOp : public Op {
         int stride;
         bool add;
     };
-    void activate(const Kernels& kernels, const float* x, uint8_t* row, float* own) const;
-    size_t norm_bytes() const { return (size_t)k_blocks_ * BLOCK * 4; }
+    // Row r of the operation's rows, at x. own: room for two rows of floats.
+    void activate(const Work& work, int r, const float* x, uint8_t* row, float* own) const;
+    size_t floats() const { return (size_t)k_blocks_ * BLOCK; }
     void panel(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
     void gates(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const;
@@ -54,6 +55,7 @@ class LinearOp : public Op {
     std::vector<Segment> segments_;
     int tiles_ = 0, k_blocks_, in_width_;
     size_t row_bytes_;
+    const void* const* shared_ = nullptr;  // by all weights
 };
 
 }  // namespace dovetail

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "huge.h"
+#include "pack_grid.h"
 #include "small_floats.h"
 #include "team.h"
 
@@ -208,13 +209,35 @@ void pack_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int
 constexpr size_t SLACK = 8192;  // prefetches run past the end
 constexpr size_t LINE = 64;     // where vectors of weights begin
 
+size_t head_bytes(const GridHeader& h) {
+    size_t bytes = sizeof h;
+    for (int i = 0; i < NUM_SHARED; i++) bytes += lines((size_t)h.counts[i] * 4);
+    return bytes;
+}
+
+size_t stride_of(Format f, int k_blocks, const GridShape& grid) {
+    return on_grid(f) ? grid_blocks(k_blocks, grid) + (size_t)k_blocks * FORMATS[f].block : tile_bytes(f, k_blocks);
+}
+
+// The header of a weight on a grid at `offset` in a file, or null.
+const GridHeader* header_in(Format f, const Mapping& file, size_t offset) {
+    if (!on_grid(f)) return nullptr;
+    const auto* h = (const GridHeader*)(file.data + offset);
+    bool sound = offset % LINE == 0 && offset <= file.bytes && file.bytes - offset >= sizeof *h;
+    for (int i = 0; sound && i < NUM_SHARED; i++) sound = h->counts[i] >= 0;
+    if (!sound || h->activation[15] || h->shape.group < 0) throw std::invalid_argument("the weights lie outside of the file");
+    return h;
+}
+
 }  // namespace
 
-Packed::Packed(Format format, int n, int k)
+Packed::Packed(Format format, int n, int k, const GridHeader* header)
     : format(format), n(n), k(k), tiles((n + TILE - 1) / TILE), k_blocks((k + BLOCK - 1) / BLOCK),
-      tile_stride(tile_bytes(format, k_blocks)), bytes(tiles * tile_stride) {
+      grid(header ? header->shape : GridShape{}), begin(header ? head_bytes(*header) : 0),
+      tile_stride(stride_of(format, k_blocks, grid)), bytes(begin + tiles * tile_stride) {
     const FormatInfo& info = FORMATS[format];
     if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
+    if (on_grid(format) && k > MAX_GRID_K) throw std::invalid_argument("sums of so many products would not fit 32 bits");
 }
 
 Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads) : Packed(format, n, k) {
@@ -229,10 +252,34 @@ Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int 
     Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
 }
 
-Packed::Packed(Format format, std::shared_ptr<const Mapping> file, size_t offset, int n, int k) : Packed(format, n, k) {
+Packed::Packed(const GridWeight& w, int threads) : Packed(w.format, w.n, w.k, header_of(w).get()) {
+    check_values(w);
+    std::shared_ptr<void> owner;
+    uint8_t* const own = take_huge(bytes + SLACK, owner);
+    data = own, memory = owner;
+    memcpy(own, header_of(w).get(), sizeof(GridHeader));
+    find_shared();
+    for (size_t i = 0; i < w.shared.size(); i++)
+        if (w.shared[i].second) memcpy((void*)shared[i], w.shared[i].first, w.shared[i].second * 4);
+    const auto pack = [&](int t) { pack_grid_tile(w, t * TILE, own + begin + t * tile_stride); };
+    Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
+}
+
+void Packed::find_shared() {
+    const auto* h = (const GridHeader*)data;
+    const uint8_t* at = data + sizeof *h;
+    for (int i = 0; i < NUM_SHARED; i++) {
+        if (h->counts[i]) shared[i] = at;
+        at += lines((size_t)h->counts[i] * 4);
+    }
+}
+
+Packed::Packed(Format format, std::shared_ptr<const Mapping> file, size_t offset, int n, int k)
+    : Packed(format, n, k, header_in(format, *file, offset)) {
     if (n < 1 || k < 1 || offset % LINE || offset > file->bytes || bytes > file->bytes - offset)
         throw std::invalid_argument("the weights lie outside of the file");
     data = file->data + offset, memory = std::move(file);
+    if (on_grid(format)) find_shared();
 }
 
 void dequantize_row(Format f, const uint8_t* row, int k, float* out) {

@@ -50,4 +50,17 @@ inline uint8_t to_e4m3(float x) {
     return (uint8_t)(code | (x < 0 ? 128 : 0));
 }
 
+// Rounded to nearest even, as float16; beyond its range infinity.
+inline uint16_t to_half(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    const uint16_t sign = b >> 16 & 0x8000;
+    b &= 0x7fffffff;
+    if (b >= 0x477ff000) return sign | (b > 0x7f800000 ? 0x7e00 : 0x7c00);
+    if (b >= 0x38800000) return sign | (uint16_t)((b - 0x38000000 + 0xfff + (b >> 13 & 1)) >> 13);
+    float size;
+    memcpy(&size, &b, 4);
+    return sign | (uint16_t)__builtin_rintf(size * 0x1p24f);  // below the smallest normal number
+}
+
 }  // namespace dovetail

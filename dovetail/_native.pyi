@@ -5,7 +5,11 @@ from numpy.typing import NDArray
 
 def isas() -> list[str]: ...  # that this CPU runs, best first
 def emulated() -> list[str]: ...  # instruction sets that it runs in emulation, for tests
-def formats() -> list[str]: ...
+def formats() -> list[str]: ...  # of stored blocks
+def grids() -> list[str]: ...  # of weights on uniform grids
+
+MAX_GRID_K: int  # of these
+
 def read_bandwidth(megabytes: int, threads: int) -> float: ...  # GB/s
 def dequantize_row(format: str, row: int, k: int, out: int, /) -> None: ...
 def layout() -> int: ...  # the number of the packed layout
@@ -21,6 +25,20 @@ class Mapping:
 
 class Packed:
     def __init__(self, format: str, rows: int, row_bytes: int, n: int, k: int, threads: int, /) -> None: ...
+    @staticmethod
+    def grid(
+        format: str,
+        sizes: tuple[int, int, int],  # n, k, groups
+        codes: tuple[int, int],  # an address, and the bytes of a row
+        parts: tuple[int, int],  # addresses: scales float32 [n, groups]; zero points int16 [n, groups], or 0
+        activation: str,
+        shared: list[tuple[int, int]],  # by kind (`ops.grids.SHARED`): an address, and how many elements
+        threads: int,
+    ) -> Packed: ...
+    @property
+    def activation(self) -> str: ...  # how the checkpoint wants rows of activations
+    @property
+    def head(self) -> bytes: ...  # that, and what is shared by all rows; empty for formats of blocks
     @property
     def bytes(self) -> int: ...
     @property

@@ -88,7 +88,8 @@ INLINE void round_sums(const float* sums, int n, float* unit, int16_t* units) {
     for (int i = 0; i < n; i++) units[i] = (int16_t)rounded[i];
 }
 
-void activate_int8(const float* x, int k_blocks, uint8_t* row) {
+void activate_int8(const dovetail::RowArgs& args) {
+    const auto [x, k_blocks, row, position, shared] = args;
     int8_t* codes = (int8_t*)row;
     float *scale = (float*)(row + (size_t)k_blocks * 32), *scaled_sum = scale + k_blocks;
     int32_t *offset = (int32_t*)(scaled_sum + k_blocks), *half_offset = offset + k_blocks;
@@ -112,7 +113,8 @@ void activate_int8(const float* x, int k_blocks, uint8_t* row) {
         round_sums(scaled_sum + b, k_blocks - b < 8 ? k_blocks - b : 8, unit + b / 8, units + b);
 }
 
-void activate_exact(const float* x, int k_blocks, uint8_t* row) {
+void activate_exact(const dovetail::RowArgs& args) {
+    const auto [x, k_blocks, row, position, shared] = args;
     float *y = (float*)row, *sums = y + (size_t)k_blocks * 32;
     for (int b = 0; b < k_blocks; b++) {
         const F lo = load(x + 32 * b), hi = load(x + 32 * b + 16);
@@ -121,8 +123,8 @@ void activate_exact(const float* x, int k_blocks, uint8_t* row) {
     }
 }
 
-void activate_bf16(const float* x, int k_blocks, uint8_t* row) {
-    for (int i = 0; i < 32 * k_blocks; i += 16) store_bf16((uint16_t*)row + i, load(x + i));
+void activate_bf16(const dovetail::RowArgs& a) {
+    for (int i = 0; i < 32 * a.k_blocks; i += 16) store_bf16((uint16_t*)a.row + i, load(a.x + i));
 }
 
 void to_bf16(const float* x, int n, uint16_t* y) {

@@ -16,7 +16,7 @@ struct Trial {
         float x[K];
         for (int r = 0; r < ROWS; r++) {
             for (int i = 0; i < K; i++) x[i] = (float)((37 * i + 11 * r) % 101 - 50);
-            base.activate[a](x, BLOCKS, rows + r * ROW);
+            base.activate[a]({x, BLOCKS, rows + r * ROW, 0, nullptr});
         }
         for (int i = 0; i < TILES * TILE; i++) weights[i] = (uint8_t)(i * (i + 3) % 61);  // below 64: scales are finite
         for (int c = 0; f == dovetail::BF16 && c < COLUMNS; c++) {
@@ -27,7 +27,7 @@ struct Trial {
 
     void multiply(dovetail::Gemm gemm, int row, int n, int tile, int tiles, float* out) const {
         gemm({weights + tile * TILE, TILE, BLOCKS, rows + row * ROW, ROW, out + row * COLUMNS + 16 * tile, COLUMNS,
-              false, weights, 0, n, tiles});
+              false, weights, 0, n, tiles, {}});
     }
 
     bool passes(const dovetail::Kernels& tiled) {

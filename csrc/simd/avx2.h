@@ -48,6 +48,7 @@ INLINE I iall(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; 
 INLINE I ball(int8_t x) { return {_mm256_set1_epi8(x), _mm256_set1_epi8(x)}; }
 INLINE I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 INLINE I iadd(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+INLINE I imax(I a, I b) { return {_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
 INLINE I bsub(I a, I b) { return {_mm256_sub_epi8(a.a, b.a), _mm256_sub_epi8(a.b, b.b)}; }
 INLINE I iand(I a, I b) { return {_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
 INLINE I ior(I a, I b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
@@ -103,6 +104,21 @@ INLINE void store_bytes(void* p, I x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(bytes));
+}
+// Eight-bit floats (e4m3) as bfloat16. Exponents begin 120 lower; those without one have eighths of 2^-6.
+INLINE __m256i eights_as_bf16(__m128i eights) {
+    const __m256i x = _mm256_cvtepi8_epi16(eights), exponent = _mm256_and_si256(x, _mm256_set1_epi16(0x78));
+    const __m256i size = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi16(0x7f0));
+    const __m256i normal = _mm256_add_epi16(size, _mm256_set1_epi16(0x3c00));
+    const __m256i eighths = _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m256i at = _mm256_mullo_epi16(_mm256_and_si256(x, _mm256_set1_epi16(7)), _mm256_set1_epi16(0x202));
+    const __m256i tiny = _mm256_shuffle_epi8(eighths, _mm256_add_epi16(at, _mm256_set1_epi16(0x100)));
+    const __m256i bits = _mm256_blendv_epi8(normal, tiny, _mm256_cmpeq_epi16(exponent, _mm256_setzero_si256()));
+    return _mm256_or_si256(bits, _mm256_and_si256(x, _mm256_set1_epi16((short)0x8000)));
+}
+INLINE I eights_as_bf16(const void* p) {
+    const __m128i* b = (const __m128i*)p;
+    return {eights_as_bf16(_mm_loadu_si128(b)), eights_as_bf16(_mm_loadu_si128(b + 1))};
 }
 // Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
 INLINE I bytes_as_16(const void* p) {

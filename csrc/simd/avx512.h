@@ -42,6 +42,7 @@ INLINE I iall(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE I ball(int8_t x) { return _mm512_set1_epi8(x); }
 INLINE I izero() { return _mm512_setzero_si512(); }
 INLINE I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+INLINE I imax(I a, I b) { return _mm512_max_epi32(a, b); }
 INLINE I bsub(I a, I b) { return _mm512_sub_epi8(a, b); }
 INLINE I iand(I a, I b) { return _mm512_and_si512(a, b); }
 INLINE I ior(I a, I b) { return _mm512_or_si512(a, b); }
@@ -78,6 +79,15 @@ INLINE I unsigned_bytes_as_ints(const void* p) { return _mm512_cvtepu8_epi32(_mm
 INLINE F unsigned_bytes(const void* p) { return to_float(unsigned_bytes_as_ints(p)); }
 INLINE F signed_bytes(const void* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE void store_bytes(void* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+// Thirty-two 8-bit floats (e4m3) as bfloat16. Exponents begin 120 lower; those without one have eighths of 2^-6.
+INLINE I eights_as_bf16(const void* p) {
+    const I x = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    const I size = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x7f0));
+    const __mmask32 tiny = _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78));
+    const I eighths = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const I bits = _mm512_mask_permutexvar_epi16(_mm512_add_epi16(size, _mm512_set1_epi16(0x3c00)), tiny, x, eighths);
+    return _mm512_ternarylogic_epi32(bits, x, _mm512_set1_epi16((short)0x8000), 0xf8);  // bits | (x & sign)
+}
 // Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
 INLINE I bytes_as_16(const void* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE void store_high(void* p, I x, I y) {

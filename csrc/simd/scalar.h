@@ -44,6 +44,7 @@ INLINE I iall(int32_t x) { LANES(I, x); }
 INLINE I ball(int8_t x) { LANES(I, (int32_t)((uint8_t)x * 0x01010101u)); }
 INLINE I izero() { LANES(I, 0); }
 INLINE I iadd(I a, I b) { LANES(I, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+INLINE I imax(I a, I b) { LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 INLINE I iand(I a, I b) { LANES(I, a.v[i] & b.v[i]); }
 INLINE I ior(I a, I b) { LANES(I, a.v[i] | b.v[i]); }
 template <int N> INLINE I left32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] << N)); }
@@ -107,6 +108,14 @@ INLINE F unsigned_bytes(const void* p) { LANES(F, (float)((const uint8_t*)p)[i])
 INLINE F signed_bytes(const void* p) { LANES(F, (float)((const int8_t*)p)[i]); }
 INLINE void store_bytes(void* p, I a) {
     for (int i = 0; i < 16; i++) ((int8_t*)p)[i] = (int8_t)(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
+}
+// An 8-bit float (e4m3) as bfloat16. Exponents begin 120 lower; those without one have eighths of 2^-6.
+INLINE uint32_t eight_as_bf16(uint32_t x) {
+    const uint16_t eighths[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+    return (x & 0x80) << 8 | (x & 0x78 ? ((x & 0x7f) << 4) + 0x3c00 : eighths[x & 7]);
+}
+INLINE I eights_as_bf16(const void* p) {
+    LANES(I, (int32_t)(eight_as_bf16(((const uint8_t*)p)[2 * i]) | eight_as_bf16(((const uint8_t*)p)[2 * i + 1]) << 16));
 }
 // Thirty-two unsigned bytes as 16 bits each, and (x y + 2^14) / 2^15 of such as bytes.
 INLINE I bytes_as_16(const void* p) { LANES(I, (int)((const uint8_t*)p)[2 * i] | (int)((const uint8_t*)p)[2 * i + 1] << 16); }

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
+from dovetail.ops.activations import FAKE
 from dovetail.ops.memory import as_tensor
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.target import BARE, Fused, Target, Weights
@@ -56,7 +58,8 @@ class Dense:
         self.device = device
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> DenseLinear:
-        return DenseLinear(self._joined(weights), self._joined(bias) if bias else None)
+        agree([w.name for w in weights], [_rows_of(w) for w in weights])
+        return DenseLinear(self._joined(weights), self._joined(bias) if bias else None, weights[0])
 
     def _joined(self, parts: Sequence[StoredTensor]) -> Tensor:
         return as_tensor(_joined([p.values(self.dtype) for p in parts]), self.dtype).to(self.device)
@@ -66,14 +69,33 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-class DenseLinear:
-    """y = x W^T + b, with W [out, in] and b [out]."""
+def agree(names: Sequence[str], rows: Sequence[Any]) -> None:
+    """ModelError if weights of one product want different rows. rows: what each of them wants."""
+    for name, wanted in zip(names[1:], rows[1:], strict=True):
+        if wanted != rows[0]:
+            raise ModelError(
+                f"{names[0]} and {name} have the same input, but take its rows differently (activations, or order "
+                "of columns); quantize them together"
+            )
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+
+def _rows_of(weight: StoredTensor) -> tuple[str, dict[str, bytes]]:
+    return weight.activation, {name: array.tobytes() for name, array in sorted(weight.shared.items())}
+
+
+class DenseLinear:
+    """y = x W^T + b, with W [out, in] and b [out]. x is rounded as `stored.activation` says."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stored: StoredTensor) -> None:
         self.weight = weight
         self.bias = bias
+        self.shared = stored.shared
+        self._fake = FAKE.get(stored.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._fake is not None:
+            rows = x.reshape(-1, x.shape[-1]).float().cpu().numpy()
+            x = torch.from_numpy(self._fake(rows, self.shared)).to(x).view(x.shape)
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
     def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:
@@ -98,7 +120,9 @@ class Packed:
         self.threads = threads
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> PackedLinear:
-        return self.layer([self.pack(w) for w in weights], bias)
+        parts = [self.pack(w) for w in weights]
+        agree([w.name for w in weights], [p.head for p in parts])
+        return self.layer(parts, bias)
 
     def pack(self, weight: StoredTensor) -> Any:
         return cpu.pack(weight, self.dtype, self.threads)
@@ -109,10 +133,15 @@ class Packed:
         return PackedLinear(parts, values, self)
 
     def activation(self, parts: Sequence[Any]) -> str:
+        if asked := parts[0].activation:
+            return EXACT_INSTEAD.get(asked, asked)
         formats = {p.format for p in parts}
         if formats <= PLAIN_FORMATS.keys():
             return "bf16" if formats == {"BF16"} and self.dtype == "bfloat16" else "exact"
         return "exact" if formats & PLAIN_FORMATS.keys() else self.activations
+
+
+EXACT_INSTEAD = {"int16": "exact"}  # kinds without a native kernel so far
 
 
 class PackedLinear:

@@ -9,7 +9,7 @@ from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.core.seams import Format
 from dovetail.layers.embedding import Embedding
-from dovetail.layers.linear import Linear, Packed, Unrecorded
+from dovetail.layers.linear import Linear, Packed, Unrecorded, agree
 from dovetail.layers.norm import Norm
 from dovetail.ops.stored import StoredTensor
 
@@ -71,7 +71,9 @@ class Loader:
         read, full = self.checkpoint.tensor, [f"{n}.weight" for n in names]
         biases = [read(f"{n}.bias") for n in names] if bias else []
         if isinstance(self.format, Packed):
-            return self.format.layer([self._packed(name, self.format) for name in full], biases)
+            parts = [self._packed(name, self.format) for name in full]
+            agree(full, [p.head for p in parts])
+            return self.format.layer(parts, biases)
         weights = [self._weight(name) for name in full]
         layer: Any = self.format.linear(weights, biases)
         return layer if hasattr(layer, "record") else Unrecorded(layer, weights)

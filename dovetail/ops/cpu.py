@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.core.errors import ConfigError
-from dovetail.ops.stored import StoredTensor
+from dovetail.core.errors import ConfigError, ModelError
+from dovetail.ops.grids import SHARED
+from dovetail.ops.stored import PARTED, StoredTensor
 
 TORCH = "torch"  # the name of the reference kernels
+_MOST_WITH_ZEROS = 512  # columns of a group whose codes have a zero point
 MAX_HEAD_DIM = 512  # buffers of the attention kernels have that size
 
 
@@ -55,10 +57,18 @@ def pack(weight: StoredTensor, dtype: str, threads: int) -> Any:
     """Weights [out, in] in the kernels' layout. The stored bits are kept where a kernel reads that format.
 
     With dtype "bfloat16" all values are rounded to bfloat16. Formats without a kernel are expanded to float32.
+    Neither is done to weights whose checkpoint says how rows are quantized; ModelError if no kernel does that.
     """
     module = native()
     if module is None:
         raise ConfigError("the native kernels were not built; run with --kernels torch")
+    if weight.format in PARTED and (weight.activation or dtype != "bfloat16"):
+        if reason := _unpackable(weight):
+            if weight.activation:
+                kinds = f"{weight.format} weights and {weight.activation} activations"
+                raise ModelError(f"{weight.name}: no native kernel has {kinds} where {reason}; use --kernels torch")
+        else:
+            return _pack_grid(weight, threads)
     if dtype == "bfloat16" and weight.format != "BF16":
         weight = plain(weight, "bfloat16")
     elif weight.format not in module.formats():
@@ -66,6 +76,50 @@ def pack(weight: StoredTensor, dtype: str, threads: int) -> Any:
     data = weight.data if weight.data.strides[-1] == 1 else np.ascontiguousarray(weight.data)
     n, k = weight.shape
     return module.Packed(weight.format, data.ctypes.data, data.strides[0], n, k, threads)
+
+
+def _unpackable(weight: StoredTensor) -> str:
+    """Why weights on a grid (`ops.grids`) have no packed layout, or nothing."""
+    if weight.format not in native().grids():
+        return "native layouts end"
+    zero, k = weight.parts.get("zero"), weight.shape[1]
+    groups = weight.parts["scale"].reshape(weight.shape[0], -1).shape[1]
+    if k > native().MAX_GRID_K:
+        return f"a row has {k} columns"
+    if zero is None:
+        return f"{groups} groups have {k} columns" if groups > 1 and k % (32 * groups) else ""
+    if k % 32 or k % (32 * groups):
+        return f"{groups} groups with zero points have {k} columns"
+    beyond = zero.size and (zero.min() < -128 or zero.max() > 127)
+    return "a zero point does not fit 8 bits" if beyond else ""
+
+
+def _pack_grid(weight: StoredTensor, threads: int) -> Any:
+    n, k = weight.shape
+    scale = np.ascontiguousarray(weight.parts["scale"].reshape(n, -1), np.float32)
+    zero = weight.parts.get("zero")
+    if zero is not None:
+        times = _split(k // scale.shape[1])
+        zero = np.ascontiguousarray(np.repeat(zero.reshape(n, -1), times, 1), np.int16)
+        scale = np.repeat(scale, times, 1)
+    codes = weight.data if weight.data.strides[-1] == 1 else np.ascontiguousarray(weight.data)
+    shared = [
+        np.ascontiguousarray(weight.shared[name], kind) if name in weight.shared else np.empty(0, kind)
+        for name, kind in SHARED.items()
+    ]
+    try:
+        return native().Packed.grid(
+            weight.format, (n, k, scale.shape[1]), (codes.ctypes.data, codes.strides[0]),
+            (scale.ctypes.data, 0 if zero is None else zero.ctypes.data), weight.activation,
+            [(array.ctypes.data, array.size) for array in shared], threads,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ModelError(f"{weight.name}: {error}") from error
+
+
+def _split(size: int) -> int:
+    """Into how many equal groups a group of `size` columns is divided, so that sums with zero points stay small."""
+    return next(times for times in range(1, size) if size % (32 * times) == 0 and size // times <= _MOST_WITH_ZEROS)
 
 
 def plain(weight: StoredTensor, kind: str = "float32") -> StoredTensor:

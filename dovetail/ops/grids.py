@@ -56,6 +56,10 @@ class Parts(Protocol):
     def shared(self) -> Mapping[str, NDArray[Any]]: ...
 
 
+# What may be `shared`, in the order of the native kernels, and their types there.
+SHARED: dict[str, type[np.generic]] = {"order": np.int32, "clip": np.float32}
+
+
 def to_nibbles(codes: NDArray[Any]) -> NDArray[np.uint8]:
     """Signed codes [..., K] in [-8, 7], K even -> uint8 [..., K / 2]."""
     shifted = (codes + 8).astype(np.uint8)

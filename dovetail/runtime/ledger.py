@@ -15,6 +15,11 @@ from dovetail.runtime.model import Model
 from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, Weights
 
 DEVICE = "device"  # the tier that a model's weights and KV lie in
+# Of products with such rows of activations.
+ARITHMETIC = {
+    "exact": "float32", "bf16": "bf16", "int8": "int8", "int16": "int16", "int8-token": "int8", "fp8-token": "bf16",
+    "atom": "int8", "tender": "int8",
+}  # fmt: skip
 
 
 class Ledger:
@@ -67,7 +72,7 @@ class Ledger:
 
     def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
         size, each = weights.bytes, 2.0 * weights.width_in * weights.width_out
-        arithmetic = {"exact": "float32"}.get(weights.activation, weights.activation)
+        arithmetic = ARITHMETIC[weights.activation]
 
         def cost(load: Load) -> Cost:
             rows = load.sampled if fused.sampled else load.rows

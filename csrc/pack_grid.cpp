@@ -1,0 +1,119 @@
+#include "pack_grid.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "small_floats.h"
+
+namespace dovetail {
+
+namespace {
+
+// 32 codes of a row into column `lane` of a block.
+void place_bytes(const uint8_t* codes, int lane, uint8_t* block) {
+    for (int j = 0; j < 8; j++) {
+        uint32_t quad;
+        memcpy(&quad, codes + 4 * j, 4);
+        quad ^= 0x80808080u;  // to unsigned, zero point 128
+        memcpy(block + 64 * j + 4 * lane, &quad, 4);
+    }
+}
+
+void place_nibbles(const uint8_t* codes, int lane, uint8_t* block) {
+    uint8_t halves[16];  // codes i and i + 16
+    for (int i = 0; i < 8; i++) {
+        const uint8_t low = codes[i], high = codes[8 + i];
+        halves[2 * i] = (uint8_t)((low & 15) | high << 4), halves[2 * i + 1] = (uint8_t)(low >> 4 | (high & 0xf0));
+    }
+    for (int j = 0; j < 4; j++) memcpy(block + 64 * j + 4 * lane, halves + 4 * j, 4);
+}
+
+void place_pairs(const uint8_t* codes, int lane, uint8_t* block) {
+    for (int j = 0; j < 16; j++) memcpy(block + 32 * j + 2 * lane, codes + 2 * j, 2);
+}
+
+void place(Format f, const uint8_t* codes, int lane, uint8_t* block) {
+    if (f == I8) place_bytes(codes, lane, block);
+    else if (f == I4) place_nibbles(codes, lane, block);
+    else place_pairs(codes, lane, block);
+}
+
+// A factor and the scales of a row's groups. The largest scale is at least half the factor, and below it.
+void place_scales(const GridWeight& w, int row, int lane, uint8_t* tile) {
+    const float* scale = w.scale + (size_t)row * w.groups;
+    float factor = scale[0];
+    if (w.groups > 1 || w.zero) {
+        float most = 0;
+        for (int g = 0; g < w.groups; g++) most = std::max(most, std::fabs(scale[g]));
+        int exponent = 0;
+        std::frexp(most, &exponent);
+        factor = std::ldexp(1.0f, exponent);
+        for (int g = 0; g < w.groups; g++) {
+            const uint16_t half = to_half(std::ldexp(scale[g], -exponent));
+            memcpy(tile + 64 + 32 * g + 2 * lane, &half, 2);
+        }
+    }
+    memcpy(tile + 4 * lane, &factor, 4);
+    for (int g = 0; w.zero && g < w.groups; g++)
+        tile[64 + 32 * w.groups + 16 * g + lane] = (uint8_t)w.zero[(size_t)row * w.groups + g];
+}
+
+GridShape shape_of(const GridWeight& w) {
+    const bool grouped = w.groups > 1 || w.zero;
+    return {grouped ? w.k / w.groups / BLOCK : 0, w.zero != nullptr};
+}
+
+void check_order(const GridWeight& w) {
+    if (w.shared.empty() || !w.shared[ORDER].second) return;
+    const auto [order, count] = w.shared[ORDER];
+    bool sound = count == (size_t)w.k;
+    for (int i = 0; sound && i < w.k; i++) sound = (uint32_t)((const int32_t*)order)[i] < (uint32_t)w.k;
+    if (!sound) throw std::invalid_argument("an order must have a number for each column");
+}
+
+}  // namespace
+
+std::unique_ptr<GridHeader> header_of(const GridWeight& w) {
+    if (!on_grid(w.format)) throw std::invalid_argument("the format is not one of weights on a grid");
+    if (w.n < 1 || w.k < 1 || w.groups < 1) throw std::invalid_argument("a weight must have rows, columns and groups");
+    if ((w.groups > 1 || w.zero) && w.k % (BLOCK * w.groups)) throw std::invalid_argument("groups must be of a multiple of 32 columns");
+    auto h = std::make_unique<GridHeader>();
+    if (w.activation.size() >= sizeof h->activation || w.shared.size() > NUM_SHARED)
+        throw std::invalid_argument("unknown activations or shared arrays");
+    memcpy(h->activation, w.activation.data(), w.activation.size());
+    h->shape = shape_of(w);
+    for (size_t i = 0; i < w.shared.size(); i++) h->counts[i] = (int32_t)w.shared[i].second;
+    check_order(w);
+    return h;
+}
+
+void check_values(const GridWeight& w) {
+    for (size_t i = 0; i < (size_t)w.n * w.groups; i++)
+        if (!std::isfinite(w.scale[i])) throw std::invalid_argument("a scale is not finite");
+    for (int r = 0; w.format == F8 && r < w.n; r++) {
+        const uint8_t* codes = w.codes + (size_t)r * w.row_bytes;
+        bool nan = false;
+        for (int i = 0; i < w.k; i++) nan |= (codes[i] & 127) == 127;
+        if (nan) throw std::invalid_argument("a value is not a number");
+    }
+}
+
+void pack_grid_tile(const GridWeight& w, int first, uint8_t* tile) {
+    const int k_blocks = (w.k + BLOCK - 1) / BLOCK, whole = w.k / BLOCK;
+    uint8_t* blocks = tile + grid_blocks(k_blocks, shape_of(w));
+    const int block = FORMATS[w.format].block, stored = w.format == I4 ? BLOCK / 2 : BLOCK;
+    for (int lane = 0; lane < std::min(TILE, w.n - first); lane++) {
+        const uint8_t* codes = w.codes + (size_t)(first + lane) * w.row_bytes;
+        for (int b = 0; b < whole; b++) place(w.format, codes + (size_t)b * stored, lane, blocks + (size_t)b * block);
+        if (whole < k_blocks) {  // the rest is met by zeros
+            uint8_t rest[BLOCK] = {};
+            memcpy(rest, codes + (size_t)whole * stored, (size_t)(w.k % BLOCK) * stored / BLOCK);
+            place(w.format, rest, lane, blocks + (size_t)whole * block);
+        }
+        place_scales(w, first + lane, lane, tile);
+    }
+}
+
+}  // namespace dovetail

@@ -1,0 +1,62 @@
+"""How rows of activations are quantized for weights of a checkpoint that asks for it (`StoredTensor.activation`).
+
+These are the references of the native kernels. Everything belongs to one row, so a row's codes depend neither on the
+other rows nor on their number. Rounding is to the nearest, ties to the even one.
+
+| kind | codes | scale of a row |
+|---|---|---|
+| int8-token | int8: round(x * 127 / max\\|x\\|) | max\\|x\\| / 127 |
+| fp8-token | e4m3: x * 448 / max\\|x\\| | max\\|x\\| / 448 |
+
+A row of zeros has zeros as codes and scale. A row with a value that is not finite becomes NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.ops.grids import e4m3, to_e4m3
+
+Floats = NDArray[np.float32]
+
+
+def _scaled(x: Floats, most: float) -> tuple[Floats, Floats]:
+    """x [rows, K], so that the largest magnitude of a row becomes `most`; and the scales [rows, 1] that undo it."""
+    top = np.abs(x).max(-1, keepdims=True).astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = np.where(top == 0, np.float32(0), np.float32(most) / top)
+        return x * factor, top / np.float32(most)
+
+
+def int8_token(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes int8 [rows, K] and scales [rows, 1] of finite rows x [rows, K]."""
+    scaled, scale = _scaled(x, 127)
+    return np.round(scaled).astype(np.int8), scale
+
+
+def fp8_token(x: Floats) -> tuple[NDArray[np.uint8], Floats]:
+    """e4m3 codes uint8 [rows, K] and scales [rows, 1] of rows x [rows, K]."""
+    scaled, scale = _scaled(x, 448)
+    return to_e4m3(scaled), scale
+
+
+def _int8_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
+    scaled, scale = _scaled(x, 127)
+    with np.errstate(invalid="ignore"):
+        return np.round(scaled) * scale
+
+
+def _fp8_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
+    codes, scale = fp8_token(x)
+    with np.errstate(invalid="ignore"):
+        return e4m3()[codes] * scale
+
+
+# The values that a product sees of rows [rows, K], in the order of its input's columns. Others leave rows as they are.
+FAKE: dict[str, Callable[[Floats, Mapping[str, NDArray[Any]]], Floats]] = {
+    "int8-token": _int8_values, "fp8-token": _fp8_values,
+}  # fmt: skip
