@@ -24,6 +24,7 @@ from dovetail.layers.linear import Dense, Packed
 from dovetail.layers.loader import Loader, Recoding
 from dovetail.models import MODELS, geometry
 from dovetail.ops.cpu import TORCH
+from dovetail.ops.stored import PARTED
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.kv import KV, KVConfig
@@ -41,6 +42,13 @@ def stored_format(checkpoint: Checkpoint) -> str:
         if len(shape := checkpoint.shape(name)) > 1:
             values[checkpoint.format(name)] += math.prod(shape)
     return values.most_common(1)[0][0]
+
+
+def stored_activation(checkpoint: Checkpoint, fmt: str) -> str:
+    """How the weights of a format want rows of activations (`StoredTensor.activation`); the first one is asked."""
+    if fmt not in PARTED:
+        return ""
+    return checkpoint.tensor(next(n for n in checkpoint.names() if checkpoint.format(n) == fmt)).activation
 
 
 def numbers(checkpoint: Checkpoint, config: Config, composition: Composition) -> str:

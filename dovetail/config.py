@@ -149,9 +149,17 @@ def _why_torch(options: Options, machine: Machine) -> str:
     return f"native kernels cannot do what {asked} ask for"
 
 
-def resolve_activations(options: Options, stored: str, kernels: str) -> str:
-    """ "auto" is int8 with native kernels on quantized weights, unless a dtype was asked for; else exact."""
+def resolve_activations(options: Options, stored: str, kernels: str, own: str = "") -> str:
+    """How rows of activations are kept.
+
+    own: what the checkpoint says of it, which no option changes. Else "auto" is int8 with native kernels on
+    quantized weights, unless a dtype was asked for; else exact.
+    """
     asked, quantized = options.activations, stored not in PLAIN_FORMATS
+    if own and asked != "auto":
+        raise ConfigError(f"activations '{asked}' were asked for, but the checkpoint was made for {own}; drop it")
+    if own:
+        return own
     if asked not in ("auto", "int8", "exact"):
         raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, exact")
     if asked == "int8" and kernels == TORCH:
@@ -193,8 +201,8 @@ def resolve_device(asked: str, cuda: bool) -> str:
 
 
 def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
-    """The type of KV. "auto" is the compute type's precision, and bf16 with int8 activations."""
-    if asked == "auto" and activations == "int8":
+    """The type of KV. "auto" is the compute type's precision, and bf16 with rounded activations."""
+    if asked == "auto" and activations != "exact":
         return "bf16"
     name = dtype if asked == "auto" else ALIASES.get(asked, asked)
     return "bf16" if name == "bfloat16" else name
@@ -426,7 +434,7 @@ def resolve(options: Options, model: ModelConfig, geometry: Geometry, found: Fou
     if kernels == TORCH and not lazy_torch.installed():
         raise ConfigError(f"torch is not installed, and {_why_torch(options, machine)}; or {lazy_torch.INSTALL}")
     dtype = resolve_dtype(options.dtype, found.stored_format, device, kernels)
-    activations = resolve_activations(options, found.stored_format, kernels)
+    activations = resolve_activations(options, found.stored_format, kernels, found.activation)
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype, activations)
     tiled = kernels != TORCH or options.kv_offloading_size is not None
     native_page = positive("block_size", options.block_size, 16) if tiled else 0
@@ -486,3 +494,4 @@ class Found:
     # (Geometry, tokens of a page, bytes of a value) -> `technique.Beside`
     beside: Callable[[Geometry, int, int], Beside] = Composition().beside
     packed: Path | None = None
+    activation: str = ""  # that the checkpoint was made for, or nothing

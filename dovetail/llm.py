@@ -47,7 +47,7 @@ class LLM:
         tokenizer: Any = None,
         **options: Any,
     ) -> None:
-        from dovetail.build import build_engine, packed_cache, stored_format
+        from dovetail.build import build_engine, packed_cache, stored_activation, stored_format
         from dovetail.host.files import home
         from dovetail.hub import resolve as find
         from dovetail.hub.packed import packed_home
@@ -79,6 +79,7 @@ class LLM:
                 home() / "kv",
                 composition.beside,
                 packed_home(),
+                stored_activation(checkpoint, stored),
             ),
         )
         self.checkpoint = checkpoint

@@ -94,6 +94,16 @@ def test_a_head_dim_beyond_the_native_kernels_falls_back_with_a_reason() -> None
         kernels(model, kernels="scalar")
 
 
+def test_the_activations_that_a_checkpoint_was_made_for_are_no_option() -> None:
+    found = replace(FOUND, stored_format="I8", activation="int8-token")
+    c = settle(found)
+    assert (c.activations, c.kv_cache_dtype, c.dtype) == ("int8-token", "bf16", "float32")
+    with pytest.raises(
+        ConfigError, match="'exact' were asked for, but the checkpoint was made for int8-token; drop"
+    ):
+        settle(found, activations="exact")
+
+
 def test_the_configuration_prints_whole() -> None:
     c = settle()
     assert all(f"{name}: " in str(c) for name in c.to_dict())

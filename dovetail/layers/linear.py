@@ -108,8 +108,9 @@ class DenseLinear:
 class Packed:
     """The Format of the native kernels: weights stay as the checkpoint stores them, in the kernels' layout.
 
-    activations: "int8" quantizes rows to int8 per 32 values where the weight has blocks (relative error of a
-    product about 0.5 %); "exact" multiplies float32 rows; bfloat16 weights take bfloat16 rows.
+    activations: of weights whose checkpoint does not say it (`StoredTensor.activation`). "int8" quantizes rows to
+    int8 per 32 values where the weight has blocks (relative error of a product about 0.5 %); "exact" multiplies
+    float32 rows; bfloat16 weights take bfloat16 rows.
     """
 
     def __init__(self, dtype: str, activations: str, isa: str, threads: int) -> None:
@@ -138,7 +139,9 @@ class Packed:
         formats = {p.format for p in parts}
         if formats <= PLAIN_FORMATS.keys():
             return "bf16" if formats == {"BF16"} and self.dtype == "bfloat16" else "exact"
-        return "exact" if formats & PLAIN_FORMATS.keys() else self.activations
+        if formats & (PLAIN_FORMATS.keys() | {"F8"}):
+            return "exact"
+        return "exact" if self.activations == "exact" else "int8"
 
 
 EXACT_INSTEAD = {"int16": "exact"}  # kinds without a native kernel so far

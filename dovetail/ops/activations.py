@@ -1,7 +1,7 @@
 """How rows of activations are quantized for weights of a checkpoint that asks for it (`StoredTensor.activation`).
 
-These are the references of the native kernels. Everything belongs to one row, so a row's codes depend neither on the
-other rows nor on their number. Rounding is to the nearest, ties to the even one.
+These are the references of the native kernels. Everything belongs to one row, so a row's codes depend neither on
+the other rows nor on their number. Rounding is to the nearest, ties to the even one.
 
 | kind | codes | scale of a row |
 |---|---|---|
@@ -25,7 +25,7 @@ Floats = NDArray[np.float32]
 
 
 def _scaled(x: Floats, most: float) -> tuple[Floats, Floats]:
-    """x [rows, K], so that the largest magnitude of a row becomes `most`; and the scales [rows, 1] that undo it."""
+    """x [rows, K] with a largest magnitude of `most` in each row; and the scales [rows, 1] that undo it."""
     top = np.abs(x).max(-1, keepdims=True).astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(top == 0, np.float32(0), np.float32(most) / top)
@@ -56,7 +56,7 @@ def _fp8_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
         return e4m3()[codes] * scale
 
 
-# The values that a product sees of rows [rows, K], in the order of its input's columns. Others leave rows as they are.
+# The values that a product sees of rows [rows, K], in the order of its input's columns. Other kinds round nothing.
 FAKE: dict[str, Callable[[Floats, Mapping[str, NDArray[Any]]], Floats]] = {
     "int8-token": _int8_values, "fp8-token": _fp8_values,
 }  # fmt: skip

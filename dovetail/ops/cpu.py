@@ -66,7 +66,9 @@ def pack(weight: StoredTensor, dtype: str, threads: int) -> Any:
         if reason := _unpackable(weight):
             if weight.activation:
                 kinds = f"{weight.format} weights and {weight.activation} activations"
-                raise ModelError(f"{weight.name}: no native kernel has {kinds} where {reason}; use --kernels torch")
+                raise ModelError(
+                    f"{weight.name}: no native kernel has {kinds} where {reason}; use --kernels torch"
+                )
         else:
             return _pack_grid(weight, threads)
     if dtype == "bfloat16" and weight.format != "BF16":
@@ -118,8 +120,10 @@ def _pack_grid(weight: StoredTensor, threads: int) -> Any:
 
 
 def _split(size: int) -> int:
-    """Into how many equal groups a group of `size` columns is divided, so that sums with zero points stay small."""
-    return next(times for times in range(1, size) if size % (32 * times) == 0 and size // times <= _MOST_WITH_ZEROS)
+    """Into how many equal groups a group of `size` columns is divided: sums with zero points must stay small."""
+    return next(
+        times for times in range(1, size) if size % (32 * times) == 0 and size // times <= _MOST_WITH_ZEROS
+    )
 
 
 def plain(weight: StoredTensor, kind: str = "float32") -> StoredTensor:

@@ -17,8 +17,8 @@ from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, W
 DEVICE = "device"  # the tier that a model's weights and KV lie in
 # Of products with such rows of activations.
 ARITHMETIC = {
-    "exact": "float32", "bf16": "bf16", "int8": "int8", "int16": "int16", "int8-token": "int8", "fp8-token": "bf16",
-    "atom": "int8", "tender": "int8",
+    "exact": "float32", "bf16": "bf16", "int8": "int8", "int16": "int16", "int8-token": "int8",
+    "fp8-token": "bf16", "atom": "int8", "tender": "int8",
 }  # fmt: skip
 
 

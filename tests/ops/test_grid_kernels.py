@@ -1,0 +1,230 @@
+"""Native kernels of weights on uniform grids, against plain integers and against fake-quantized references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dovetail.core.errors import ModelError
+from dovetail.core.sampling import SamplingParams
+from dovetail.layers.linear import Dense, Packed
+from dovetail.ops import cpu
+from dovetail.ops.activations import FAKE, fp8_token, int8_token
+from dovetail.ops.grids import codes, e4m3, to_nibbles
+from dovetail.ops.schemes import SCHEMES
+from dovetail.ops.stored import StoredTensor
+from tests.tiny import TinyCheckpoint, run_all, tiny_config, tiny_engine
+
+native = pytest.importorskip("dovetail._native")
+
+ISAS = [*native.isas(), *native.emulated()]
+KINDS = [
+    ("I8", "int8-token"), ("I4", "int8-token"), ("F8", "fp8-token"), ("I8", ""), ("I4", ""), ("F8", ""),
+    ("I4", "int16"),
+]  # fmt: skip
+SHAPES = [(16, 64, 0), (80, 512, 0), (200, 512, 64), (33, 768, 128), (48, 96, 32), (17, 1024, 256)]
+Floats = NDArray[np.float32]
+
+
+def weight(fmt: str, shape: tuple[int, int, int], activation: str = "", zeros: bool = False) -> StoredTensor:
+    """Random codes [n, k] in groups of `shape[2]` columns (0: whole rows), with scales in bfloat16."""
+    n, k, group = shape
+    rng = np.random.default_rng(n + k)
+    groups = k // (group or k)
+    scale = rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32)
+    parts: dict[str, NDArray[Any]] = {"scale": (scale.view(np.uint32) & 0xFFFF0000).view(np.float32)}
+    if zeros:
+        parts["zero"] = rng.integers(-8, 8, (n, groups)).astype(np.int16)
+    if fmt == "F8":
+        data = rng.integers(0, 255, (n, k)).astype(np.uint8)
+        data[(data & 127) == 127] = 1  # no NaN
+    else:
+        q = rng.integers(-8, 8, (n, k)) if fmt == "I4" else rng.integers(-128, 128, (n, k))
+        data = to_nibbles(q) if fmt == "I4" else q.astype(np.int8).view(np.uint8)
+    return StoredTensor("w", fmt, (n, k), data, parts, activation=activation)
+
+
+def rows_of(count: int, k: int) -> Floats:
+    return np.random.default_rng(count).standard_normal((count, k)).astype(np.float32) * 3
+
+
+def layer(stored: StoredTensor, isa: str, activations: str = "exact", threads: int = 2) -> Any:
+    return Packed("float32", activations, isa, threads).linear([stored], [])
+
+
+def close(got: Floats, x: Floats, stored: StoredTensor, bound: float = 2e-6) -> bool:
+    """Within float32 rounding of sums of this size."""
+    w = stored.values().astype(np.float64)
+    return bool((np.abs(got - x @ w.T) <= bound * (np.abs(x) @ np.abs(w.T)) + 1e-7).all())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("fmt", "activation"), KINDS)
+def test_products_are_those_of_the_reference(fmt: str, activation: str, zeros: bool, isa: str) -> None:
+    for shape in SHAPES:
+        stored = weight(fmt, shape, activation, zeros and fmt != "F8")
+        for count in (1, 3, 8, 9, 37):
+            x = rows_of(count, shape[1])
+            seen = FAKE[activation](x, {}) if activation in FAKE else x
+            assert close(layer(stored, isa)(x), seen.astype(np.float64), stored), (shape, count)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", ["I8", "I4"])
+def test_integer_sums_are_exact(fmt: str, isa: str) -> None:
+    """With scales of one, whole numbers come out: those of plain integer arithmetic."""
+    for shape in ((40, 512, 0), (40, 512, 128)):
+        stored = weight(fmt, shape, "int8-token", zeros=shape[2] > 0)
+        ones = {**stored.parts, "scale": np.ones_like(stored.parts["scale"])}
+        stored = replace(stored, parts=ones)
+        x = np.random.default_rng(0).integers(-127, 128, (21, 512)).astype(np.float32)
+        x[:, 0] = 127  # so that a row's scale is one
+        q = codes(stored).astype(np.int64).reshape(40, -1, shape[2] or 512)
+        if "zero" in ones:
+            q = q - ones["zero"][..., None]
+        np.testing.assert_array_equal(layer(stored, isa)(x), x.astype(np.int64) @ q.reshape(40, 512).T)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", ["I8", "I4", "F8"])
+def test_the_widest_row_does_not_overflow(fmt: str, isa: str) -> None:
+    k = native.MAX_GRID_K
+    stored = weight(fmt, (1, k, 0), "fp8-token" if fmt == "F8" else "int8-token")
+    lowest = {"I8": np.full((1, k), 0x80), "I4": np.zeros((1, k // 2)), "F8": np.full((1, k), 0xFE)}[fmt]
+    stored = replace(stored, data=lowest.astype(np.uint8))
+    x = np.ones((2, k), np.float32)
+    x[1] = -1
+    want = k * stored.values()[0, 0]
+    np.testing.assert_allclose(layer(stored, isa)(x)[:, 0], [want, -want], rtol=1e-3 if fmt == "F8" else 1e-6)
+    wider = weight(fmt, (1, k + 32, 0), stored.activation)
+    with pytest.raises(ModelError, match=f"where a row has {k + 32} columns; use --kernels torch"):
+        layer(wider, isa)
+
+
+@pytest.mark.parametrize(("fmt", "activation"), KINDS)
+def test_a_row_depends_on_nothing_else(fmt: str, activation: str) -> None:
+    """Neither on the other rows nor on threads; integer products not on the instruction set either."""
+    stored, x = weight(fmt, (200, 512, 64), activation), rows_of(40, 512)
+    found = []
+    for isa in ISAS:
+        whole = layer(stored, isa, "int8")
+        alone = np.concatenate([whole(row[None]) for row in x])
+        for count in (2, 3, 5, 8, 11, 40):
+            np.testing.assert_array_equal(whole(x[:count]), alone[:count])
+        np.testing.assert_array_equal(layer(stored, isa, "int8", threads=1)(x), alone)
+        found.append(alone)
+    if fmt != "F8" and activation != "int16":
+        for other in found[1:]:
+            np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_columns_in_another_order_and_widths_that_fill_no_block(isa: str) -> None:
+    for fmt, activation, shape in (
+        ("I8", "int8-token", (7, 50, 0)),
+        ("I4", "", (30, 70, 0)),
+        ("F8", "", (5, 33, 0)),
+    ):
+        if fmt == "I4":
+            shape = (30, 64, 32)
+        stored = weight(fmt, shape, activation)
+        order = np.random.default_rng(0).permutation(shape[1])
+        stored = replace(stored, shared={"order": order})
+        x = rows_of(9, shape[1])
+        seen = FAKE[activation](x, stored.shared) if activation in FAKE else x
+        assert close(layer(stored, isa)(x), seen.astype(np.float64), stored)
+        with pytest.raises(ModelError, match="an order must have a number for each column"):
+            layer(replace(stored, shared={"order": order + 1}), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_eight_bit_float_is_read_exactly(isa: str) -> None:
+    every = np.arange(256, dtype=np.uint8)
+    every[(every & 127) == 127] = 0
+    stored = StoredTensor("w", "F8", (1, 256), every[None], {"scale": np.ones((1, 1), np.float32)})
+    np.testing.assert_array_equal(layer(stored, isa)(np.eye(256, dtype=np.float32))[:, 0], e4m3()[every])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_become_the_codes_of_the_reference(isa: str) -> None:
+    """Products with the unit matrix are the values of a row's codes."""
+    k = 256
+    halves = (e4m3()[:126] + e4m3()[1:127]) / 2  # ties, and numbers beside them
+    special = np.concatenate([[448], halves, np.nextafter(halves, 0, dtype=np.float32), [2**-11, 0, -(2**-10)]])
+    x = np.concatenate([rows_of(20, k), rows_of(20, k) * 1e-3, np.resize(special, (1, k))]).astype(np.float32)
+    x[3] = 0
+    x[4, ::2] *= 1e-5
+    eye = np.eye(k, dtype=np.float32)
+    one = {"scale": np.ones((k, 1), np.float32)}
+    q, scale = int8_token(x)
+    ints = StoredTensor("w", "I8", (k, k), eye.astype(np.uint8), one, activation="int8-token")
+    np.testing.assert_array_equal(layer(ints, isa)(x), q * scale)
+    c, scale = fp8_token(x)
+    floats = StoredTensor(
+        "w", "F8", (k, k), (eye * 0x38).astype(np.uint8), one, activation="fp8-token"
+    )  # 0x38: one
+    np.testing.assert_array_equal(layer(floats, isa)(x), e4m3()[c] * scale)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("fmt", "activation"), KINDS[:3])
+def test_nan_and_infinity_in_a_row_stay_in_that_row(fmt: str, activation: str, isa: str) -> None:
+    whole = layer(weight(fmt, (32, 256, 64), activation), isa)
+    for bad in (np.nan, np.inf):
+        x = rows_of(3, 256)
+        x[1, 40] = bad
+        got = whole(x)
+        assert not np.isfinite(got[1]).any()
+        assert np.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(("fmt", "bits"), [("I8", 8), ("I4", 4), ("F8", 8)])
+def test_resident_bytes(fmt: str, bits: int) -> None:
+    """Within 5 % of the format's bits: codes, and 16 bits for each scale."""
+    for n, k, group in ((4096, 4096, 0), (1536, 576, 64), (576, 1536, 128), (576, 576, 32)):
+        packed = cpu.pack(weight(fmt, (n, k, group)), "float32", 2)
+        assert 8 * packed.bytes <= 1.05 * n * (k * bits + 16 * (k // group if group else 1))
+
+
+def test_weights_of_one_product_agree() -> None:
+    first = weight("I8", (16, 64, 0), "int8-token")
+    ordered = replace(first, name="v", shared={"order": np.arange(64)})
+    for fmt in (Packed("float32", "exact", ISAS[0], 1), Dense("float32")):
+        with pytest.raises(ModelError, match="w and v have the same input"):
+            fmt.linear([first, ordered], [])
+
+
+def test_values_that_are_no_numbers_are_refused() -> None:
+    stored = weight("F8", (16, 64, 0))
+    with pytest.raises(ModelError, match="w: a value is not a number"):
+        cpu.pack(replace(stored, data=np.full_like(stored.data, 127)), "float32", 1)
+    with pytest.raises(ModelError, match="w: a scale is not finite"):
+        cpu.pack(replace(stored, parts={"scale": np.full((16, 1), np.inf, np.float32)}), "float32", 1)
+
+
+WIDE = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
+PROMPTS = [(1, 2, 3, 4, 5), tuple(i * 7 % 61 for i in range(40)), (9,)]
+
+
+@pytest.mark.parametrize("isa", ISAS[:1])
+@pytest.mark.parametrize("scheme", ["w8a8-int8", "w8a8-fp8", "w4a8", "w4a16"])
+def test_a_model_says_the_same_with_native_kernels_as_with_the_reference(scheme: str, isa: str) -> None:
+    checkpoint, made = TinyCheckpoint(WIDE), SCHEMES[scheme]
+    for name in checkpoint.names():
+        if name.startswith("model.layers.") and len(checkpoint.shape(name)) == 2:
+            checkpoint.put(replace(made, group=made.group and 32).nearest(checkpoint.tensor(name)))
+    options: dict[str, Any] = {"checkpoint": checkpoint, "dtype": "float32", "kv_cache_dtype": "float32"}
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    short = [
+        tuple((7 * i + 5 * j) % 61 for i in range(8)) for j in range(12)
+    ]  # over which no code is rounded apart
+    assert run_all(tiny_engine(kernels=isa, **options), short, greedy) == run_all(
+        tiny_engine(**options), short, greedy
+    )
+    ours = run_all(tiny_engine(kernels=isa, max_num_batched_tokens=7, **options), PROMPTS, greedy)
+    assert ours == [run_all(tiny_engine(kernels=isa, **options), [p], greedy)[0] for p in PROMPTS]
