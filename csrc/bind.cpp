@@ -240,7 +240,6 @@ NB_MODULE(_native, m) {
         dequantize_row(format_of(format), (const uint8_t*)row, k, (float*)out);
     });
 
-    m.attr("MAX_GRID_K") = MAX_GRID_K;
     m.def("layout", [] { return LAYOUT; });
     m.def("checksums", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges, int threads) {
         std::vector<std::pair<const uint8_t*, size_t>> at;
@@ -275,7 +274,10 @@ NB_MODULE(_native, m) {
         }, nb::arg("format"), nb::arg("sizes"), nb::arg("codes"), nb::arg("parts"), nb::arg("activation"), nb::arg("shared"),
            nb::arg("threads"))
         .def_prop_ro("activation", &Packed::activation)
-        .def_prop_ro("head", [](const Packed& p) { return nb::bytes(p.head().data(), p.head().size()); })
+        .def_prop_ro("row_rule", [](const Packed& p) {
+            const std::string rule = p.row_rule();
+            return nb::bytes(rule.data(), rule.size());
+        })
         .def_ro("bytes", &Packed::bytes)
         .def_prop_ro("address", [](const Packed& p) { return (uintptr_t)p.data; })
         .def_prop_ro("data", [](const Packed& p) {  // to be read

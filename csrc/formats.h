@@ -59,8 +59,8 @@ enum Shared : int { ORDER, CLIP, NUM_SHARED };
 // Behind it the arrays, each from a multiple of 64 on. activation: how the checkpoint wants rows of activations.
 struct GridHeader {
     char activation[16];
-    GridShape shape;
     int32_t counts[10];  // elements of each array
+    GridShape shape;
 };
 static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 10, "one line");
 

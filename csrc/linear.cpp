@@ -30,7 +30,7 @@ LinearOp::LinearOp(LinearArgs args, const Slot& in, const Slot& out, const Kerne
     for (const auto& w : args_.weights) {
         if (w->k != in.width) throw std::invalid_argument("a weight's width differs from its input's");
         if (!kernels.gemm[w->format][args_.activation][1][1]) throw std::invalid_argument("no kernel for this weight");
-        if (!w->agrees(*args_.weights[0])) throw std::invalid_argument("weights of one product take rows of different kinds");
+        if (w->row_rule() != args_.weights[0]->row_rule()) throw std::invalid_argument("weights of one product take rows of different kinds");
         segments_.push_back({w.get(), column, tiles_});
         if (!args_.gate) column += w->n;
         tiles_ += w->tiles;

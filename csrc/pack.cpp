@@ -237,7 +237,7 @@ Packed::Packed(Format format, int n, int k, const GridHeader* header)
       tile_stride(stride_of(format, k_blocks, grid)), bytes(begin + tiles * tile_stride) {
     const FormatInfo& info = FORMATS[format];
     if (info.values > 1 && k % info.values) throw std::invalid_argument("k is no multiple of the format's block");
-    if (on_grid(format) && k > MAX_GRID_K) throw std::invalid_argument("sums of so many products would not fit 32 bits");
+    if (on_grid(format) && k > MAX_GRID_K) throw std::invalid_argument("a row has more columns than native kernels add in 32 bits; use --kernels torch");
 }
 
 Packed::Packed(Format format, const uint8_t* rows, size_t row_bytes, int n, int k, int threads) : Packed(format, n, k) {
@@ -263,6 +263,14 @@ Packed::Packed(const GridWeight& w, int threads) : Packed(w.format, w.n, w.k, he
         if (w.shared[i].second) memcpy((void*)shared[i], w.shared[i].first, w.shared[i].second * 4);
     const auto pack = [&](int t) { pack_grid_tile(w, t * TILE, own + begin + t * tile_stride); };
     Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
+}
+
+std::string Packed::row_rule() const {
+    if (!begin) return {};
+    const auto* h = (const GridHeader*)data;
+    std::string rule((const char*)data, offsetof(GridHeader, shape));
+    if (rule.find_first_not_of('\0') == std::string::npos) return {};
+    return rule.append((const char*)(h + 1), begin - sizeof *h);
 }
 
 void Packed::find_shared() {

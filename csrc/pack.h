@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -37,10 +36,9 @@ class Packed {
     Packed& operator=(const Packed&) = delete;
 
     const uint8_t* tile(int i) const { return data + begin + i * tile_stride; }
-    // What comes before the tiles: a GridHeader and arrays, or nothing.
-    std::string_view head() const { return {(const char*)data, begin}; }
-    // Whether one activation row suits both.
-    bool agrees(const Packed& other) const { return head() == other.head(); }
+    // What rows are made with: the activation and the arrays that all rows have in common. Weights where this is the same
+    // can share an activation row.
+    std::string row_rule() const;
     const char* activation() const { return begin ? ((const GridHeader*)data)->activation : ""; }
 
     const Format format;

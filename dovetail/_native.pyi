@@ -7,9 +7,6 @@ def isas() -> list[str]: ...  # that this CPU runs, best first
 def emulated() -> list[str]: ...  # instruction sets that it runs in emulation, for tests
 def formats() -> list[str]: ...  # of stored blocks
 def grids() -> list[str]: ...  # of weights on uniform grids
-
-MAX_GRID_K: int  # of these
-
 def read_bandwidth(megabytes: int, threads: int) -> float: ...  # GB/s
 def dequantize_row(format: str, row: int, k: int, out: int, /) -> None: ...
 def layout() -> int: ...  # the number of the packed layout
@@ -38,7 +35,7 @@ class Packed:
     @property
     def activation(self) -> str: ...  # how the checkpoint wants rows of activations
     @property
-    def head(self) -> bytes: ...  # that, and what is shared by all rows; empty for formats of blocks
+    def row_rule(self) -> bytes: ...  # that, and what is shared by all rows; weights with equal ones share rows
     @property
     def bytes(self) -> int: ...
     @property

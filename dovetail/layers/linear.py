@@ -122,7 +122,7 @@ class Packed:
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> PackedLinear:
         parts = [self.pack(w) for w in weights]
-        agree([w.name for w in weights], [p.head for p in parts])
+        agree([w.name for w in weights], [p.row_rule for p in parts])
         return self.layer(parts, bias)
 
     def pack(self, weight: StoredTensor) -> Any:

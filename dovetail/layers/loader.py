@@ -72,7 +72,7 @@ class Loader:
         biases = [read(f"{n}.bias") for n in names] if bias else []
         if isinstance(self.format, Packed):
             parts = [self._packed(name, self.format) for name in full]
-            agree(full, [p.head for p in parts])
+            agree(full, [p.row_rule for p in parts])
             return self.format.layer(parts, biases)
         weights = [self._weight(name) for name in full]
         layer: Any = self.format.linear(weights, biases)

@@ -86,8 +86,6 @@ def _unpackable(weight: StoredTensor) -> str:
         return "native layouts end"
     zero, k = weight.parts.get("zero"), weight.shape[1]
     groups = weight.parts["scale"].reshape(weight.shape[0], -1).shape[1]
-    if k > native().MAX_GRID_K:
-        return f"a row has {k} columns"
     if zero is None:
         return f"{groups} groups have {k} columns" if groups > 1 and k % (32 * groups) else ""
     if k % 32 or k % (32 * groups):
