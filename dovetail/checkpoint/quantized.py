@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dovetail.checkpoint import compressed_tensors, gptq_awq
+from dovetail.checkpoint import compressed_tensors, gptq_awq, own_format
 from dovetail.checkpoint.fields import Fields
 from dovetail.checkpoint.quantized_weight import Module, QuantizedWeight, from_blocks
 from dovetail.checkpoint.safetensors_folder import SafetensorsFolder
@@ -107,4 +107,5 @@ METHODS: dict[str, Callable[[Fields, SafetensorsFolder], dict[str, QuantizedWeig
     "fbgemm_fp8": _fp8,
     "gptq": gptq_awq.gptq,
     "awq": gptq_awq.awq,
+    own_format.METHOD: own_format.weights,
 }

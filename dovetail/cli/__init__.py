@@ -24,6 +24,7 @@ _OWN_MODULES = (
     "serve",
     "batch",
     "export",
+    "quantize",
     "random",
     "doctor",
     "eval",

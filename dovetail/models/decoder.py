@@ -54,6 +54,15 @@ class Block:
         self.mlp.record(to, self.mlp_norm, self.mlp_post)
 
 
+def one_block(load: Loader, index: int) -> Block:
+    """Layer `index` by itself."""
+    c = load.config
+    window = c.window_of(index)
+    return Block(
+        load, index, Rope(c.rope_of(index), c.head_dim), Variant() if window is None else SlidingWindow(window)
+    )
+
+
 class Blocks:
     """A run of layers: one callable of the program. A row that a filter drops keeps its hidden state."""
 
