@@ -113,6 +113,11 @@ def calibrate(
     statistics = Statistics(how.chunk)
     for positions, x in samples:
         statistics.add(positions, x)
+    return describe(statistics, how, bias)
+
+
+def describe(statistics: Statistics, how: Grouping, bias: bool) -> dict[str, NDArray[Any]]:
+    """`calibrate` of statistics that were taken already."""
     low, high, centers = statistics.extremes()
     means = centers.astype(np.float32).astype(np.float64) if bias else np.zeros_like(low)
     most = np.maximum(high - means, means - low)  # max |x - mean| [chunks, K]

@@ -7,8 +7,11 @@ H^-1 (algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.core.errors import ModelError
 from dovetail.host.lazy_torch import torch
@@ -16,6 +19,7 @@ from dovetail.host.lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+Floats = NDArray[np.float32]
 BLOCK = 128  # columns whose changes reach the columns behind them in one product
 
 
@@ -29,7 +33,7 @@ class Hessian:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See rows x [rows, K]; they are returned as they are. ModelError if a value is not finite."""
-        if not bool(torch.isfinite(x).all()):
+        if not math.isfinite(float(x.sum())):
             raise ModelError(
                 f"{self.name}: calibration met an activation that is not finite; the checkpoint is broken, or its "
                 "values leave the range of float32"
@@ -39,59 +43,50 @@ class Hessian:
 
 
 class Rounder(Protocol):
-    """A grid that columns are rounded to. The codes are kept by it."""
+    """A grid that `columns` columns are rounded to. The codes are kept by it."""
 
-    def round(self, column: int, values: Tensor) -> Tensor:
-        """Column `column` [N, the first of `values`] on the grid, [N].
+    columns: int
 
-        values: this column and all behind it, in the order in which they are rounded, as errors have changed them.
-        """
+    def round(self, column: int, values: Floats) -> Floats:
+        """A column on the grid, [N]. values [K - column, N]: it and all behind it, as errors have changed them."""
 
 
-def compensate(
-    weight: Tensor, hessian: Tensor, rounder: Rounder, damping: float, columns: Sequence[int]
-) -> Tensor:
-    """Round columns of weight [N, K], each once, in the order of their numbers in `columns`.
+def compensate(weight: Tensor, upper: Tensor, rounder: Rounder) -> Tensor:
+    """Round the first columns of weight [N, K], from the first on, as many as the rounder has.
 
-    Returns the weight as it is then: columns that are not named have only taken their part of the errors.
+    upper: `factor` of the Hessian. Returns the weight as it is then: the columns behind have only taken their part
+    of the errors.
     """
-    n, k = weight.shape
-    order = torch.tensor([*columns, *sorted(set(range(k)) - set(columns))])
-    moved = weight[:, order].clone()
-    upper = factor(hessian[order][:, order], damping)
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        errors = torch.empty(n, stop - start)
+    moved = np.ascontiguousarray(weight.numpy().T)  # [K, N]: a column's values are neighbours
+    factors = upper.numpy()
+    for start in range(0, rounder.columns, BLOCK):
+        stop = min(start + BLOCK, rounder.columns)
+        errors = np.empty((stop - start, len(weight)), np.float32)
         for j in range(start, stop):
-            values = rounder.round(columns[j], moved[:, j:])
-            error = (moved[:, j] - values) / upper[j, j]
-            moved[:, j:stop] -= torch.outer(error, upper[j, j:stop])
-            moved[:, j] = values
-            errors[:, j - start] = error
-        moved[:, stop:] -= errors @ upper[start:stop, stop:]
-    back = torch.empty_like(moved)
-    back[:, order] = moved
-    return back
+            values = rounder.round(j, moved[j:])
+            error = (moved[j] - values) / factors[j, j]
+            moved[j:stop] -= factors[j, j:stop, None] * error
+            moved[j] = values
+            errors[j - start] = error
+        moved[stop:] -= factors[start:stop, stop:].T @ errors
+    return torch.from_numpy(moved).T
 
 
 def factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse, after `damping` times the mean was added to the diagonal.
+    """The upper U with U^T U = H^-1, after `damping` times the mean was added to the diagonal.
 
     An input that was always 0 is rounded by itself. ModelError if no damping up to 1 makes H positive definite.
     """
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean()) or 1.0
-    while True:
+    while damping <= 1:
         damped = hessian.clone()
         damped.diagonal().copy_(torch.where(diagonal == 0, torch.tensor(mean), diagonal) + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(failed):  # H = V V^T with the upper V = lower.flip(0, 1), and U = V^-1
+            return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian)), upper=True)
         damping = max(10 * damping, 1e-4)
-        if damping > 1:
-            raise ModelError("calibration rows give no positive definite matrix; give more text (--samples)")
+    raise ModelError("calibration rows give no positive definite matrix; give more text (--samples)")
 
 
 def relative_error(weight: Tensor, made: Tensor, hessian: Tensor | None) -> float:

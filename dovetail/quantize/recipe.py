@@ -13,12 +13,12 @@ import numpy as np
 from dovetail import __version__
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
+from dovetail.checkpoint.own_format import GROUPS
 from dovetail.core.errors import ConfigError
 from dovetail.core.model import ModelConfig
 from dovetail.host.lazy_torch import torch
 from dovetail.text.corpus import Corpus
 
-GROUPS = (128, 64, 32)
 # The options of each format, and what they are by default. None: depends on the model or the format.
 TEXT = {"samples": 128, "length": 512}
 GPTQ = {"method": "gptq", "damping": 0.01}

@@ -30,10 +30,12 @@ from dovetail.host.lazy_torch import INSTALL, installed
 from dovetail.ops.memory import ELEMENTS, rounded
 from dovetail.ops.schemes import SCHEMES
 from dovetail.ops.stored import StoredTensor
+from dovetail.quantize.atom import Atom
 from dovetail.quantize.calibration import Stream, sample
 from dovetail.quantize.layer import Layer, Method
 from dovetail.quantize.recipe import Recipe
 from dovetail.quantize.state import RECIPE, State
+from dovetail.quantize.tender import Tender
 from dovetail.quantize.uniform import Uniform
 from dovetail.show.progress import counter, note
 
@@ -55,7 +57,9 @@ class Report:
 
 
 def method_of(recipe: Recipe) -> Method:
-    return Uniform(recipe.format, recipe.options)
+    if recipe.format == "atom":
+        return Atom(recipe.options)
+    return Tender(recipe.options) if recipe.format == "tender" else Uniform(recipe.format, recipe.options)
 
 
 def quantize(checkpoint: Checkpoint, out: Path, recipe: Recipe, *, progress: bool = True) -> Report:
@@ -153,10 +157,13 @@ class _Run:
         yield Entry(stored.name, _PLAIN[kind], stored.shape, size, lambda: rounded(values, kind))
 
     def _read(self, layer: Layer) -> dict[str, StoredTensor]:
-        """The tensors of a finished block, from its file, so that an interruption changes nothing."""
+        """The tensors of a finished block, from its file, so that an interruption changes nothing.
+
+        They do not say how rows are rounded; the method does.
+        """
         folder = self.state.folder(_part(layer.index))
         weights = quantized_weights(Fields(self.config, str(folder.path)), folder)
-        found = {name: weight.read() for name, weight in weights.items()}
+        found = {name: replace(weight.read(), activation="") for name, weight in weights.items()}
         offset = np.float32(self.checkpoint.architecture.norm_offset)
         for name in set(folder.names()) & set(layer.tensors()) - set(found):
             values = folder.array(name, *_PLAIN.values())

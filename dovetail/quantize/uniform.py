@@ -18,7 +18,7 @@ from dovetail.ops.memory import rounded, widened
 from dovetail.ops.schemes import SCHEMES, Scheme, bfloat16
 from dovetail.ops.stored import StoredTensor
 from dovetail.quantize.calibration import SITES, See
-from dovetail.quantize.gptq import Hessian, compensate, relative_error
+from dovetail.quantize.gptq import Hessian, compensate, factor, relative_error
 from dovetail.quantize.layer import Layer, Made
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ class UniformWork:
                 hessian = self._smoothed(site, weight, hessian, made)
         scheme, scales = self.method.scheme, self.method.scales(weight.numpy())
         if self.method.gptq and hessian is not None:
-            grid = _Grid(scheme, scales, weight.shape[1])
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
-            compensate(weight, hessian, grid, self.method.options["damping"], order)
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+            grid = _Grid(scheme, scales, order)
+            upper = factor(hessian[order][:, order], self.method.options["damping"])
+            compensate(weight[:, order], upper, grid)
             codes = grid.codes
         else:
             codes = scheme.codes(weight.numpy(), scales)
@@ -137,18 +138,22 @@ class Inputs:
 
 
 class _Grid:
-    """See `Rounder`: scales are fixed, and belong to neighbouring columns, in whatever order they are rounded."""
+    """See `Rounder`: scales are fixed, and belong to neighbouring columns, whatever the order of rounding."""
 
-    def __init__(self, scheme: Scheme, scales: Floats, width: int) -> None:
-        self.scales = torch.from_numpy(scales)
-        self.group = width // scales.shape[1]
+    def __init__(self, scheme: Scheme, scales: Floats, order: Tensor) -> None:
+        """order: of the columns, as they are rounded."""
+        self.order = order.tolist()
+        self.columns = len(self.order)
+        self.scales = np.ascontiguousarray(scales.T)
+        self.group = self.columns // scales.shape[1]
         self.low, self.high = (-8, 7) if scheme.format == "I4" else (-128, 127)
-        self.codes: NDArray[np.int8] = np.zeros((len(scales), width), np.int8)
+        self.codes: NDArray[np.int8] = np.zeros((len(scales), self.columns), np.int8)
 
-    def round(self, column: int, values: Tensor) -> Tensor:
-        scale = self.scales[:, column // self.group]
-        q = torch.round(values[:, 0] / scale).clamp_(self.low, self.high)
-        self.codes[:, column] = q.to(torch.int8).numpy()
+    def round(self, column: int, values: Floats) -> Floats:
+        own = self.order[column]
+        scale = self.scales[own // self.group]
+        q: Floats = np.clip(np.rint(values[0] / scale), self.low, self.high)
+        self.codes[:, own] = q
         return q * scale
 
 
