@@ -68,14 +68,21 @@ from dovetail.host import machine
 from dovetail.ops import cpu
 from dovetail.ops.dequant import BLOCKS
 
-FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "BF16", "F32")
-ACTIVATIONS = {"BF16": ("bf16",), "F32": ("exact",), "Q8_0": ("int8", "exact"), "Q4_K": ("int8", "exact")}
+FORMATS = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "BF16", "F32",
+)  # fmt: skip
+ALL = ("int8", "int16", "exact")
+ACTIVATIONS = {"BF16": ("bf16",), "F32": ("exact",), "Q8_0": ALL, "Q4_K": ALL}
 GEMV_SHAPES, GEMM_SHAPES = ((1536, 576), (49152, 576), (4096, 4096)), ((1536, 576), (4096, 4096))
 GEMV_ROWS, GEMM_ROWS = (1, 2, 4, 8), (32, 512)
-PEAKS = {"int8": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
+PEAKS = {"int8": "int8", "int16": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
 LONG, SHORT = 65536, (31, 100)
 SHARED, OWN, SHARERS = 2048, 64, 32
-SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes; others (0,)
+SCALES = {  # bytes; others (0,)
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82),
+    "Q3_K": (108,),
+}  # fmt: skip
 
 
 SAMPLE_ROWS = (1, 32)
@@ -176,7 +183,8 @@ def stored(name: str, n: int, k: int) -> torch.Tensor:
         data = values.to(torch.bfloat16 if name == "BF16" else torch.float32).view(torch.uint8)
     else:
         codes = random.integers(0, 256, (rows, k // block.values, block.bytes), dtype=np.uint8)
-        for at in SCALES.get(name, (0,)):
+        codes[:, :, 0] &= 127 if name == "MXFP4" else 255  # no power of two above 1
+        for at in () if name == "MXFP4" else SCALES.get(name, (0,)):
             scale = random.uniform(-0.02, 0.02, codes.shape[:2]).astype(np.float16)
             codes[:, :, at : at + 2] = scale[..., None].view(np.uint8)
         data = torch.from_numpy(codes.reshape(rows, -1))

@@ -358,7 +358,8 @@ NB_MODULE(_native, m) {
         .def("linear", [](Program& p, int in, int out, nb::list weights, const std::string& activation,
                           std::vector<float> norm, float eps, std::vector<float> bias, bool add,
                           const std::string& gate, bool sampled) {
-            p.linear({in, out, weights_of(weights), choice<Activation>(activation, {"exact", "int8", "bf16", "int8-token", "fp8-token"}),
+            const auto rows = choice<Activation>(activation, {"exact", "int8", "bf16", "int16", "int8-token", "fp8-token"});
+            p.linear({in, out, weights_of(weights), rows,
                       std::move(norm), eps, std::move(bias), add,
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});
         }, nb::arg("source"), nb::arg("target"), nb::arg("weights"), nb::arg("activation"), nb::arg("norm"),

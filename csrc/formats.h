@@ -5,6 +5,7 @@
 // 4-bit codes: 64 bytes hold k-quad j in the low halves and j + 4 in the high halves, four such vectors a block.
 // 5-bit codes: one more vector a block, bit j of each byte being the fifth bit of k-quad j.
 // 6-bit codes: two more vectors a block; vector h holds bits 4-5 of k-quads 4h to 4h + 3, two bits each.
+// 2-bit codes: two vectors a block, laid out as those two. 3-bit codes: one more, bit j of each byte for k-quad j.
 // 8-bit floats (e4m3): 32 bytes hold a pair of K of each column, sixteen such pairs a block.
 //
 // Weights on uniform grids (I8, I4, F8; see ops/grids.py) are not stored in blocks. Their packed bytes begin with a
@@ -19,12 +20,12 @@
 
 namespace dovetail {
 
-enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
+enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4,
                     I8, I4, F8,
                     NUM_FORMATS };
-enum Activation : int { EXACT, INT8, BFLOAT, INT8_TOKEN, FP8_TOKEN, NUM_ACTIVATIONS };
+enum Activation : int { EXACT, INT8, BFLOAT, INT16, INT8_TOKEN, FP8_TOKEN, NUM_ACTIVATIONS };
 
-constexpr int LAYOUT = 1;  // the number of the packed layout
+constexpr int LAYOUT = 2;  // the number of the packed layout
 constexpr int TILE = 16;   // columns of a tile
 constexpr int BLOCK = 32;  // K of a block
 // K of weights on grids. Sums of int8 products over all of K then stay within 32 bits, also halfway: with the zero point
@@ -44,6 +45,9 @@ constexpr FormatInfo FORMATS[NUM_FORMATS] = {
     {"Q4_0", 32, 18, 1, 0, 256 + 32},  {"Q4_1", 32, 20, 1, 0, 256 + 64}, {"Q5_0", 32, 22, 1, 0, 320 + 32},
     {"Q5_1", 32, 24, 1, 0, 320 + 64},  {"Q8_0", 32, 34, 1, 0, 512 + 32}, {"Q4_K", 256, 144, 8, 64, 256 + 32},
     {"Q5_K", 256, 176, 8, 64, 320 + 32}, {"Q6_K", 256, 210, 8, 32, 384 + 32},
+    {"Q2_K", 256, 84, 8, 64, 128 + 32},  {"Q3_K", 256, 110, 8, 32, 192 + 32},
+    {"IQ4_NL", 32, 18, 1, 0, 256 + 32},  {"IQ4_XS", 256, 136, 8, 32, 256 + 16},
+    {"MXFP4", 32, 17, 1, 0, 256 + 16},
     {"I8", 0, 0, 1, 0, 512}, {"I4", 0, 0, 1, 0, 256}, {"F8", 0, 0, 1, 0, 512},
 };
 constexpr bool on_grid(Format f) { return FORMATS[f].values == 0; }
@@ -72,6 +76,10 @@ inline size_t grid_blocks(int k_blocks, const GridShape& s) {
     return lines(grid_zeros(k_blocks, s) + (s.zeros ? (size_t)(k_blocks / s.group) * 16 : 0));
 }
 
+// What the codes of formats with levels mean: IQ4_NL and IQ4_XS plus 128; MXFP4, in halves, plus 16.
+constexpr uint8_t IQ4_LEVELS[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+constexpr uint8_t MXFP4_LEVELS[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+
 inline size_t tile_bytes(Format f, int k_blocks) {
     const FormatInfo& i = FORMATS[f];
     return (size_t)(k_blocks / i.blocks) * (i.head + (size_t)i.blocks * i.block);
@@ -81,13 +89,18 @@ inline size_t tile_bytes(Format f, int k_blocks) {
 //   INT8:   int8 codes [K], float scale [blocks], float scale * sum [blocks], int32 -8 * sum [blocks],
 //           int32 -32 * sum of each half block [2 * blocks]; then for each 8 blocks a float unit, and the scaled sums
 //           as int16 multiples of it [blocks]
-//   EXACT:  float [K], float sum [blocks]
+//   EXACT:  float [K], float sum of each half block [2 * blocks]
 //   BFLOAT: bfloat16 [K]
+//   INT16:  of each block 32 high and 32 low bytes of the codes, both signed: a code is 256 high + low. Then float scale
+//           [blocks], float sum of the values of each half block [2 * blocks], int32 -8 * sum of the codes [blocks], int32
+//           -32 * sum of each half block [2 * blocks]
 //   INT8_TOKEN: int8 codes [K], float scale, int32 -8 * sum of the codes before each block and of all [blocks + 1]
 //   FP8_TOKEN: e4m3 codes as bfloat16 [K], float scale
+constexpr int INT16_MOST = 127 * 256 + 127;  // the largest code
 inline size_t activation_bytes(Activation a, int k_blocks) {
     const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8 + 2) + (size_t)(k_blocks + 7) / 8 * 4
-                       : a == EXACT ? (size_t)k_blocks * (128 + 4)
+                       : a == EXACT ? (size_t)k_blocks * (128 + 8)
+                       : a == INT16 ? (size_t)k_blocks * (64 + 4 + 8 + 4 + 8)
                        : a == INT8_TOKEN ? (size_t)k_blocks * (32 + 4) + 8
                        : a == FP8_TOKEN ? (size_t)k_blocks * 64 + 4
                                     : (size_t)k_blocks * 64;

@@ -24,13 +24,13 @@ uint32_t u32(const uint8_t* p) {
     return x;
 }
 
-// 32 values of one row: unsigned codes, and the scales and minima that turn them into numbers. In Q6_K each half has its own
-// scale.
+// 32 values of one row: unsigned codes, and the scales and minima that turn them into numbers. Each half has its own in
+// Q2_K, Q3_K and Q6_K.
 struct Codes {
     uint8_t q[32];
-    uint16_t d = 0, m = 0;        // float16 scale and minimum (of the super-block, in K formats)
-    uint8_t scale[2] = {0, 0};    // K formats: integer scale (of each half in Q6_K)
-    uint8_t minimum = 0;          // K formats: integer minimum
+    float d = 0, m = 0;         // scale and minimum (of the super-block, in K formats)
+    int scale[2] = {1, 1};      // of each half: formats of super-blocks have integers
+    int minimum[2] = {0, 0};
 };
 
 void nibbles(const uint8_t* p, uint8_t* q) {
@@ -46,20 +46,43 @@ void six_bit_scales(const uint8_t* p, int i, uint8_t& scale, uint8_t& minimum) {
     }
 }
 
+// Scale i (of 16) of a super-block of Q3_K, whose scales begin at p: 4 bits in one place and 2 in another, less 32.
+int8_t three_k_scale(const uint8_t* p, int i) {
+    const int low = i < 8 ? p[i] & 15 : p[i - 8] >> 4;
+    return (int8_t)((low | (p[8 + i % 4] >> 2 * (i / 4) & 3) << 4) - 32);
+}
+
+// Scale b (of 8) of a super-block of IQ4_XS at p, in the same way.
+int8_t four_xs_scale(const uint8_t* p, int b) {
+    const int low = b % 2 ? p[4 + b / 2] >> 4 : p[4 + b / 2] & 15, high = p[2 + b / 4] >> 2 * (b % 4) & 3;
+    return (int8_t)((low | high << 4) - 32);
+}
+
+// The scale of MXFP4: 2^(e - 128). It is subnormal for 0 and 1, and 255 is a number like any other here.
+float power_of_two(uint8_t e) { return e < 2 ? (e ? 0x1p-127f : 0x1p-128f) : bf16_value((uint16_t)((e - 1) << 7)); }
+
 void read_small(Format f, const uint8_t* p, Codes& c) {
-    c.d = u16(p);
+    if (f == MXFP4) {
+        c.d = power_of_two(p[0]);
+        nibbles(p + 1, c.q);
+        for (uint8_t& q : c.q) q = MXFP4_LEVELS[q];
+        return;
+    }
+    c.d = half_value(u16(p));
     if (f == Q8_0) {
         for (int i = 0; i < 32; i++) c.q[i] = (uint8_t)(p[2 + i] + 128);
         return;
     }
     const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
     const uint8_t* at = p + (has_min ? 4 : 2);
-    if (has_min) c.m = u16(p + 2);
+    if (has_min) c.m = half_value(u16(p + 2));
     nibbles(at + (five ? 4 : 0), c.q);
     if (five) {
         const uint32_t high = u32(at);
         for (int i = 0; i < 32; i++) c.q[i] |= (uint8_t)((high >> i & 1) << 4);
     }
+    if (f == IQ4_NL)
+        for (uint8_t& q : c.q) q = IQ4_LEVELS[q];
 }
 
 // Block b (of 8) of a super-block of 256.
@@ -68,16 +91,31 @@ void read_k(Format f, const uint8_t* p, int b, Codes& c) {
         const uint8_t *low = p + 64 * (b / 4) + 32 * (b % 2), *high = p + 128 + 32 * (b / 4);
         const int shift = 4 * (b % 4 / 2), high_shift = 2 * (b % 4);
         for (int i = 0; i < 32; i++) c.q[i] = (uint8_t)((low[i] >> shift & 15) | (high[i] >> high_shift & 3) << 4);
-        c.scale[0] = p[192 + 2 * b], c.scale[1] = p[192 + 2 * b + 1];
-        c.d = u16(p + 208);
-        return;
+        for (int h = 0; h < 2; h++) c.scale[h] = (int8_t)p[192 + 2 * b + h];
+        c.d = half_value(u16(p + 208));
+    } else if (f == Q2_K || f == Q3_K) {
+        const uint8_t* codes = p + (f == Q2_K ? 16 : 32) + 32 * (b / 4);
+        for (int i = 0; i < 32; i++) c.q[i] = (uint8_t)(codes[i] >> 2 * (b % 4) & 3);
+        for (int i = 0; f == Q3_K && i < 32; i++) c.q[i] |= (uint8_t)((p[i] >> b & 1) << 2);
+        for (int h = 0; h < 2; h++) {
+            const int at = 2 * b + h;
+            c.scale[h] = f == Q2_K ? p[at] & 15 : three_k_scale(p + 96, at);
+            c.minimum[h] = f == Q2_K ? p[at] >> 4 : 0;
+        }
+        c.d = half_value(u16(p + (f == Q2_K ? 80 : 108))), c.m = f == Q2_K ? half_value(u16(p + 82)) : 0.0f;
+    } else if (f == IQ4_XS) {
+        c.d = half_value(u16(p)), c.scale[0] = c.scale[1] = four_xs_scale(p, b);
+        nibbles(p + 8 + 16 * b, c.q);
+        for (uint8_t& q : c.q) q = IQ4_LEVELS[q];
+    } else {
+        uint8_t scale, minimum;
+        six_bit_scales(p + 4, b, scale, minimum);
+        c.d = half_value(u16(p)), c.m = half_value(u16(p + 2));
+        c.scale[0] = c.scale[1] = scale, c.minimum[0] = c.minimum[1] = minimum;
+        const uint8_t* codes = p + (f == Q5_K ? 48 : 16) + 32 * (b / 2);
+        for (int i = 0; i < 32; i++) c.q[i] = b % 2 ? codes[i] >> 4 : codes[i] & 15;
+        for (int i = 0; f == Q5_K && i < 32; i++) c.q[i] |= (uint8_t)((p[16 + i] >> b & 1) << 4);
     }
-    c.d = u16(p), c.m = u16(p + 2);
-    six_bit_scales(p + 4, b, c.scale[0], c.minimum);
-    const uint8_t* codes = p + (f == Q5_K ? 48 : 16) + 32 * (b / 2);
-    for (int i = 0; i < 32; i++) c.q[i] = b % 2 ? codes[i] >> 4 : codes[i] & 15;
-    if (f == Q5_K)
-        for (int i = 0; i < 32; i++) c.q[i] |= (uint8_t)((p[16 + i] >> b & 1) << 4);
 }
 
 void read_block(Format f, const uint8_t* row, int b, Codes& c) {
@@ -110,45 +148,65 @@ void place_nibbles(const uint8_t* p, bool high, int lane, uint8_t* block) {
     scatter(high ? (a >> 4 & each(15)) | (b & each(0xf0)) : (a & each(15)) | (b & each(15)) << 4, lane, block);
 }
 
-// Bit `bit` of each of 32 bytes: the fifth bits of a block.
-void place_fifth(const uint8_t* p, int bit, int lane, uint8_t* block) {
+// Bit `bit` of each of 32 bytes: the highest bits of a block's codes.
+void place_bits(const uint8_t* p, int bit, int lane, uint8_t* to) {
     uint32_t bits = 0;
     for (int j = 0; j < 8; j++) bits |= (u32(p + 4 * j) >> bit & each(1)) << j;
-    memcpy(block + 256 + 4 * lane, &bits, 4);
+    memcpy(to + 4 * lane, &bits, 4);
 }
 
-// Bits `shift` and `shift` + 1 of each of 32 bytes: bits 4 and 5 of a block's codes.
-void place_pairs(const uint8_t* p, int shift, int lane, uint8_t* block) {
+// Bits `shift` and `shift` + 1 of each of 32 bytes: a pair of bits of a block's codes.
+void place_pairs(const uint8_t* p, int shift, int lane, uint8_t* to) {
     for (int h = 0; h < 2; h++) {
         uint32_t bits = 0;
         for (int j = 0; j < 4; j++) bits |= (u32(p + 16 * h + 4 * j) >> shift & each(3)) << 2 * j;
-        memcpy(block + 256 + 64 * h + 4 * lane, &bits, 4);
+        memcpy(to + 64 * h + 4 * lane, &bits, 4);
     }
 }
 
-// The super-block of 256 at p into column `lane` of a group of blocks.
-void pack_k_blocks(Format f, const uint8_t* p, int lane, uint8_t* head) {
-    const FormatInfo& info = FORMATS[f];
-    memcpy(head + 2 * lane, f == Q6_K ? p + 208 : p, 2);
-    if (f != Q6_K) memcpy(head + 32 + 2 * lane, p + 2, 2);
+// Where a super-block has its float16 scale, and the minimum's behind it if it has one.
+int super_scale(Format f) { return f == Q6_K ? 208 : f == Q3_K ? 108 : f == Q2_K ? 80 : 0; }
+bool super_minimum(Format f) { return f == Q4_K || f == Q5_K || f == Q2_K; }
+
+// The super-block of 256 at p into column `lane` of a group of blocks. Not inlined: GCC 12 with -O3 loses the loop over lanes
+// of IQ4_XS when it is (-fno-ivopts keeps it).
+template <Format f> __attribute__((noinline)) void pack_k_blocks(const uint8_t* p, int lane, uint8_t* head) {
+    constexpr FormatInfo info = FORMATS[f];
+    memcpy(head + 2 * lane, p + super_scale(f), 2);
+    if (super_minimum(f)) memcpy(head + 32 + 2 * lane, p + super_scale(f) + 2, 2);
     for (int b = 0; b < 8; b++) {
         uint8_t* block = head + info.head + b * info.block;
-        uint8_t* scales = block + info.block - 32 + lane;
+        uint8_t* scales = block + info.block - (f == IQ4_XS ? 16 : 32) + lane;
         if (f == Q6_K) {
             place_nibbles(p + 64 * (b / 4) + 32 * (b % 2), b % 4 / 2, lane, block);
-            place_pairs(p + 128 + 32 * (b / 4), 2 * (b % 4), lane, block);
+            place_pairs(p + 128 + 32 * (b / 4), 2 * (b % 4), lane, block + 256);
             scales[0] = p[192 + 2 * b], scales[16] = p[192 + 2 * b + 1];
-            continue;
+        } else if (f == Q2_K) {
+            place_pairs(p + 16 + 32 * (b / 4), 2 * (b % 4), lane, block);
+            scales[0] = p[2 * b], scales[16] = p[2 * b + 1];
+        } else if (f == Q3_K) {
+            place_pairs(p + 32 + 32 * (b / 4), 2 * (b % 4), lane, block);
+            place_bits(p, b, lane, block + 128);
+            for (int h = 0; h < 2; h++) scales[16 * h] = (uint8_t)three_k_scale(p + 96, 2 * b + h);
+        } else if (f == IQ4_XS) {
+            scatter(words(p + 8 + 16 * b), lane, block);
+            scales[0] = (uint8_t)four_xs_scale(p, b);
+        } else {
+            place_nibbles(p + (f == Q5_K ? 48 : 16) + 32 * (b / 2), b % 2, lane, block);
+            if (f == Q5_K) place_bits(p + 16, b, lane, block + 256);
+            six_bit_scales(p + 4, b, scales[0], scales[16]);
         }
-        place_nibbles(p + (f == Q5_K ? 48 : 16) + 32 * (b / 2), b % 2, lane, block);
-        if (f == Q5_K) place_fifth(p + 16, b, lane, block);
-        six_bit_scales(p + 4, b, scales[0], scales[16]);
     }
 }
 
 // Formats whose block of 32 is one stored block. Codes i and i + 16 already share a byte, so four bytes are a lane's k-quad
 // as they are.
-void pack_small_block(Format f, const uint8_t* p, int lane, uint8_t* block) {
+template <Format f> void pack_small_block(const uint8_t* p, int lane, uint8_t* block) {
+    if (f == MXFP4) {
+        scatter(words(p + 1), lane, block);
+        block[256 + lane] = p[0];
+        return;
+    }
     const bool has_min = f == Q4_1 || f == Q5_1, five = f == Q5_0 || f == Q5_1;
     const uint8_t* at = p + (has_min ? 4 : 2);
     const uint8_t* codes = at + (five ? 4 : 0);
@@ -170,8 +228,8 @@ template <Format f> void pack_codes(const uint8_t* rows, size_t row_bytes, int c
     constexpr FormatInfo info = FORMATS[f];
     for (int b = 0; b < k_blocks / info.blocks; b++, rows += info.bytes, tile += info.head + info.blocks * info.block)
         for (int lane = 0; lane < columns; lane++) {
-            if (info.blocks == 1) pack_small_block(f, rows + lane * row_bytes, lane, tile);
-            else pack_k_blocks(f, rows + lane * row_bytes, lane, tile);
+            if constexpr (info.blocks == 1) pack_small_block<f>(rows + lane * row_bytes, lane, tile);
+            else pack_k_blocks<f>(rows + lane * row_bytes, lane, tile);
         }
 }
 
@@ -202,7 +260,23 @@ void pack_tile(Format f, const uint8_t* rows, size_t row_bytes, int columns, int
         case Q4_K: return pack_codes<Q4_K>(rows, row_bytes, columns, blocks, tile);
         case Q5_K: return pack_codes<Q5_K>(rows, row_bytes, columns, blocks, tile);
         case Q6_K: return pack_codes<Q6_K>(rows, row_bytes, columns, blocks, tile);
+        case Q2_K: return pack_codes<Q2_K>(rows, row_bytes, columns, blocks, tile);
+        case Q3_K: return pack_codes<Q3_K>(rows, row_bytes, columns, blocks, tile);
+        case IQ4_NL: return pack_codes<IQ4_NL>(rows, row_bytes, columns, blocks, tile);
+        case IQ4_XS: return pack_codes<IQ4_XS>(rows, row_bytes, columns, blocks, tile);
+        case MXFP4: return pack_codes<MXFP4>(rows, row_bytes, columns, blocks, tile);
         default: return;
+    }
+}
+
+float zero_point(Format f) {
+    switch (f) {
+        case Q3_K: return 4.0f;
+        case Q4_0: return 8.0f;
+        case Q5_0: case MXFP4: return 16.0f;
+        case Q6_K: return 32.0f;
+        case Q8_0: case IQ4_NL: case IQ4_XS: return 128.0f;
+        default: return 0.0f;
     }
 }
 
@@ -299,18 +373,16 @@ void dequantize_row(Format f, const uint8_t* row, int k, float* out) {
         for (int i = 0; i < k; i++) out[i] = f == F16 ? half_value(u16(row + 2 * i)) : bf16_value(u16(row + 2 * i));
         return;
     }
-    const bool has_min = f == Q4_1 || f == Q5_1;
-    const float zero = f == Q4_0 ? 8.0f : f == Q5_0 ? 16.0f : f == Q8_0 ? 128.0f : f == Q6_K ? 32.0f : 0.0f;
+    const float zero = zero_point(f);
+    const bool super = FORMATS[f].blocks > 1;
     for (int b = 0; b < k / 32; b++) {
         Codes c;
         read_block(f, row, b, c);
-        const float d = half_value(c.d), m = half_value(c.m);
         for (int i = 0; i < 32; i++) {
             const float q = (float)c.q[i] - zero;
-            float& y = out[32 * b + i];
-            if (f == Q6_K) y = q * (d * (float)(int8_t)c.scale[i / 16]);
-            else if (f == Q4_K || f == Q5_K) y = q * (d * (float)c.scale[0]) - m * (float)c.minimum;
-            else y = has_min ? q * d + m : q * d;
+            const float y = q * (c.d * (float)c.scale[i / 16]);
+            if (super) out[32 * b + i] = super_minimum(f) ? y - c.m * (float)c.minimum[i / 16] : y;
+            else out[32 * b + i] = f == Q4_1 || f == Q5_1 ? y + c.m : y;
         }
     }
 }

@@ -160,12 +160,15 @@ def resolve_activations(options: Options, stored: str, kernels: str, own: str = 
         raise ConfigError(f"activations '{asked}' were asked for, but the checkpoint was made for {own}; drop it")
     if own:
         return own
-    if asked not in ("auto", "int8", "exact"):
-        raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, exact")
-    if asked == "int8" and kernels == TORCH:
-        raise ConfigError("activations 'int8' needs native kernels; drop it, or use --kernels auto")
-    if asked == "int8" and (not quantized or ALIASES.get(options.dtype, options.dtype) == "bfloat16"):
-        raise ConfigError("activations 'int8' needs weights that are stored in blocks, and no --dtype bfloat16")
+    if asked not in ("auto", "int8", "int16", "exact"):
+        raise ConfigError(f"activations '{asked}' is unknown; the known ones are auto, int8, int16, exact")
+    rounded = asked in ("int8", "int16")
+    if rounded and kernels == TORCH:
+        raise ConfigError(f"activations '{asked}' needs native kernels; drop it, or use --kernels auto")
+    if rounded and (not quantized or ALIASES.get(options.dtype, options.dtype) == "bfloat16"):
+        raise ConfigError(
+            f"activations '{asked}' needs weights that are stored in blocks, and no --dtype bfloat16"
+        )
     if asked != "auto":
         return asked
     return "int8" if kernels != TORCH and quantized and options.dtype == "auto" else "exact"
@@ -201,8 +204,8 @@ def resolve_device(asked: str, cuda: bool) -> str:
 
 
 def resolve_kv_dtype(asked: str, dtype: str, activations: str = "exact") -> str:
-    """The type of KV. "auto" is the compute type's precision, and bf16 with rounded activations."""
-    if asked == "auto" and activations != "exact":
+    """The type of KV. "auto" is the compute type's precision, and bf16 with 8-bit activations."""
+    if asked == "auto" and activations not in ("exact", "int16"):
         return "bf16"
     name = dtype if asked == "auto" else ALIASES.get(asked, asked)
     return "bf16" if name == "bfloat16" else name

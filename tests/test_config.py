@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.config import Found, KVSizes, Machine, Options, most_written, resolve
+from dovetail.config import Found, KVSizes, Machine, Options, most_written, resolve, resolve_activations
 from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.technique import Beside, Composition, Technique
 from dovetail.models import geometry
@@ -107,6 +107,19 @@ def test_the_activations_that_a_checkpoint_was_made_for_are_no_option() -> None:
 def test_the_configuration_prints_whole() -> None:
     c = settle()
     assert all(f"{name}: " in str(c) for name in c.to_dict())
+
+
+def test_activations_that_are_rounded_need_native_kernels_and_blocks() -> None:
+    for asked in ("int8", "int16"):
+        options = Options(activations=asked)
+        assert resolve_activations(options, "Q4_K", "scalar") == asked
+        with pytest.raises(ConfigError, match=f"'{asked}' needs native kernels"):
+            resolve_activations(options, "Q4_K", "torch")
+        for stored, dtype in (("F32", "auto"), ("Q4_K", "bf16")):
+            with pytest.raises(ConfigError, match=f"'{asked}' needs weights that are stored in blocks"):
+                resolve_activations(replace(options, dtype=dtype), stored, "scalar")
+    with pytest.raises(ConfigError, match="'int4' is unknown; the known ones are auto, int8, int16, exact"):
+        resolve_activations(Options(activations="int4"), "Q4_K", "scalar")
 
 
 # -- what techniques keep beside KV, and the slow tier

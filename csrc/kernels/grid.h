@@ -9,8 +9,8 @@
 namespace {
 
 // Codes of a block, and what their zero point (8 or 128) is in units of 8.
-struct GridBytes : Bytes { static constexpr int ID = dovetail::I8, ZERO_SHIFT = 4, EIGHTS = 16; static constexpr bool HALVES = false; };
-struct GridNibbles : Nibbles { static constexpr int ID = dovetail::I4, ZERO_SHIFT = 0, EIGHTS = 1; static constexpr bool HALVES = false; };
+struct GridBytes : Bytes { static constexpr int ID = dovetail::I8, ZERO = 128, EIGHTS = 16; static constexpr bool HALVES = false; };
+struct GridNibbles : Nibbles { static constexpr int ID = dovetail::I4, ZERO = 8, EIGHTS = 1; static constexpr bool HALVES = false; };
 
 // A tile of weights: where its parts are.
 struct GridTile {
@@ -149,6 +149,29 @@ template <class W, int R, int T> void gemm_grid_int8(const GemmArgs& g) {
         }
     }
     put_scaled<R, T>(g, f, nullptr);
+}
+
+// ---- rows of 16-bit integers under a scale for each 32 values
+
+template <class W, int R> void gemm_grid_int16(const GemmArgs& g) {
+    const int group = group_blocks(g);
+    F f[R][1];
+    GridTile tile;
+    Int16Rows<R> rows;
+    tile.open(g, 0), rows.open(g);
+    UNROLL for (int r = 0; r < R; r++) f[r][0] = zero();
+    for (int b = 0; b < g.k_blocks; b++, rows.next()) {
+        const int i = b / group;
+        const F d = g.grid.group ? tile.scale(i) : all(1.0f);
+        W w;
+        fetch(g, b);
+        w.open(tile.blocks + (size_t)b * W::CODES);
+        add_int16<W, R, WHOLE>(w, rows, d, f);
+        if (!g.grid.zeros) continue;
+        const F z = mul(tile.zero(i), d);
+        UNROLL for (int r = 0; r < R; r++) f[r][0] = fma(z, all(rows.minus_sum(r)), f[r][0]);
+    }
+    put_scaled<R, 1>(g, f, nullptr);
 }
 
 // ---- float32 rows
@@ -305,6 +328,8 @@ template <int R, int T> void add_grid_block(dovetail::Kernels& k) {
     if constexpr (T == 1) {
         k.gemm[I4][EXACT][R][T] = gemm_grid_exact<GridNibbles, R, T>;
         k.gemm[I8][EXACT][R][T] = gemm_grid_exact<GridBytes, R, T>;
+        k.gemm[I4][INT16][R][T] = gemm_grid_int16<GridNibbles, R>;
+        k.gemm[I8][INT16][R][T] = gemm_grid_int16<GridBytes, R>;
         k.gemm[F8][EXACT][R][T] = gemm_eights<true, R, T>;
         k.gemm[F8][FP8_TOKEN][R][T] = gemm_eights<false, R, T>;
     }
@@ -320,6 +345,7 @@ inline void add_grid(dovetail::Kernels& k) {
     if constexpr (TOKEN_TILES >= 3) add_grid_rows<3>(k);
     k.many[I8][INT8_TOKEN] = {ROWS_ALONE, TOKEN_TILES};
     k.many[I8][EXACT] = k.many[I4][EXACT] = k.many[F8][EXACT] = k.many[F8][FP8_TOKEN] = {ROWS_ALONE, 1};
+    k.many[I8][INT16] = k.many[I4][INT16] = {ROWS_ALONE, 1};
     k.activate[INT8_TOKEN] = activate_token, k.activate[FP8_TOKEN] = activate_eights;
 }
 

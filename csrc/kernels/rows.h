@@ -113,13 +113,41 @@ void activate_int8(const dovetail::RowArgs& args) {
         round_sums(scaled_sum + b, k_blocks - b < 8 ? k_blocks - b : 8, unit + b / 8, units + b);
 }
 
+// Codes of 16 values times `factor`, zeros if they are not `sound`: their high and low bytes, and their sum, which is below
+// 2^19 in magnitude, so that float32 holds it exactly.
+INLINE int quantize_wide(F x, F factor, M sound, int8_t* high, int8_t* low) {
+    const I code = to_int(keep(sound, mul(x, factor))), top = signed_right32<8>(iadd(code, iall(128)));
+    store_bytes(high, top);
+    store_bytes(low, signed_right32<24>(left32<24>(code)));
+    return (int)sum(to_float(code));
+}
+
+// Scales are max|x| / INT16_MOST. A block whose values are all below 2^-100 counts as zeros, because the inverse of its scale
+// might be no number. One with a value that is not finite has such a scale, which is enough: products become NaN.
+void activate_int16(const dovetail::RowArgs& args) {
+    const auto [x, k_blocks, row, position, shared] = args;
+    float *scale = (float*)(row + (size_t)k_blocks * 64), *sums = scale + k_blocks;
+    int32_t *offset = (int32_t*)(sums + 2 * k_blocks), *half_offset = offset + k_blocks;
+    constexpr float most = (float)dovetail::INT16_MOST;
+    for (int b = 0; b < k_blocks; b++) {
+        const F first = load(x + 32 * b), second = load(x + 32 * b + 16), high = all(highest_magnitude(first, second));
+        const F factor = div(all(most), high);
+        const M sound = both(not_less_equal(high, all(0x1p-100f)), not_nan(sub(high, high)));
+        int8_t* codes = (int8_t*)row + 64 * b;
+        const int one = quantize_wide(first, factor, sound, codes, codes + 32);
+        const int two = quantize_wide(second, factor, sound, codes + 16, codes + 48);
+        scale[b] = lane(high, 0) / most, sums[2 * b] = sum(first), sums[2 * b + 1] = sum(second);
+        offset[b] = -8 * (one + two), half_offset[2 * b] = -32 * one, half_offset[2 * b + 1] = -32 * two;
+    }
+}
+
 void activate_exact(const dovetail::RowArgs& args) {
     const auto [x, k_blocks, row, position, shared] = args;
     float *y = (float*)row, *sums = y + (size_t)k_blocks * 32;
     for (int b = 0; b < k_blocks; b++) {
         const F lo = load(x + 32 * b), hi = load(x + 32 * b + 16);
         store(y + 32 * b, lo), store(y + 32 * b + 16, hi);
-        sums[b] = sum(add(lo, hi));
+        sums[2 * b] = sum(lo), sums[2 * b + 1] = sum(hi);
     }
 }
 
@@ -214,7 +242,7 @@ inline void add_rows_of(dovetail::Kernels& k) {
     k.rms_norm = rms_norm, k.scale = scale_row, k.gate = gate, k.rotate = rotate;
     k.to_bf16 = to_bf16, k.argmax = argmax;
     k.activate[dovetail::INT8] = activate_int8, k.activate[dovetail::EXACT] = activate_exact;
-    k.activate[dovetail::BFLOAT] = activate_bf16;
+    k.activate[dovetail::BFLOAT] = activate_bf16, k.activate[dovetail::INT16] = activate_int16;
 }
 
 }  // namespace

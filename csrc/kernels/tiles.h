@@ -23,7 +23,8 @@ constexpr int SLOTS = 4;        // of integer sums, for blocks under way
 enum Sums { PLAIN, MINIMUM, SUPER, SUPER_HALVES };  // SUPER: with super-blocks
 template <class W>
 constexpr Sums SUMS = W::HALVES ? SUPER_HALVES : INFO<W>.blocks > 1 ? SUPER : W::MIN ? MINIMUM : PLAIN;
-static_assert(INFO<WQ4_K>.blocks == SPAN && INFO<WQ5_K>.blocks == SPAN && INFO<SixK>.blocks == SPAN);
+static_assert(INFO<WQ4_K>.blocks == SPAN && INFO<WQ5_K>.blocks == SPAN && INFO<WQ6_K>.blocks == SPAN);
+static_assert(INFO<WQ3_K>.blocks == SPAN && INFO<WIQ4_XS>.blocks == SPAN);
 
 // A block of a weight tile: signed codes, k-quad by k-quad; its scale; its minimum or the second half's scale.
 struct alignas(64) Decoded {
@@ -38,11 +39,11 @@ struct alignas(64) DecodedSuper {
 };
 
 template <class W, int G> INLINE void decode_quads(const W& w, uint8_t* codes) {
-    const I zero_point = ball((int8_t)ZERO_POINT<W>);
+    const I zero_point = ball((int8_t)W::ZERO);
     I low, high;
     w.template operands<G>(low, high);
-    istore(codes + 64 * G, ZERO_POINT<W> ? bsub(low, zero_point) : low);
-    istore(codes + 256 + 64 * G, ZERO_POINT<W> ? bsub(high, zero_point) : high);
+    istore(codes + 64 * G, W::ZERO ? bsub(low, zero_point) : low);
+    istore(codes + 256 + 64 * G, W::ZERO ? bsub(high, zero_point) : high);
 }
 
 template <class W> void decode(const GemmArgs& g, int first, int count, Decoded (*to)[SPAN]) {
@@ -58,10 +59,11 @@ template <class W> void decode(const GemmArgs& g, int first, int count, Decoded 
             decode_quads<W, 0>(w, d.codes), decode_quads<W, 1>(w, d.codes);
             decode_quads<W, 2>(w, d.codes), decode_quads<W, 3>(w, d.codes);
             if constexpr (info.blocks > 1) {
-                store(d.scale, W::whole_scale(at)), store(d.other, W::whole_scale_high(at));
+                store(d.scale, W::whole_scale(at));
+                if constexpr (W::HALVES) store(d.other, W::whole_scale_high(at));
             } else {
                 store(d.scale, W::scale(head, at));
-                if (W::MIN) store(d.other, W::minimum(head, at));
+                if constexpr (W::MIN) store(d.other, W::minimum(head, at));
             }
         }
     }
@@ -85,7 +87,7 @@ template <class W> void decode_super(const GemmArgs& g, int first, DecodedSuper*
 
 // A tall block at work.
 struct Tall {
-    explicit Tall(const GemmArgs& g) : g(g), groups((g.row_count + GROUP_ROWS - 1) / GROUP_ROWS) {}
+    Tall(const GemmArgs& g, bool minima) : g(g), groups((g.row_count + GROUP_ROWS - 1) / GROUP_ROWS), minima(minima) {}
 
     // Rows are dealt out evenly; the last group is a largest one.
     int start(int i) const { return g.row_count * i / groups; }
@@ -101,6 +103,7 @@ struct Tall {
 
     const GemmArgs& g;
     const int groups;
+    const bool minima;         // of super-blocks
     int first, count;          // the blocks of K that are decoded
     int group, block;          // what the tile registers do next
     const uint8_t* codes;      // its rows
@@ -162,7 +165,7 @@ template <Sums S> __attribute__((noinline)) void gather_scales(Tall& w, int star
         const float* scale = (const float*)(codes + blocks * 32) + w.first;
         copy(w.scale[r], scale, w.count);
         if (S == MINIMUM) copy(w.scaled_sum[r], scale + blocks, w.count);
-        if (S != SUPER) continue;
+        if (S != SUPER || !w.minima) continue;
         const float* units = (const float*)(codes + blocks * 52);
         w.sum_unit[r] = units[w.first / SPAN];
         memcpy(w.sum_pairs[r], (const int16_t*)(units + blocks / SPAN) + w.first, sizeof w.sum_pairs[r]);
@@ -200,7 +203,7 @@ template <Sums S, int R, int T> INLINE void add_super(const Tall& w, int start, 
             const DecodedSuper& super = w.supers[t];
             const F before = w.first ? load(w.sums[start + r] + 16 * t) : zero();
             f[r][t] = fma(f[r][t], load(super.scale), before);
-            if (S != SUPER) continue;
+            if (S != SUPER || !w.minima) continue;
             I sum = izero();
             UNROLL for (int b = 0; b < SPAN / 2; b++)
                 sum = dot_words(sum, iload(super.minima[b]), iall(w.sum_pairs[r][b]));
@@ -237,7 +240,7 @@ template <Sums S, int T> void add_span(Tall& w) {
 
 template <class W> void tall_int8(const GemmArgs& g) {
     constexpr Sums S = SUMS<W>;
-    Tall w(g);
+    Tall w(g, S == SUPER && W::MIN);
     shape_int8<S>(w);
     for (int b = 0; b < g.k_blocks; b += SPAN) {
         w.open(b, g.k_blocks - b < SPAN ? g.k_blocks - b : SPAN);
@@ -309,7 +312,8 @@ template <class W> void add_tall(dovetail::Kernels& k) {
 inline void add_tiles(dovetail::Kernels& k) {
     using namespace dovetail;
     add_tall<WQ4_0>(k), add_tall<WQ4_1>(k), add_tall<WQ5_0>(k), add_tall<WQ5_1>(k);
-    add_tall<WQ8_0>(k), add_tall<WQ4_K>(k), add_tall<WQ5_K>(k), add_tall<SixK>(k);
+    add_tall<WQ8_0>(k), add_tall<WQ4_K>(k), add_tall<WQ5_K>(k), add_tall<WQ6_K>(k);
+    add_tall<WQ3_K>(k), add_tall<WIQ4_NL>(k), add_tall<WIQ4_XS>(k), add_tall<WMXFP4>(k);  // Q2_K: by vectors
     for (int r = 1; r <= MAX_ROWS; r++)
         for (int t = 1; t <= TALL_TILES; t++) k.gemm[dovetail::BF16][BFLOAT][r][t] = tiles_bf16;
     k.tall[dovetail::BF16][BFLOAT] = tiles_bf16;

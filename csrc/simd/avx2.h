@@ -56,6 +56,13 @@ template <int N> INLINE I left16(I a) { return {_mm256_slli_epi16(a.a, N), _mm25
 template <int N> INLINE I right16(I a) { return {_mm256_srli_epi16(a.a, N), _mm256_srli_epi16(a.b, N)}; }
 template <int N> INLINE I left32(I a) { return {_mm256_slli_epi32(a.a, N), _mm256_slli_epi32(a.b, N)}; }
 template <int N> INLINE I right32(I a) { return {_mm256_srli_epi32(a.a, N), _mm256_srli_epi32(a.b, N)}; }
+template <int N> INLINE I signed_right32(I a) { return {_mm256_srai_epi32(a.a, N), _mm256_srai_epi32(a.b, N)}; }
+// The same sixteen bytes in every four lanes, and the one of them for each byte of `at`, which is below 16.
+INLINE I sixteen_bytes(const uint8_t* p) {
+    const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    return {x, x};
+}
+INLINE I look_up(I bytes, I at) { return {_mm256_shuffle_epi8(bytes.a, at.a), _mm256_shuffle_epi8(bytes.b, at.b)}; }
 INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
 INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.a), _mm256_cvtps_epi32(a.b)}; }
 INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.a), _mm256_castsi256_ps(a.b)}; }

@@ -50,6 +50,10 @@ template <int N> INLINE I left16(I a) { return _mm512_slli_epi16(a, N); }
 template <int N> INLINE I right16(I a) { return _mm512_srli_epi16(a, N); }
 template <int N> INLINE I left32(I a) { return _mm512_slli_epi32(a, N); }
 template <int N> INLINE I right32(I a) { return _mm512_srli_epi32(a, N); }
+template <int N> INLINE I signed_right32(I a) { return _mm512_srai_epi32(a, N); }
+// The same sixteen bytes in every four lanes, and the one of them for each byte of `at`, which is below 16.
+INLINE I sixteen_bytes(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+INLINE I look_up(I bytes, I at) { return _mm512_shuffle_epi8(bytes, at); }
 INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 INLINE I to_int(F a) { return _mm512_cvtps_epi32(a); }
 INLINE F as_float(I a) { return _mm512_castsi512_ps(a); }

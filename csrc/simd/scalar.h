@@ -49,6 +49,21 @@ INLINE I iand(I a, I b) { LANES(I, a.v[i] & b.v[i]); }
 INLINE I ior(I a, I b) { LANES(I, a.v[i] | b.v[i]); }
 template <int N> INLINE I left32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] << N)); }
 template <int N> INLINE I right32(I a) { LANES(I, (int32_t)((uint32_t)a.v[i] >> N)); }
+template <int N> INLINE I signed_right32(I a) { LANES(I, a.v[i] >> N); }
+// The same sixteen bytes in every four lanes, and the one of them for each byte of `at`, which is below 16.
+INLINE I sixteen_bytes(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < 4; i++) memcpy(r.v + 4 * i, p, 16);
+    return r;
+}
+INLINE I look_up(I bytes, I at) {
+    uint8_t b[64];
+    memcpy(b, at.v, 64);
+    for (uint8_t& x : b) x = ((const uint8_t*)bytes.v)[x];
+    I r;
+    memcpy(r.v, b, 64);
+    return r;
+}
 template <int N> INLINE I left16(I a) {
     LANES(I, (int32_t)((((uint32_t)a.v[i] & 0xffffu) << N & 0xffffu) | (((uint32_t)a.v[i] & 0xffff0000u) << N)));
 }

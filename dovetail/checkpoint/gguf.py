@@ -42,7 +42,8 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 # What numbers in a file mean.
 FORMATS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
-    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 30: "BF16",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16",
+    39: "MXFP4",
 }  # fmt: skip
 _REMOVED = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
 

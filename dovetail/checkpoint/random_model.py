@@ -31,6 +31,8 @@ from dovetail.ops.dequant import BLOCKS
 SPREAD = 0.02  # standard deviation of weights
 _CHUNK = 1 << 22  # values that are drawn at a time
 _BYTE, _NIBBLE, _SIX = 73.9, 4.61, 18.47  # standard deviations of uniform codes of 8, 4 and 6 bits
+_TWO, _THREE, _LEVELS = 1.118, 2.345, 67.44  # of 2 bits; of 3 bits and the levels of IQ4, root mean squares
+_SIGNED_SIX = 18.48  # of whole numbers from -32 to 31
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 Bytes = NDArray[np.uint8]
@@ -104,14 +106,53 @@ def _q6_k(draws: Draws, blocks: int) -> Bytes:
     return out
 
 
+def _q2_k(draws: Draws, blocks: int) -> Bytes:
+    """Minima equal scales, and count 1.5 times as much: values are d * scale * (code - 1.5)."""
+    out = draws.bytes(blocks, 84)
+    scale = 8 | (out[:, :16] & 7)
+    out[:, :16] = scale | (scale << 4)
+    unit = SPREAD / _TWO / math.sqrt(sum(s * s for s in range(8, 16)) / 8)
+    out[:, 80:82], out[:, 82:84] = _half(unit, blocks), _half(1.5 * unit, blocks)
+    return out
+
+
+def _q3_k(draws: Draws, blocks: int) -> Bytes:
+    """Scales are any of 6 bits, so both signs are as frequent."""
+    out = draws.bytes(blocks, 110)
+    out[:, 108:] = _half(SPREAD / _THREE / _SIGNED_SIX, blocks)
+    return out
+
+
+def _iq4_nl(draws: Draws, blocks: int) -> Bytes:
+    """Levels have the mean -6, so the sign of a scale is random as well."""
+    out = draws.bytes(blocks, 18)
+    sign = (out[:, 1] & 1).astype(np.float32) * 2 - 1
+    out[:, :2] = _half(sign * np.float32(SPREAD / _LEVELS), blocks)
+    return out
+
+
+def _iq4_xs(draws: Draws, blocks: int) -> Bytes:
+    out = draws.bytes(blocks, 136)
+    out[:, :2] = _half(SPREAD / _LEVELS / _SIGNED_SIX, blocks)
+    return out
+
+
+def _mxfp4(draws: Draws, blocks: int) -> Bytes:
+    """Scales are powers of two: two of them, in the proportion that gives the spread."""
+    out = draws.bytes(blocks, 17)
+    out[:, 0] = np.where((out[:, 0] & 15) < 11, 120, 119)
+    return out
+
+
 DRAWN: dict[str, Callable[[Draws, int], Bytes]] = {
     "F32": _float32, "F16": _float16, "BF16": _bfloat16,
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_K": _q4_k, "Q6_K": _q6_k,
+    "Q2_K": _q2_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
 MIXED = {"Q4_K_M": ("Q4_K", "Q6_K")}  # by the name that files have: most tensors' format, and the better one
 FORMATS = (*DRAWN, *MIXED)
 # Where rows are no multiple of 256 values: formats of about the same size in blocks of 32.
-_SMALLER = {"Q4_K": "Q4_0", "Q6_K": "Q8_0"}
+_SMALLER = {"Q4_K": "Q4_0", "Q6_K": "Q8_0", "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ _ENGINE_HELP = {
     "kv_offloading_path": "Folder of the disk tier's file. Default: the cache folder.",
     "emulate_link": "GB/s at which the slow tier's data arrives at most. For experiments; reports say emulated.",
     "kernels": "Kernels to compute with: auto, torch (the reference), or an instruction set as in avx2.",
-    "activations": "Inputs of products with quantized weights: auto, int8 or exact.",
+    "activations": "Inputs of products with quantized weights: auto, int8, int16 or exact.",
     "packed_cache": "Keep packed weights in the cache folder, for quicker starts and less memory: auto or off.",
     "packed_cache_size": "Size of all packed weights there; those not used for longest go. Default: 20GiB.",
     "block_size": "Tokens in a page of keys and values.",

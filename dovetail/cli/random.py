@@ -11,6 +11,7 @@ import typer
 from dovetail.cli.result import JsonOption, write_json
 from dovetail.core.errors import ConfigError
 
+_FORMATS = "F32, F16, BF16, Q8_0, Q4_0, Q2_K, Q3_K, Q4_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4"
 _SIZES = {
     "hidden": "hidden_size", "intermediate": "intermediate_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
@@ -34,9 +35,7 @@ def command(
             "(default: a small model).",
         ),
     ] = None,
-    format: Annotated[
-        str, typer.Option(help="Of matrices: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K or the mixture Q4_K_M.")
-    ] = "Q4_K",
+    format: Annotated[str, typer.Option(help=f"Of matrices: {_FORMATS} or the mixture Q4_K_M.")] = "Q4_K",
     seed: Annotated[int, typer.Option(min=0, help="The same seed and sizes give the same bytes.")] = 0,
     layers: Annotated[int | None, _size("Layers")] = None,
     hidden: Annotated[int | None, _size("Width of a row")] = None,

@@ -109,8 +109,8 @@ class Packed:
     """The Format of the native kernels: weights stay as the checkpoint stores them, in the kernels' layout.
 
     activations: of weights whose checkpoint does not say it (`StoredTensor.activation`). "int8" quantizes rows to
-    int8 per 32 values where the weight has blocks (relative error of a product about 0.5 %); "exact" multiplies
-    float32 rows; bfloat16 weights take bfloat16 rows.
+    int8 per 32 values where the weight has blocks (relative error of a product about 0.5 %), "int16" to 16-bit
+    integers (0.002 %); "exact" multiplies float32 rows; bfloat16 weights take bfloat16 rows.
     """
 
     def __init__(self, dtype: str, activations: str, isa: str, threads: int) -> None:
@@ -134,17 +134,16 @@ class Packed:
         return PackedLinear(parts, values, self)
 
     def activation(self, parts: Sequence[Any]) -> str:
-        if asked := parts[0].activation:
-            return EXACT_INSTEAD.get(asked, asked)
+        asked = parts[0].activation
+        if asked not in ("", "int16"):
+            return str(asked)
         formats = {p.format for p in parts}
         if formats <= PLAIN_FORMATS.keys():
             return "bf16" if formats == {"BF16"} and self.dtype == "bfloat16" else "exact"
         if formats & (PLAIN_FORMATS.keys() | {"F8"}):
             return "exact"
-        return "exact" if self.activations == "exact" else "int8"
-
-
-EXACT_INSTEAD = {"int16": "exact"}  # kinds without a native kernel so far
+        wanted = asked or self.activations
+        return wanted if wanted in ("exact", "int16") else "int8"
 
 
 class PackedLinear:

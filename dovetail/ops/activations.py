@@ -7,8 +7,10 @@ the other rows nor on their number. Rounding is to the nearest, ties to the even
 |---|---|---|
 | int8-token | int8: round(x * 127 / max\\|x\\|) | max\\|x\\| / 127 |
 | fp8-token | e4m3: x * 448 / max\\|x\\| | max\\|x\\| / 448 |
+| int16 | int16: round(x * 32639 / max\\|x\\|) of each 32 columns, as codes lie | max\\|x\\| / 32639 |
 
-A row of zeros has zeros as codes and scale. A row with a value that is not finite becomes NaN.
+A row of zeros has zeros as codes and scale. So has a block of int16 whose values are all below 2^-100. A row with
+a value that is not finite becomes NaN; with int16 its block does.
 """
 
 from __future__ import annotations
@@ -56,7 +58,19 @@ def _fp8_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
         return e4m3()[codes] * scale
 
 
+def _int16_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
+    order = shared.get("order", np.arange(x.shape[1]))
+    blocks = np.pad(x[:, order], ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    top = np.abs(blocks).max(-1, keepdims=True)
+    out = np.empty_like(x)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = np.where(top > 2.0**-100, np.float32(32639) / top, np.float32(0))
+        codes = np.where(np.isfinite(top), np.round(blocks * factor), np.float32(0))
+        out[:, order] = (codes * (top / np.float32(32639))).reshape(len(x), -1)[:, : x.shape[1]]
+    return out
+
+
 # The values that a product sees of rows [rows, K], in the order of its input's columns. Other kinds round nothing.
 FAKE: dict[str, Callable[[Floats, Mapping[str, NDArray[Any]]], Floats]] = {
-    "int8-token": _int8_values, "fp8-token": _fp8_values,
+    "int8-token": _int8_values, "fp8-token": _fp8_values, "int16": _int16_values,
 }  # fmt: skip

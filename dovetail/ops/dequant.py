@@ -108,6 +108,21 @@ def _iq4_nl(blocks: Bytes) -> Floats:
     return q
 
 
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def _mxfp4(blocks: Bytes) -> Floats:
+    """2^(e - 128) * twice the e2m1 value, 32 values of 4 bits (OCP Microscaling Formats 1.0, MXFP4).
+
+    As in GGML, an e of 255 is a power of two like any other, and both zeros are positive.
+    """
+    e = blocks[:, :1].astype(np.uint32)
+    bits = np.where(e < 2, np.uint32(0x00200000) << (e & 1), (np.maximum(e, 1) - 1) << np.uint32(23))
+    q: Floats = _E2M1[_nibbles(blocks[:, 1:])]
+    q *= bits.astype(np.uint32).view(np.float32)
+    return q
+
+
 def _planes(bytes_: Bytes, step: int, width: int) -> Bytes:
     """uint8 [n, groups, 8/step, width]: the `step`-bit fields of each group of `width` bytes, lowest bits
     first.
@@ -181,6 +196,17 @@ def _q6_k(blocks: Bytes) -> Floats:
     return q.reshape(-1, 256)
 
 
+def _iq4_xs(blocks: Bytes) -> Floats:
+    """d * (sc - 32) * level[q]: 8 groups of 32 values of 4 bits, 6-bit scales (2 high bits apart)."""
+    shifts = np.arange(0, 16, 2, dtype=np.uint16)
+    high = ((_view(blocks[:, 2:4], np.uint16) >> shifts) & np.uint16(3)).astype(np.uint8) << 4
+    low = _planes(blocks[:, 4:8], 4, 1).reshape(-1, 8)
+    scale = (_floats(low | high) - 32.0) * _half(blocks, 0)
+    q: Floats = _IQ4_LEVELS[_nibbles(blocks[:, 8:].reshape(-1, 8, 16))]
+    q *= scale[..., None]
+    return q.reshape(-1, 256)
+
+
 def q8_0(x: NDArray[Any]) -> Bytes:
     """x [n, k], k a multiple of 32 -> uint8 [n, k / 32 * 34] in format Q8_0. Each 32 values become a float16
     scale, their largest magnitude / 127, and 32 signed bytes."""
@@ -203,6 +229,8 @@ BLOCKS: dict[str, BlockFormat] = {
         BlockFormat("Q5_1", 32, 24, _q5_1),
         BlockFormat("Q8_0", 32, 34, _q8_0),
         BlockFormat("IQ4_NL", 32, 18, _iq4_nl),
+        BlockFormat("IQ4_XS", 256, 136, _iq4_xs),
+        BlockFormat("MXFP4", 32, 17, _mxfp4),
         BlockFormat("Q2_K", 256, 84, _q2_k),
         BlockFormat("Q3_K", 256, 110, _q3_k),
         BlockFormat("Q4_K", 256, 144, _q4_k),

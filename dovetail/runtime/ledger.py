@@ -17,7 +17,7 @@ from dovetail.runtime.target import BARE, Fused, Normed, PageProgram, Turning, W
 DEVICE = "device"  # the tier that a model's weights and KV lie in
 # Of products with such rows of activations.
 ARITHMETIC = {
-    "exact": "float32", "bf16": "bf16", "int8": "int8", "int16": "int16", "int8-token": "int8",
+    "exact": "float32", "bf16": "bf16", "int8": "int8", "int16": "int8", "int8-token": "int8",
     "fp8-token": "bf16", "atom": "int8", "tender": "int8",
 }  # fmt: skip
 
@@ -73,10 +73,11 @@ class Ledger:
     def linear(self, source: int, destination: int, weights: Weights, fused: Fused = BARE) -> None:
         size, each = weights.bytes, 2.0 * weights.width_in * weights.width_out
         arithmetic = ARITHMETIC[weights.activation]
+        planes = 2 if weights.activation == "int16" else 1  # of bytes
 
         def cost(load: Load) -> Cost:
             rows = load.sampled if fused.sampled else load.rows
-            return Cost({arithmetic: each * rows}, {DEVICE: size if rows else 0.0})
+            return Cost({arithmetic: planes * each * rows}, {DEVICE: size if rows else 0.0})
 
         self.note("linear", cost, weights.native)
 

@@ -32,8 +32,8 @@ class Normed(Protocol):
 class Weights:
     """The weights of a product as they are kept, with the rows of all parts one after the other.
 
-    bytes: how many a product reads. activation: the arithmetic, "int8", "bf16" or "exact" (float32). parts: packed
-    matrices; none if the native kernels cannot multiply them. bias: width_out values, or none.
+    bytes: how many a product reads. activation: the arithmetic, "int8", "int16", "bf16" or "exact" (float32).
+    parts: packed matrices; none if the native kernels cannot multiply them. bias: width_out values, or none.
     """
 
     width_in: int

@@ -98,7 +98,7 @@ struct Product {
         for (uint8_t& w : weights) w = (uint8_t)random();
         for (int r = 0; r < rows; r++) {
             for (float& v : values) v = normal(random);
-            base.activate[a](values.data(), blocks, x.data() + r * row_stride);
+            base.activate[a]({values.data(), blocks, x.data() + r * row_stride, 0, nullptr});
         }
         for (size_t i = 0; f == BF16 && i < weights.size(); i += 2 * values.size()) {  // numbers of no great range
             for (float& v : values) v = normal(random);
@@ -153,7 +153,8 @@ int main() {
     add_block<1, 1>(base), add_rows_of(base);
     const Kernels* amx = kernels_amx(base);
     if (!amx) return puts("refused"), 1;
-    for (Format f : {Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K}) check(base, *amx, f, INT8);
+    for (Format f : {Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4})
+        check(base, *amx, f, INT8);
     check(base, *amx, BF16, BFLOAT);
     printf("%ld tile instructions\n", carried_out);
 }

@@ -14,8 +14,14 @@ native = pytest.importorskip("dovetail._native")
 
 ISAS = native.isas() + native.emulated()
 TILES = [isa for isa in ISAS if isa.startswith("amx")]
-QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
-CASES = [(f, a) for f in QUANTIZED for a in ("int8", "exact")] + [
+QUANTIZED = [
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+]  # fmt: skip
+SCALES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82),
+    "Q3_K": (108,),
+}  # fmt: skip
+CASES = [(f, a) for f in QUANTIZED for a in ("int8", "int16", "exact")] + [
     ("F32", "exact"), ("F16", "exact"), ("BF16", "exact"), ("BF16", "bf16")
 ]  # fmt: skip
 
@@ -29,7 +35,10 @@ def stored(name: str, n: int, k: int, seed: int) -> torch.Tensor:
         return values.view(torch.uint8)
     block = BLOCKS[name]
     data = rng.integers(0, 256, (n, k // block.values, block.bytes), dtype=np.uint8)
-    for at in {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(name, (0,)):
+    if name == "MXFP4":
+        data[:, :, 0] = rng.integers(117, 123, data.shape[:2])
+        return torch.from_numpy(data.reshape(n, -1))
+    for at in SCALES.get(name, (0,)):
         scale = rng.uniform(-0.02, 0.02, data.shape[:2]).astype(np.float16)
         data[:, :, at : at + 2] = scale[..., None].view(np.uint8)
     return torch.from_numpy(data.reshape(n, -1))
@@ -40,25 +49,38 @@ def dense(name: str, data: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(block.dequantize(data.numpy().reshape(-1, block.bytes))).view(data.shape[0], k)
 
 
-def quantized_rows(x: torch.Tensor) -> torch.Tensor:
-    """The int8 activations' values: per row and 32 values, scale = max|x| / 127."""
+def quantized_rows(x: torch.Tensor, most: int = 127) -> torch.Tensor:
+    """The values of int8 activations: per row and 32 values, scale = max|x| / 127. Of int16: / 32639."""
     blocks = x.view(x.shape[0], -1, 32)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(scale > 0, 127 / blocks.abs().amax(-1, keepdim=True), 0)
+    scale = blocks.abs().amax(-1, keepdim=True) / most
+    inverse = torch.where(scale > 0, most / blocks.abs().amax(-1, keepdim=True), 0)
     return (torch.round(blocks * inverse) * scale).view_as(x)
+
+
+CODES = {"Q4_1": (4, 20), "Q5_1": (4, 24), "Q4_K": (16, 144), "Q5_K": (16, 176), "Q2_K": (16, 80)}  # with minima
+
+
+def minima(name: str, data: torch.Tensor, k: int, each: int) -> torch.Tensor:
+    """The minima of every `each` values, float64 [n, k / each]: the values of zero codes."""
+    block = BLOCKS[name]
+    zeros = data.view(data.shape[0], -1, block.bytes).clone()
+    zeros[:, :, slice(*CODES[name])] = 0
+    return dense(name, zeros.view(data.shape[0], -1), k)[:, ::each].double()
 
 
 def minima_of_rounded_sums(x: torch.Tensor, name: str, data: torch.Tensor) -> torch.Tensor:
     """What rounding adds to a product: K formats take each row's sums of 32 values, with which the minima are
     multiplied, as 16-bit multiples of a unit: the largest of 8 sums / 32767."""
-    rows, n, block = len(x), data.shape[0], BLOCKS[name]
-    sums = quantized_rows(x).double().view(rows, -1, 8, 32).sum(-1)
+    sums = quantized_rows(x).double().view(len(x), -1, 8, 32).sum(-1)
     most = sums.abs().amax(-1, keepdim=True)
     rounded = torch.round(sums * torch.where(most > 0, 32767 / most, 0)) * most / 32767
-    zeros = data.view(n, -1, block.bytes).clone()
-    zeros[:, :, 16:] = 0  # all codes: what is left are the minima
-    minima = dense(name, zeros.view(n, -1), x.shape[1])[:, ::32]
-    return ((rounded - sums).view(rows, -1) @ minima.double().T).float()
+    return ((rounded - sums).view(len(x), -1) @ minima(name, data, x.shape[1], 32).T).float()
+
+
+def minima_of_true_sums(x: torch.Tensor, name: str, data: torch.Tensor) -> torch.Tensor:
+    """What int16 rows add to a product of their values: minima are multiplied with sums of the row itself."""
+    error = (x.double() - quantized_rows(x, 32639)).view(len(x), -1, 16).sum(-1)
+    return (error @ minima(name, data, x.shape[1], 16).T).float()
 
 
 class Layer:
@@ -87,8 +109,8 @@ class Layer:
 
 
 def reference(x: torch.Tensor, w: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "int8":
-        x = quantized_rows(x)
+    if activation in ("int8", "int16"):
+        x = quantized_rows(x, 127 if activation == "int8" else 32639)
     elif activation == "bf16":
         x = x.to(torch.bfloat16).float()
     return (x.double() @ w.double().T).float()
@@ -111,6 +133,8 @@ def test_matches_the_reference(name: str, activation: str, isa: str) -> None:
         got, want = Layer([(name, data)], k, isa, activation)(x), reference(x, w, activation)
         if activation == "int8" and name in ("Q4_K", "Q5_K"):
             want += minima_of_rounded_sums(x, name, data)
+        if activation == "int16" and name in CODES:
+            want += minima_of_true_sums(x, name, data)
         assert close(got, want, x, w), (n, rows)
 
 
@@ -127,12 +151,13 @@ def test_a_row_does_not_depend_on_the_others(name: str, activation: str, isa: st
     assert torch.equal(Layer([(name, data)], k, isa, activation, threads=1)(x), alone)
 
 
+@pytest.mark.parametrize("activation", ["int8", "int16"])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_integer_products_are_the_same_on_every_instruction_set(name: str) -> None:
+def test_integer_products_are_the_same_on_every_instruction_set(name: str, activation: str) -> None:
     k, n = 512, 72
     data = stored(name, n, k, 3)
     x = torch.randn(15, k, generator=torch.Generator().manual_seed(0))
-    results = [Layer([(name, data)], k, isa, "int8")(x) for isa in ISAS]
+    results = [Layer([(name, data)], k, isa, activation)(x) for isa in ISAS]
     assert all(torch.equal(r, results[0]) for r in results)
 
 
@@ -142,7 +167,7 @@ def test_tiles_give_the_bits_of_vectors(name: str, isa: str) -> None:
     """For any number of rows, of columns and of blocks, also through a gate and onto a residual."""
     random = torch.Generator().manual_seed(0)
     x, y = torch.randn(100, 512, generator=random), torch.randn(100, 400, generator=random)
-    for n, k in ((17, 256), (200, 512), (48, 512 if name.endswith("_K") else 288)):
+    for n, k in ((17, 256), (200, 512), (48, 512 if BLOCKS[name].values > 32 else 288)):
         parts = [(name, stored(name, n, k, n)), (name, stored(name, n, k, n + 1))]
         for options in ({}, {"gate": "silu"}, {"add": True}):
             scalar, layer = (Layer(parts, k, i, "int8", **options) for i in ("scalar", isa))
@@ -222,8 +247,8 @@ def test_widths_that_fill_no_tile_or_block(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", ["int8", "exact"])
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("activation", ["int8", "int16", "exact"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "MXFP4"])
 def test_nan_and_infinity_in_a_row_stay_in_that_row(name: str, activation: str, isa: str) -> None:
     data = stored(name, 32, 256, 0)
     for bad in (float("nan"), float("inf")):
@@ -244,8 +269,40 @@ def test_single_rows_are_dequantized_bit_for_bit(name: str) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_of_int16_rows_are_exact(sign: int, isa: str) -> None:
+    data = torch.from_numpy(np.full((16, 34), 0x80, np.uint8))  # codes of -128
+    data[:, :2] = torch.tensor([1.0], dtype=torch.float16).view(torch.uint8)
+    x = torch.full((1, 32), sign * 32639.0)
+    assert Layer([("Q8_0", data)], 32, isa, "int16")(x).unique().tolist() == [-128.0 * 32 * 32639 * sign]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int16_rows_of_nothing_are_zeros(isa: str) -> None:
+    data = stored("Q4_0", 16, 64, 0)
+    for tiny in (0.0, -0.0, 1e-45, 1e-38, -1e-31):
+        assert not Layer([("Q4_0", data)], 64, isa, "int16")(torch.full((1, 64), tiny)).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_scale_of_mxfp4_is_the_power_of_two_that_ggml_takes(isa: str) -> None:
+    """Also the subnormal ones, and 255: each times one, with the code of one half."""
+    data = torch.full((256, 17), 0x11, dtype=torch.uint8)
+    data[:, 0] = torch.arange(256)
+    want = dense("MXFP4", data, 32)
+    row = torch.empty(32)
+    for line, values in zip(data, want, strict=True):
+        native.dequantize_row("MXFP4", line.data_ptr(), 32, row.data_ptr())
+        assert torch.equal(row, values)
+    x = torch.zeros(1, 32)
+    x[0, 3] = 1
+    assert torch.equal(Layer([("MXFP4", data)], 32, isa, "exact")(x)[0], want[:, 3])
+
+
 LAYOUTS = {
     1: "9e015f16e59ee58f2be4f74dd24224bd",
+    2: "63b7bd789b3fe443fc0acab37e22b3a6",
 }
 
 

@@ -63,6 +63,7 @@ def test_it_says_paris_however_it_is_run(llm: LLM, smollm2: Path) -> None:
     for options in (
         {"use": ["ngram"]},
         {"activations": "exact"},
+        {"activations": "int16"},
         {"kernels": "torch"},
         {"kernels": "avx2"},
         {"kv_cache_dtype": "int4"},
@@ -95,13 +96,17 @@ def test_leaving_a_stream_early_frees_its_pages(llm: LLM) -> None:
     assert not llm.engine.busy
 
 
-def test_the_default_precision_gives_the_same_text_under_any_schedule(llm: LLM, smollm2: Path) -> None:
-    """int8 activations and bf16 KV: alone, together, in chunks, with drafts and with a warm prefix cache."""
+@pytest.mark.parametrize("activations", ["auto", "int16"])
+def test_rounded_activations_give_the_same_text_under_any_schedule(
+    activations: str, llm: LLM, smollm2: Path
+) -> None:
+    """int8 and bf16 KV, or int16: alone, together, in chunks, with drafts and with a warm prefix cache."""
     params = SamplingParams(temperature=0, max_tokens=24)
     chats = [llm.chat_tokens([{"role": "user", "content": q}]) for q in QUESTIONS[:4]]
-    options = dict(max_model_len=512, kv_memory=64 << 20, threads=2)
+    options = dict(max_model_len=512, kv_memory=64 << 20, threads=2, activations=activations)
     alone = LLM(smollm2, **options, enable_prefix_caching=False)
-    assert (alone.config.activations, alone.config.kv_cache_dtype) in {("int8", "bf16"), ("exact", "float32")}
+    known = {("int8", "bf16"), ("int16", "float32"), ("exact", "float32")}
+    assert (alone.config.activations, alone.config.kv_cache_dtype) in known
     want = [alone.generate([c], params)[0].outputs[0].token_ids for c in chats]
     for more in ({}, {"max_num_batched_tokens": 7}, {"use": ["ngram:min_n=1"]}):
         other = LLM(smollm2, **options, **more)

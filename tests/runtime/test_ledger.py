@@ -19,8 +19,9 @@ from dovetail.layers.linear import Dense, Packed
 from dovetail.ops.cpu import isas
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.executor import ModelExecutor
-from dovetail.runtime.ledger import recorded
+from dovetail.runtime.ledger import Ledger, recorded
 from dovetail.runtime.native import NativeExecutor
+from dovetail.runtime.target import Weights
 from tests.tiny import TinyCheckpoint, run_all, tiny_config, tiny_engine
 
 native = pytest.mark.skipif(not isas(), reason="the native kernels were not built")
@@ -88,6 +89,15 @@ class Halved:
         scale = np.abs(values).max(1) / np.float32(127)
         codes = (values / scale[:, None]).round().astype(np.int8).view(np.uint8)
         return StoredTensor(weight.name, "I8", weight.shape, codes, {"scale": scale[:, None]})
+
+
+def test_int16_rows_cost_twice_the_operations_of_int8() -> None:
+    ledger = Ledger(tiny_engine(**FLOAT).executor.model.geometry, 64, 1.0)
+    for activation in ("int8", "int16"):
+        ledger.linear(0, 1, Weights(64, 8, 100, activation))
+    once, twice = (operation.cost(Load(((3, 3),))) for operation in ledger.operations[-2:])
+    assert (once.flops, twice.flops) == ({"int8": 2.0 * 64 * 8 * 3}, {"int8": 4.0 * 64 * 8 * 3})
+    assert once.bytes == twice.bytes
 
 
 @native
