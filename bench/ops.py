@@ -6,6 +6,7 @@
 Kernels, by the names that --only picks from (any part of "kernel shape" will do: gemv, Q4_0, decode, 1536x576):
   gemv.FORMAT.ACTIVATIONS  rows 1 to 8 times weights [out x in]
   gemm.FORMAT.ACTIVATIONS  rows 32 and 512
+  bars                     the ratios of kernels of low precision that docs/quantization.md names, in one run
   decode.KV                one row of attention behind C tokens; shape: query heads / KV heads, head dimension, C
   prefill.KV               512 rows of attention from position 0 on
   balance.KV               a request of 64K tokens beside 31 of 100: long ones cut over the threads, against a
@@ -63,6 +64,7 @@ from dovetail.bench.kernels.attention import (
     Request,
     check_finite,
 )
+from dovetail.bench.kernels.grids import GRIDS, random_grid
 from dovetail.bench.rounds import Ratio
 from dovetail.host import machine
 from dovetail.ops import cpu
@@ -70,13 +72,33 @@ from dovetail.ops.dequant import BLOCKS
 
 FORMATS = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4",
-    "BF16", "F32",
+    *GRIDS, "BF16", "F32",
 )  # fmt: skip
 ALL = ("int8", "int16", "exact")
-ACTIVATIONS = {"BF16": ("bf16",), "F32": ("exact",), "Q8_0": ALL, "Q4_K": ALL}
+ACTIVATIONS = {
+    "BF16": ("bf16",), "F32": ("exact",), "Q8_0": ALL, "Q4_K": ALL,
+    "I8": ("int8-token",), "I4": ("int8-token", *ALL), "F8": ("fp8-token",), "ATOM": ("atom",),
+}  # fmt: skip
 GEMV_SHAPES, GEMM_SHAPES = ((1536, 576), (49152, 576), (4096, 4096)), ((1536, 576), (4096, 4096))
 GEMV_ROWS, GEMM_ROWS = (1, 2, 4, 8), (32, 512)
-PEAKS = {"int8": "int8", "int16": "int8", "bf16": "bf16", "exact": "float32"}  # of activations
+PEAKS = {  # of activations
+    "int8": "int8", "int16": "int8", "bf16": "bf16", "exact": "float32", "int8-token": "int8", "fp8-token": "bf16",
+    "atom": "int8",
+}  # fmt: skip
+Kernel = tuple[str, str, int]  # format, activations, rows
+BARS: list[tuple[str, Kernel, Kernel, float]] = [  # how many times as fast as the second one the first one must be
+    ("int8 and bf16, 512 rows", ("I8", "int8-token", 512), ("BF16", "bf16", 512), 1.6),
+    ("4 bits and bf16, a row", ("I4", "int8", 1), ("BF16", "bf16", 1), 3.0),
+    ("4 bits and bf16, a row, int16", ("I4", "int16", 1), ("BF16", "bf16", 1), 0),
+    ("4 bits and bf16, a row, int8 by token", ("I4", "int8-token", 1), ("BF16", "bf16", 1), 3.0),
+    ("fp8 and bf16, 512 rows", ("F8", "fp8-token", 512), ("BF16", "bf16", 512), 0),
+    ("fp8 and bf16, a row", ("F8", "fp8-token", 1), ("BF16", "bf16", 1), 0),
+    ("4 bits and int8, 512 rows", ("I4", "int8-token", 512), ("I8", "int8-token", 512), 0),
+    ("Atom and int8, 32 rows", ("ATOM", "atom", 32), ("I8", "int8-token", 32), 1 / 1.15),
+    ("Atom and int8, 512 rows", ("ATOM", "atom", 512), ("I8", "int8-token", 512), 0),
+    ("Atom and int8, a row", ("ATOM", "atom", 1), ("I8", "int8-token", 1), 0),
+]
+PEAK_BAR = 0.85  # of int8 dot products, which int8 must reach with 512 rows
 LONG, SHORT = 65536, (31, 100)
 SHARED, OWN, SHARERS = 2048, 64, 32
 SCALES = {  # bytes; others (0,)
@@ -191,6 +213,15 @@ def stored(name: str, n: int, k: int) -> torch.Tensor:
     return data.repeat(-(-n // rows), 1)[:n].contiguous()
 
 
+def maker(name: str, n: int, k: int, threads: int) -> Callable[[], Any]:
+    """What packs random weights of a format."""
+    if name in GRIDS:
+        weight = random_grid(name, n, k)
+        return lambda: cpu.pack(weight, "float32", threads)
+    data = stored(name, n, k)
+    return lambda: cpu.native().Packed(name, data.data_ptr(), data.stride(0), n, k, threads)
+
+
 class Linears:
     """Copies of one weight, and a program with an operation for each."""
 
@@ -225,7 +256,8 @@ def linears(bench: Bench) -> None:
 
 def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
     """All row counts and activations of one format and shape."""
-    k = width // BLOCKS[name].values * BLOCKS[name].values
+    values = 64 if name in GRIDS else BLOCKS[name].values
+    k = width // values * values
     shape, wanted = f"{n}x{k}", {}
     for activation in ACTIVATIONS.get(name, ("int8",)):
         gemv, gemm = (f"{kind}.{name}.{activation}" for kind in ("gemv", "gemm"))
@@ -236,11 +268,11 @@ def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
             wanted[activation] = rows
     if not wanted:
         return
-    data = stored(name, n, k)
     copies: list[Any] = []
+    make = maker(name, n, k, bench.kernels.threads)
     cold = bench.cold if any(m <= GEMV_ROWS[-1] for rows in wanted.values() for _, m in rows) else bench.cold // 8
     while sum(c.bytes for c in copies) <= cold:
-        copies.append(cpu.native().Packed(name, data.data_ptr(), data.stride(0), n, k, bench.kernels.threads))
+        copies.append(make())
     size = copies[0].bytes
     cases = []
     for activation, rows in wanted.items():
@@ -252,6 +284,38 @@ def linear_group(bench: Bench, name: str, n: int, width: int) -> None:
             operations = 2.0 * m * n * k
             cases.append(Case(kernel, shape, m, run, count, size if few else 0, operations, PEAKS[activation]))
     bench.measure(cases)
+
+
+def bars(bench: Bench, n: int = 4096, k: int = 4096) -> dict[str, Any]:
+    """Ratios of kernels, all in the same rounds, and the share of the peak of int8 dot products."""
+    wanted = sorted({kernel for _, *pair, _ in BARS for kernel in pair})
+    copies: dict[str, list[Any]] = {}
+    for name in {name for name, _, _ in wanted}:
+        make = maker(name, n, k, bench.kernels.threads)
+        few = all(rows > GEMV_ROWS[-1] for of, _, rows in wanted if of == name)
+        first = make()
+        count = max(2, (bench.cold // (8 if few else 1)) // first.bytes)
+        copies[name] = [first, *(make() for _ in range(count - 1))]
+    cases = []
+    for name, activation, rows in wanted:
+        linear = Linears(copies[name], activation, rows, bench)
+        few = rows <= GEMV_ROWS[-1]
+        count = len(copies[name]) if few else 2
+        run, size = functools.partial(linear.run, rows, count), copies[name][0].bytes
+        kernel = f"bars.{name}.{activation}"
+        cases.append(Case(kernel, f"{n}x{k}", rows, run, count, size if few else 0, 2.0 * rows * n * k, "int8"))
+    dots = functools.partial(cpu.native().run_dots, bench.kernels.isa, bench.kernels.threads)
+    operations = dots()
+    *seconds, peak = bench.measure([*cases, Case("bars.dots", "", 0, dots, 1, 0, operations)])
+    found, times = {}, dict(zip(wanted, seconds, strict=True))
+    for name, fast, slow, least in BARS:
+        ratio = found[name] = Ratio.of(times[slow], times[fast])
+        print(f"  {name}: {ratio} times as fast" + (f" (bar {least:.2f})" if least else ""))
+    work = 2.0 * 512 * n * k
+    share = [work / s * p / operations for s, p in zip(times["I8", "int8-token", 512], peak, strict=True)]
+    found["int8 of the peak"] = Ratio.of_rounds(share)
+    print(f"  int8, 512 rows: {found['int8 of the peak']} of the peak (bar {PEAK_BAR})")
+    return figures(found)
 
 
 # -- attention ---------------------------------------------------------------------------------------
@@ -442,6 +506,8 @@ def main() -> None:
     print(header())
     out: dict[str, Any] = {}
     linears(bench)
+    if bench.wants("bars", ""):
+        out["bars"] = bars(bench)
     decodes(bench)
     prefills(bench)
     samples(bench)

@@ -50,4 +50,12 @@ double read_bandwidth(size_t bytes, int threads) {
     return sink ? best : 0;
 }
 
+double run_dots(const Kernels& kernels, int threads) {
+    constexpr int COUNT = 1 << 20, OPERATIONS = 16 * 128;  // sixteen dot products of 64 bytes
+    std::atomic<int> sink{0};
+    Team team(threads, 1);
+    team.run([&](Member& member) { member.share(threads, [&](int) { sink += kernels.dots(COUNT); }); });
+    return sink ? (double)COUNT * OPERATIONS * threads : 0;
+}
+
 }  // namespace dovetail

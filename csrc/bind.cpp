@@ -236,6 +236,12 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         return read_bandwidth(megabytes << 20, threads);
     }, nb::arg("megabytes"), nb::arg("threads"));
+    m.def("run_dots", [](const std::string& isa, int threads) {
+        const Kernels* some = kernels(isa.c_str());
+        if (!some) throw std::invalid_argument("this build or this CPU has no '" + isa + "'");
+        nb::gil_scoped_release free;
+        return run_dots(*some, threads);
+    }, nb::arg("isa"), nb::arg("threads"));
     m.def("dequantize_row", [](const std::string& format, uintptr_t row, int k, uintptr_t out) {
         dequantize_row(format_of(format), (const uint8_t*)row, k, (float*)out);
     });
@@ -262,12 +268,13 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release free;
             new (self) Packed(f, (const uint8_t*)rows, row_bytes, n, k, threads);
         })
-        .def_static("grid", [](const std::string& format, std::tuple<int, int, int> sizes, std::pair<uintptr_t, size_t> codes,
-                               std::pair<uintptr_t, uintptr_t> parts, const std::string& activation,
+        .def_static("grid", [](const std::string& format, std::tuple<int, int, int, int, bool> sizes, std::pair<uintptr_t, size_t> codes,
+                               std::tuple<uintptr_t, uintptr_t, uintptr_t> parts, const std::string& activation,
                                const std::vector<std::pair<uintptr_t, size_t>>& shared, int threads) {
-            const auto [n, k, groups] = sizes;
-            GridWeight w{format_of(format), n, k, groups, (const uint8_t*)codes.first, codes.second,
-                         (const float*)parts.first, (const int16_t*)parts.second, activation, {}};
+            const auto [n, k, groups, outliers, pairs] = sizes;
+            const auto [scale, zero, outlier_scale] = parts;
+            GridWeight w{format_of(format), n, k, groups, (const uint8_t*)codes.first, codes.second, (const float*)scale,
+                         (const int16_t*)zero, outliers, pairs, (const float*)outlier_scale, activation, {}};
             for (const auto& [address, count] : shared) w.shared.emplace_back((const void*)address, count);
             nb::gil_scoped_release free;
             return std::make_shared<Packed>(w, threads);
@@ -358,7 +365,7 @@ NB_MODULE(_native, m) {
         .def("linear", [](Program& p, int in, int out, nb::list weights, const std::string& activation,
                           std::vector<float> norm, float eps, std::vector<float> bias, bool add,
                           const std::string& gate, bool sampled) {
-            const auto rows = choice<Activation>(activation, {"exact", "int8", "bf16", "int16", "int8-token", "fp8-token"});
+            const auto rows = choice<Activation>(activation, {"exact", "int8", "bf16", "int16", "int8-token", "fp8-token", "atom"});
             p.linear({in, out, weights_of(weights), rows,
                       std::move(norm), eps, std::move(bias), add,
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});

@@ -13,6 +13,8 @@
 // groups, there follow for each group the 16 float16 scales, which are multiplied with the factor; then for each group
 // the 16 zero points as int8, if there are any; then, from the next multiple of 64 on, all blocks. A factor is a power
 // of two, so that scales that were stored in float16 or bfloat16 keep their value. Without groups it is the scale.
+// A tile of ATOM has blocks of 4 bits and then blocks of bytes, for the outliers. Behind them are the float16 scales of
+// each group, 8 if neighbouring columns share them, else 16, and 16 of the outliers. One factor, in the header, suits all.
 // Packed weights are kept in files: whoever changes the layout raises its number, and these files are made again.
 #pragma once
 #include <cstddef>
@@ -21,9 +23,9 @@
 namespace dovetail {
 
 enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4,
-                    I8, I4, F8,
+                    I8, I4, F8, ATOM,
                     NUM_FORMATS };
-enum Activation : int { EXACT, INT8, BFLOAT, INT16, INT8_TOKEN, FP8_TOKEN, NUM_ACTIVATIONS };
+enum Activation : int { EXACT, INT8, BFLOAT, INT16, INT8_TOKEN, FP8_TOKEN, MIXED, NUM_ACTIVATIONS };
 
 constexpr int LAYOUT = 2;  // the number of the packed layout
 constexpr int TILE = 16;   // columns of a tile
@@ -49,24 +51,28 @@ constexpr FormatInfo FORMATS[NUM_FORMATS] = {
     {"IQ4_NL", 32, 18, 1, 0, 256 + 32},  {"IQ4_XS", 256, 136, 8, 32, 256 + 16},
     {"MXFP4", 32, 17, 1, 0, 256 + 16},
     {"I8", 0, 0, 1, 0, 512}, {"I4", 0, 0, 1, 0, 256}, {"F8", 0, 0, 1, 0, 512},
+    {"ATOM", 0, 0, 1, 0, 256},
 };
 constexpr bool on_grid(Format f) { return FORMATS[f].values == 0; }
 
-// group: blocks of a group; 0 for one scale a column.
+// group: blocks of a group; 0 for one scale a column. outliers: blocks of them. pairs: whether neighbouring columns share
+// scales. factor: of ATOM's scales.
 struct GridShape {
-    int group, zeros;
+    int group, zeros, outliers, pairs;
+    float factor;
 };
 
 // Arrays that all rows of a weight have in common, of 4 bytes an element. ORDER: int32 [k], the input column of each code.
-enum Shared : int { ORDER, CLIP, NUM_SHARED };
+// CLIP: float [1]; SIZES: int32 [2], ATOM's blocks of a group and of outliers.
+enum Shared : int { ORDER, CLIP, SIZES, NUM_SHARED };
 
 // Behind it the arrays, each from a multiple of 64 on. activation: how the checkpoint wants rows of activations.
 struct GridHeader {
     char activation[16];
-    int32_t counts[10];  // elements of each array
+    int32_t counts[7];  // elements of each array
     GridShape shape;
 };
-static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 10, "one line");
+static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 7, "one line");
 
 constexpr size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -79,6 +85,15 @@ inline size_t grid_blocks(int k_blocks, const GridShape& s) {
 // What the codes of formats with levels mean: IQ4_NL and IQ4_XS plus 128; MXFP4, in halves, plus 16.
 constexpr uint8_t IQ4_LEVELS[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 constexpr uint8_t MXFP4_LEVELS[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+
+// ATOM: bytes of 4-bit blocks and of all blocks, of the scales of a group, and of a tile.
+inline size_t atom_narrow(int k_blocks, const GridShape& s) { return (size_t)(k_blocks - s.outliers) * 256; }
+inline size_t atom_codes(int k_blocks, const GridShape& s) { return atom_narrow(k_blocks, s) + (size_t)s.outliers * 512; }
+inline size_t atom_scales(const GridShape& s) { return s.pairs ? 16 : 32; }
+inline size_t atom_tile(int k_blocks, const GridShape& s) {
+    const size_t scales = (k_blocks - s.outliers) / s.group * atom_scales(s) + 32;
+    return atom_codes(k_blocks, s) + (scales + 31) / 32 * 32;
+}
 
 inline size_t tile_bytes(Format f, int k_blocks) {
     const FormatInfo& i = FORMATS[f];
@@ -96,6 +111,7 @@ inline size_t tile_bytes(Format f, int k_blocks) {
 //           -32 * sum of each half block [2 * blocks]
 //   INT8_TOKEN: int8 codes [K], float scale, int32 -8 * sum of the codes before each block and of all [blocks + 1]
 //   FP8_TOKEN: e4m3 codes as bfloat16 [K], float scale
+//   MIXED: int8 codes [K], float scale of each block's group [blocks], int32 -8 * sums as INT8_TOKEN's [blocks + 1]
 constexpr int INT16_MOST = 127 * 256 + 127;  // the largest code
 inline size_t activation_bytes(Activation a, int k_blocks) {
     const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8 + 2) + (size_t)(k_blocks + 7) / 8 * 4
@@ -103,6 +119,7 @@ inline size_t activation_bytes(Activation a, int k_blocks) {
                        : a == INT16 ? (size_t)k_blocks * (64 + 4 + 8 + 4 + 8)
                        : a == INT8_TOKEN ? (size_t)k_blocks * (32 + 4) + 8
                        : a == FP8_TOKEN ? (size_t)k_blocks * 64 + 4
+                       : a == MIXED ? (size_t)k_blocks * (32 + 8) + 4
                                     : (size_t)k_blocks * 64;
     return (raw + 63) / 64 * 64;
 }

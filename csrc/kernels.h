@@ -187,6 +187,7 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* w, float eps, int n, float* y);
     void (*activate[NUM_ACTIVATIONS])(const RowArgs& args);
     void (*gate)(const GateArgs& args);
+    int (*dots)(int n);  // n times 16 int8 dot products of vectors, and nothing else; their sum
     // Rotate one head: the half-split pairs of x by cos and sin [n / 2], times scale.
     void (*rotate)(const float* x, const float* cos, const float* sin, float scale, int n, float* y);
     void (*to_bf16)(const float* x, int n, uint16_t* y);

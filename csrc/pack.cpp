@@ -290,6 +290,7 @@ size_t head_bytes(const GridHeader& h) {
 }
 
 size_t stride_of(Format f, int k_blocks, const GridShape& grid) {
+    if (f == ATOM) return atom_tile(k_blocks, grid);
     return on_grid(f) ? grid_blocks(k_blocks, grid) + (size_t)k_blocks * FORMATS[f].block : tile_bytes(f, k_blocks);
 }
 
@@ -299,7 +300,8 @@ const GridHeader* header_in(Format f, const Mapping& file, size_t offset) {
     const auto* h = (const GridHeader*)(file.data + offset);
     bool sound = offset % LINE == 0 && offset <= file.bytes && file.bytes - offset >= sizeof *h;
     for (int i = 0; sound && i < NUM_SHARED; i++) sound = h->counts[i] >= 0;
-    if (!sound || h->activation[15] || h->shape.group < 0) throw std::invalid_argument("the weights lie outside of the file");
+    sound = sound && !h->activation[15] && h->shape.group >= (f == ATOM);
+    if (!sound) throw std::invalid_argument("the weights lie outside of the file");
     return h;
 }
 
@@ -335,7 +337,7 @@ Packed::Packed(const GridWeight& w, int threads) : Packed(w.format, w.n, w.k, he
     find_shared();
     for (size_t i = 0; i < w.shared.size(); i++)
         if (w.shared[i].second) memcpy((void*)shared[i], w.shared[i].first, w.shared[i].second * 4);
-    const auto pack = [&](int t) { pack_grid_tile(w, t * TILE, own + begin + t * tile_stride); };
+    const auto pack = [&](int t) { pack_grid_tile(w, grid, t * TILE, own + begin + t * tile_stride); };
     Team(threads, 1).run([&](Member& member) { member.share((int)tiles, pack); });
 }
 

@@ -20,6 +20,9 @@ struct GridWeight {
     size_t row_bytes;
     const float* scale;   // [n][groups]
     const int16_t* zero;  // [n][groups], within int8
+    int outliers;  // columns of ATOM that have 8 bits
+    bool pairs;    // ATOM's scale is [n / 2][groups]
+    const float* outlier_scale;  // [n]
     std::string activation;
     std::vector<std::pair<const void*, size_t>> shared;  // by kind: an array, and its elements
 };

@@ -60,9 +60,48 @@ void place_scales(const GridWeight& w, int row, int lane, uint8_t* tile) {
         tile[64 + 32 * w.groups + 16 * g + lane] = (uint8_t)w.zero[(size_t)row * w.groups + g];
 }
 
+// A factor with which the largest scale of a weight is nearly the largest float16.
+float factor_of(const GridWeight& w) {
+    float most = 0;
+    for (int i = 0; i < (w.pairs ? w.n / 2 : w.n) * w.groups; i++) most = std::max(most, std::fabs(w.scale[i]));
+    for (int i = 0; w.outlier_scale && i < w.n; i++) most = std::max(most, std::fabs(w.outlier_scale[i]));
+    int exponent = 0;
+    std::frexp(most, &exponent);
+    return std::ldexp(1.0f, exponent - 15);
+}
+
 GridShape shape_of(const GridWeight& w) {
+    if (w.format == ATOM)
+        return {(w.k - w.outliers) / w.groups / BLOCK, 0, w.outliers / BLOCK, w.pairs, factor_of(w)};
     const bool grouped = w.groups > 1 || w.zero;
-    return {grouped ? w.k / w.groups / BLOCK : 0, w.zero != nullptr};
+    return {grouped ? w.k / w.groups / BLOCK : 0, w.zero != nullptr, 0, 0, 1};
+}
+
+void check_shape(const GridWeight& w) {
+    if (w.n < 1 || w.k < 1 || w.groups < 1) throw std::invalid_argument("a weight must have rows, columns and groups");
+    const bool atom = w.format == ATOM, grouped = w.groups > 1 || w.zero || atom;
+    if (w.outliers % BLOCK || w.outliers < 0 || w.outliers >= w.k || (w.outliers && (!atom || !w.outlier_scale)) || (atom && w.zero))
+        throw std::invalid_argument("outliers must be a multiple of 32 columns of a weight of Atom");
+    if (grouped && (w.k - w.outliers) % (BLOCK * w.groups))
+        throw std::invalid_argument("groups must be of a multiple of 32 columns");
+}
+
+// Codes and scales of a row of ATOM.
+void place_mixed(const GridWeight& w, const GridShape& shape, int row, int lane, uint8_t* tile) {
+    const int k_blocks = w.k / BLOCK, narrow = k_blocks - shape.outliers, at = w.pairs ? row / 2 : row;
+    const uint8_t* codes = w.codes + (size_t)row * w.row_bytes;
+    for (int b = 0; b < narrow; b++) place_nibbles(codes + 16 * b, lane, tile + (size_t)256 * b);
+    uint8_t* wide = tile + atom_narrow(k_blocks, shape);
+    for (int b = 0; b < shape.outliers; b++) place_bytes(codes + 16 * narrow + 32 * b, lane, wide + (size_t)512 * b);
+    uint8_t* scales = tile + atom_codes(k_blocks, shape);
+    const size_t each = atom_scales(shape);
+    for (int g = 0; g < w.groups; g++) {
+        const uint16_t half = to_half(w.scale[(size_t)at * w.groups + g] / shape.factor);
+        memcpy(scales + each * g + 2 * (w.pairs ? lane / 2 : lane), &half, 2);
+    }
+    if (!w.outliers) return;
+    const uint16_t half = to_half(w.outlier_scale[row] / shape.factor);
+    memcpy(scales + each * w.groups + 2 * lane, &half, 2);
 }
 
 void check_order(const GridWeight& w) {
@@ -77,8 +116,7 @@ void check_order(const GridWeight& w) {
 
 std::unique_ptr<GridHeader> header_of(const GridWeight& w) {
     if (!on_grid(w.format)) throw std::invalid_argument("the format is not one of weights on a grid");
-    if (w.n < 1 || w.k < 1 || w.groups < 1) throw std::invalid_argument("a weight must have rows, columns and groups");
-    if ((w.groups > 1 || w.zero) && w.k % (BLOCK * w.groups)) throw std::invalid_argument("groups must be of a multiple of 32 columns");
+    check_shape(w);
     auto h = std::make_unique<GridHeader>();
     if (w.activation.size() >= sizeof h->activation || w.shared.size() > NUM_SHARED)
         throw std::invalid_argument("unknown activations or shared arrays");
@@ -90,8 +128,10 @@ std::unique_ptr<GridHeader> header_of(const GridWeight& w) {
 }
 
 void check_values(const GridWeight& w) {
-    for (size_t i = 0; i < (size_t)w.n * w.groups; i++)
-        if (!std::isfinite(w.scale[i])) throw std::invalid_argument("a scale is not finite");
+    bool finite = true;
+    for (size_t i = 0; i < (size_t)(w.pairs ? w.n / 2 : w.n) * w.groups; i++) finite &= std::isfinite(w.scale[i]);
+    for (int i = 0; w.outlier_scale && i < w.n; i++) finite &= std::isfinite(w.outlier_scale[i]);
+    if (!finite) throw std::invalid_argument("a scale is not finite");
     for (int r = 0; w.format == F8 && r < w.n; r++) {
         const uint8_t* codes = w.codes + (size_t)r * w.row_bytes;
         bool nan = false;
@@ -100,11 +140,14 @@ void check_values(const GridWeight& w) {
     }
 }
 
-void pack_grid_tile(const GridWeight& w, int first, uint8_t* tile) {
+void pack_grid_tile(const GridWeight& w, const GridShape& shape, int first, uint8_t* tile) {
+    const int rows = std::min(TILE, w.n - first);
+    for (int lane = 0; w.format == ATOM && lane < rows; lane++) place_mixed(w, shape, first + lane, lane, tile);
+    if (w.format == ATOM) return;
     const int k_blocks = (w.k + BLOCK - 1) / BLOCK, whole = w.k / BLOCK;
-    uint8_t* blocks = tile + grid_blocks(k_blocks, shape_of(w));
+    uint8_t* blocks = tile + grid_blocks(k_blocks, shape);
     const int block = FORMATS[w.format].block, stored = w.format == I4 ? BLOCK / 2 : BLOCK;
-    for (int lane = 0; lane < std::min(TILE, w.n - first); lane++) {
+    for (int lane = 0; lane < rows; lane++) {
         const uint8_t* codes = w.codes + (size_t)(first + lane) * w.row_bytes;
         for (int b = 0; b < whole; b++) place(w.format, codes + (size_t)b * stored, lane, blocks + (size_t)b * block);
         if (whole < k_blocks) {  // the rest is met by zeros

@@ -13,6 +13,6 @@ std::unique_ptr<GridHeader> header_of(const GridWeight& weight);
 void check_values(const GridWeight& weight);
 
 // Rows [first, first + 16), or those that there are, into a tile of zeros.
-void pack_grid_tile(const GridWeight& weight, int first, uint8_t* tile);
+void pack_grid_tile(const GridWeight& weight, const GridShape& shape, int first, uint8_t* tile);
 
 }  // namespace dovetail

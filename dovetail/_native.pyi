@@ -8,6 +8,7 @@ def emulated() -> list[str]: ...  # instruction sets that it runs in emulation, 
 def formats() -> list[str]: ...  # of stored blocks
 def grids() -> list[str]: ...  # of weights on uniform grids
 def read_bandwidth(megabytes: int, threads: int) -> float: ...  # GB/s
+def run_dots(isa: str, threads: int) -> float: ...  # int8 dot products on registers; how many operations
 def dequantize_row(format: str, row: int, k: int, out: int, /) -> None: ...
 def layout() -> int: ...  # the number of the packed layout
 def checksums(
@@ -25,9 +26,9 @@ class Packed:
     @staticmethod
     def grid(
         format: str,
-        sizes: tuple[int, int, int],  # n, k, groups
+        sizes: tuple[int, int, int, int, bool],  # n, k, groups, outliers, whether pairs of rows share scales
         codes: tuple[int, int],  # an address, and the bytes of a row
-        parts: tuple[int, int],  # addresses: scales float32 [n, groups]; zero points int16 [n, groups], or 0
+        parts: tuple[int, int, int],  # addresses or 0: scales, zero points (int16), scales of outliers
         activation: str,
         shared: list[tuple[int, int]],  # by kind (`ops.grids.SHARED`): an address, and how many elements
         threads: int,

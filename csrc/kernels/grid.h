@@ -44,8 +44,8 @@ template <int R> struct TokenRows {
     const uint8_t* codes;  // of the next block
     const int32_t* eights;  // -8 * sum of the codes before the next group
     size_t at[R];
-    INLINE void open(const GemmArgs& g) {
-        codes = g.rows, eights = (const int32_t*)(g.rows + (size_t)g.k_blocks * 32 + 4);
+    INLINE void open(const GemmArgs& g, size_t scales) {  // bytes between the codes and their sums
+        codes = g.rows, eights = (const int32_t*)(g.rows + (size_t)g.k_blocks * 32 + scales);
         UNROLL for (int r = 0; r < R; r++) {
             at[r] = r * g.row_stride;
             if (r) hold(at[r]);
@@ -104,7 +104,7 @@ template <class W, int R, int T> void gemm_token(const GemmArgs& g) {
     UNROLL for (int t = 0; t < T; t++) tiles[t].open(g, t);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
-    rows.open(g);
+    rows.open(g, 4);
     for (int b = 0, i = 0; b < g.k_blocks; b += group, i++) {
         sums_token<W, R, T>(g, tiles, b, group, rows, sums);
         UNROLL for (int t = 0; t < T; t++) {
@@ -120,6 +120,52 @@ template <class W, int R, int T> void gemm_token(const GemmArgs& g) {
         rows.eights += group;
     }
     put_scaled<R, T>(g, f, g.rows + (size_t)g.k_blocks * 32);
+}
+
+// ---- Atom: groups of 4-bit codes on both sides, and outliers of 8 bits at the end; a scale for each group and row
+
+// A group's sum times the scale of its columns and that of the row's group.
+template <int R, int T>
+INLINE void add_scaled(const I (&sums)[R][T], const F (&d)[T], const TokenRows<R>& rows, const uint8_t* scale, F (&f)[R][T]) {
+    UNROLL for (int r = 0; r < R; r++) {
+        const F s = all(*(const float*)(scale + rows.at[r]));
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = fma(to_float(sums[r][t]), mul(d[t], s), f[r][t]);
+    }
+}
+
+template <int R, int T> void gemm_atom(const GemmArgs& g) {
+    const int group = g.grid.group, narrow = g.k_blocks - g.grid.outliers;
+    const uint8_t *scales[T], *row_scale = g.rows + (size_t)g.k_blocks * 32;
+    GridTile tiles[T];
+    F f[R][T], d[T];
+    I sums[R][T];
+    TokenRows<R> rows;
+    rows.open(g, (size_t)g.k_blocks * 4);
+    UNROLL for (int t = 0; t < T; t++) {
+        tiles[t].blocks = g.weights + t * g.tile_stride;
+        scales[t] = tiles[t].blocks + dovetail::atom_codes(g.k_blocks, g.grid);
+        UNROLL for (int r = 0; r < R; r++) f[r][t] = zero();
+    }
+    for (int b = 0; b < narrow; b += group, rows.eights += group) {
+        sums_token<GridNibbles, R, T>(g, tiles, b, group, rows, sums);
+        UNROLL for (int t = 0; t < T; t++) {
+            d[t] = g.grid.pairs ? half_pairs(scales[t]) : half(scales[t]);
+            scales[t] += dovetail::atom_scales(g.grid);
+        }
+        add_scaled<R, T>(sums, d, rows, row_scale + (size_t)4 * b, f);
+    }
+    if (g.grid.outliers) {
+        UNROLL for (int t = 0; t < T; t++) {
+            tiles[t].blocks += dovetail::atom_narrow(g.k_blocks, g.grid) - (size_t)512 * narrow;
+            d[t] = half(scales[t]);
+        }
+        sums_token<GridBytes, R, T>(g, tiles, narrow, g.grid.outliers, rows, sums);
+        add_scaled<R, T>(sums, d, rows, row_scale + (size_t)4 * narrow, f);
+    }
+    const F factor = all(g.grid.factor);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < T; t++) f[r][t] = mul(f[r][t], factor);
+    put<R, T>(g, f);
 }
 
 // ---- rows of int8 codes with a scale for each 32 values
@@ -275,27 +321,51 @@ INLINE float largest_magnitude(const float* x, int k_blocks) {
     return highest_magnitude(most, most);
 }
 
-// Codes round(x * 127 / max|x|) and the scale max|x| / 127.
-void activate_token(const dovetail::RowArgs& a) {
-    int8_t* codes = (int8_t*)a.row;
-    float* scale = (float*)(a.row + (size_t)a.k_blocks * 32);
-    int32_t* eights = (int32_t*)(scale + 1);
-    const float most = largest_magnitude(a.x, a.k_blocks);
-    const F by = all(most == 0 ? 0 : 127.0f / most);
-    *scale = most / 127.0f;
+// -8 times the sum of the codes before each block, and of all.
+INLINE void sum_eights(const int8_t* codes, int k_blocks, int32_t* eights) {
     int32_t sum = eights[0] = 0;
-    for (int b = 0; b < a.k_blocks; b++) {
-        const I low = to_int(mul(load(a.x + 32 * b), by)), high = to_int(mul(load(a.x + 32 * b + 16), by));
-        store_bytes(codes + 32 * b, low), store_bytes(codes + 32 * b + 16, high);
-    }
-    for (int b = 0; b < a.k_blocks; b += 2) {
+    for (int b = 0; b < k_blocks; b += 2) {
         alignas(64) int32_t sums[16];
         alignas(64) int8_t last[64] = {};
-        const bool both_there = b + 1 < a.k_blocks;
+        const bool both_there = b + 1 < k_blocks;
         if (!both_there) __builtin_memcpy(last, codes + 32 * b, 32);
         istore(sums, sum_fours(dot_small(izero(), ball(1), iload(both_there ? codes + 32 * b : last))));
         for (int i = 0; i < (both_there ? 2 : 1); i++) eights[b + i + 1] = sum -= 8 * (sums[8 * i] + sums[8 * i + 4]);
     }
+}
+
+// `blocks` blocks of codes round(x * most / top), within [low, most]; returns the scale top / most.
+INLINE float round_codes(const float* x, int blocks, float top, float low, float most, int8_t* codes) {
+    const F by = all(top == 0 ? 0 : most / top);
+    for (int i = 0; i < 32 * blocks; i += 16)
+        store_bytes(codes + i, to_int(max(all(low), min(all(most), mul(load(x + i), by)))));
+    return top / most;
+}
+
+// Codes round(x * 127 / max|x|) and the scale max|x| / 127.
+void activate_token(const dovetail::RowArgs& a) {
+    int8_t* codes = (int8_t*)a.row;
+    float* scale = (float*)(a.row + (size_t)a.k_blocks * 32);
+    *scale = round_codes(a.x, a.k_blocks, largest_magnitude(a.x, a.k_blocks), -127, 127, codes);
+    sum_eights(codes, a.k_blocks, (int32_t*)(scale + 1));
+}
+
+// Groups of codes of 4 bits, and outliers of 8.
+void activate_mixed(const dovetail::RowArgs& a) {
+    const int32_t* sizes = (const int32_t*)a.shared[dovetail::SIZES];
+    const int group = sizes[0], outliers = sizes[1], narrow = a.k_blocks - outliers;
+    const float clip = *(const float*)a.shared[dovetail::CLIP];
+    int8_t* codes = (int8_t*)a.row;
+    float* scale = (float*)(a.row + (size_t)a.k_blocks * 32);
+    for (int b = 0; b < narrow; b += group) {
+        const float* x = a.x + 32 * b;
+        scale[b] = round_codes(x, group, largest_magnitude(x, group) * clip, -8, 7, codes + 32 * b);
+        for (int i = 1; i < group; i++) scale[b + i] = scale[b];
+    }
+    const float* x = a.x + 32 * narrow;
+    if (outliers) scale[narrow] = round_codes(x, outliers, largest_magnitude(x, outliers), -127, 127, codes + 32 * narrow);
+    for (int b = narrow + 1; b < a.k_blocks; b++) scale[b] = scale[narrow];
+    sum_eights(codes, a.k_blocks, (int32_t*)(scale + a.k_blocks));
 }
 
 // e4m3 codes of x * 448 / max|x|, ties to even, as numbers; and the scale max|x| / 448.
@@ -315,12 +385,27 @@ void activate_eights(const dovetail::RowArgs& a) {
 
 // ---- the table
 
-constexpr int TOKEN_TILES = TILES_MANY > 1 ? 3 : 1;  // of a register block of ROWS_ALONE rows
+constexpr int TOKEN_TILES = TILES_MANY > 1 ? 3 : 1;  // of a register block of int8, whose sums have no floats beside them
+
+int dots_alone(int n) {
+    I sums[16], a = ball(1), b = ball(1);
+    UNROLL for (int i = 0; i < 16; i++) sums[i] = izero();
+    pin(a), pin(b);
+    ROLLED for (; n > 0; n--) {
+        UNROLL for (int i = 0; i < 16; i++) sums[i] = dot(sums[i], a, b);
+        UNROLL for (int i = 0; i < 16; i++) pin(sums[i]);
+    }
+    UNROLL for (int i = 1; i < 16; i++) sums[0] = iadd(sums[0], sums[i]);
+    int32_t lanes[16];
+    istore(lanes, sums[0]);
+    return lanes[0];
+}
 
 template <int R, int T> void add_grid_block(dovetail::Kernels& k) {
     using namespace dovetail;
     k.gemm[I8][INT8_TOKEN][R][T] = gemm_token<GridBytes, R, T>;
-    if constexpr (T <= TILES_MANY && R * T <= ROWS_MANY * TILES_MANY) {
+    if constexpr (T <= TILES_MANY) {
+        k.gemm[ATOM][MIXED][R][T] = gemm_atom<R, T>;
         k.gemm[I4][INT8_TOKEN][R][T] = gemm_token<GridNibbles, R, T>;
         k.gemm[I4][dovetail::INT8][R][T] = gemm_grid_int8<GridNibbles, R, T>;
         k.gemm[I8][dovetail::INT8][R][T] = gemm_grid_int8<GridBytes, R, T>;
@@ -336,16 +421,17 @@ template <int R, int T> void add_grid_block(dovetail::Kernels& k) {
 }
 template <int T, int R = 1> void add_grid_rows(dovetail::Kernels& k) {
     add_grid_block<R, T>(k);
-    if constexpr (R < ROWS_ALONE) add_grid_rows<T, R + 1>(k);
+    if constexpr (R < (T == 1 ? ROWS_ALONE : ROWS_MANY)) add_grid_rows<T, R + 1>(k);
 }
 inline void add_grid(dovetail::Kernels& k) {
     using namespace dovetail;
     add_grid_rows<1>(k);
     if constexpr (TOKEN_TILES >= 2) add_grid_rows<2>(k);
     if constexpr (TOKEN_TILES >= 3) add_grid_rows<3>(k);
-    k.many[I8][INT8_TOKEN] = {ROWS_ALONE, TOKEN_TILES};
+    k.many[I8][INT8_TOKEN] = {ROWS_MANY, TOKEN_TILES};
     k.many[I8][EXACT] = k.many[I4][EXACT] = k.many[F8][EXACT] = k.many[F8][FP8_TOKEN] = {ROWS_ALONE, 1};
     k.many[I8][INT16] = k.many[I4][INT16] = {ROWS_ALONE, 1};
+    k.activate[MIXED] = activate_mixed, k.dots = dots_alone;
     k.activate[INT8_TOKEN] = activate_token, k.activate[FP8_TOKEN] = activate_eights;
 }
 

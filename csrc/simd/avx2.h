@@ -93,6 +93,11 @@ INLINE F half(const void* p) {
     const __m128i* h = (const __m128i*)p;
     return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
 }
+// Eight numbers, each in two neighbouring lanes.
+INLINE F half_pairs(const void* p) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtph_ps(_mm_unpacklo_epi16(x, x)), _mm256_cvtph_ps(_mm_unpackhi_epi16(x, x))};
+}
 INLINE F bf16(const void* p) {
     const __m128i* h = (const __m128i*)p;
     return as_float(left32<16>({_mm256_cvtepu16_epi32(_mm_loadu_si128(h)),

@@ -76,6 +76,11 @@ INLINE float highest_magnitude(F a, F b) {
     return x;
 }
 INLINE F half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// Eight numbers, each in two neighbouring lanes.
+INLINE F half_pairs(const void* p) {
+    const __m128i x = _mm_loadu_si128((const __m128i*)p);
+    return _mm512_cvtph_ps(_mm256_set_m128i(_mm_unpackhi_epi16(x, x), _mm_unpacklo_epi16(x, x)));
+}
 INLINE F bf16(const void* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

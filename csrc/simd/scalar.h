@@ -117,6 +117,8 @@ INLINE float bf16_to_float(uint16_t h) {
     return x;
 }
 INLINE F half(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, half_to_float(h[i])); }
+// Eight numbers, each in two neighbouring lanes.
+INLINE F half_pairs(const void* p) { uint16_t h[8]; memcpy(h, p, 16); LANES(F, half_to_float(h[i / 2])); }
 INLINE F bf16(const void* p) { uint16_t h[16]; memcpy(h, p, 32); LANES(F, bf16_to_float(h[i])); }
 INLINE I unsigned_bytes_as_ints(const void* p) { LANES(I, ((const uint8_t*)p)[i]); }
 INLINE F unsigned_bytes(const void* p) { LANES(F, (float)((const uint8_t*)p)[i]); }

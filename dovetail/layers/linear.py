@@ -16,7 +16,7 @@ from dovetail.core.errors import ModelError
 from dovetail.core.model import PLAIN_FORMATS
 from dovetail.host.lazy_torch import torch
 from dovetail.ops import cpu
-from dovetail.ops.activations import FAKE
+from dovetail.ops.activations import FAKE, rule
 from dovetail.ops.memory import as_tensor
 from dovetail.ops.stored import StoredTensor
 from dovetail.runtime.target import BARE, Fused, Target, Weights
@@ -89,13 +89,13 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, stored: StoredTensor) -> None:
         self.weight = weight
         self.bias = bias
-        self.shared = stored.shared
+        self.rule = rule(stored)
         self._fake = FAKE.get(stored.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._fake is not None:
             rows = x.reshape(-1, x.shape[-1]).float().cpu().numpy()
-            x = torch.from_numpy(self._fake(rows, self.shared)).to(x).view(x.shape)
+            x = torch.from_numpy(self._fake(rows, self.rule)).to(x).view(x.shape)
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
     def record(self, to: Target, source: int, destination: int, fused: Fused = BARE) -> None:

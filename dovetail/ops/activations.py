@@ -8,6 +8,10 @@ the other rows nor on their number. Rounding is to the nearest, ties to the even
 | int8-token | int8: round(x * 127 / max\\|x\\|) | max\\|x\\| / 127 |
 | fp8-token | e4m3: x * 448 / max\\|x\\| | max\\|x\\| / 448 |
 | int16 | int16: round(x * 32639 / max\\|x\\|) of each 32 columns, as codes lie | max\\|x\\| / 32639 |
+| atom | columns in the weight's order; groups: round(x * 7 / m) within [-8, 7] | m / 7 of each group |
+| | outliers: round(x * 127 / max\\|x\\|) | max\\|x\\| / 127 of the outliers |
+
+m is `clip` times the largest magnitude of a group (Atom, 2310.19102, section 4.3).
 
 A row of zeros has zeros as codes and scale. So has a block of int16 whose values are all below 2^-100. A row with
 a value that is not finite becomes NaN; with int16 its block does.
@@ -21,14 +25,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.ops.grids import e4m3, to_e4m3
+from dovetail.ops.grids import Parts, e4m3, num_outliers, to_e4m3
 
 Floats = NDArray[np.float32]
 
 
-def _scaled(x: Floats, most: float) -> tuple[Floats, Floats]:
-    """x [rows, K] with a largest magnitude of `most` in each row; and the scales [rows, 1] that undo it."""
-    top = np.abs(x).max(-1, keepdims=True).astype(np.float32)
+def rule(weight: Parts) -> dict[str, NDArray[Any]]:
+    """What quantizing rows for a weight takes: what all its rows share, and for Atom `clip` float32 [1] and `sizes`
+    int64 [2], the columns of a group and of the outliers, in blocks of 32."""
+    found = dict(weight.shared)
+    if weight.format == "ATOM":
+        outliers, groups = num_outliers(weight), weight.parts["scale"].shape[1]
+        found.setdefault("clip", np.ones(1, np.float32))
+        found["sizes"] = np.array([(weight.shape[1] - outliers) // groups // 32, outliers // 32])
+    return found
+
+
+def _scaled(x: Floats, most: float, clip: np.float32 = np.float32(1)) -> tuple[Floats, Floats]:
+    """x [rows, K], scaled so that `clip` times the largest magnitude of a row becomes `most`; and the scales
+    [rows, 1] that undo it."""
+    top = np.abs(x).max(-1, keepdims=True).astype(np.float32) * clip
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(top == 0, np.float32(0), np.float32(most) / top)
         return x * factor, top / np.float32(most)
@@ -70,7 +86,35 @@ def _int16_values(x: Floats, shared: Mapping[str, NDArray[Any]]) -> Floats:
     return out
 
 
+def atom(x: Floats, known: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int8], Floats]:
+    """Codes int8 [rows, K] of rows x [rows, K], in the order of the weight's columns; and the scale of each code
+    [rows, K]. known: see `rule`."""
+    if "order" in known:
+        x = x[:, known["order"]]
+    group, outliers = (32 * int(size) for size in known["sizes"])
+    narrow = x.shape[1] - outliers
+    parts = [(x[:, i : i + group], 7, known["clip"][0]) for i in range(0, narrow, group)]
+    if outliers:
+        parts.append((x[:, narrow:], 127, np.float32(1)))
+    codes, scales = [], []
+    for values, most, clip in parts:
+        scaled, scale = _scaled(values, most, clip)
+        with np.errstate(invalid="ignore"):
+            codes.append(np.clip(np.round(scaled), -8 if most == 7 else -most, most).astype(np.int8))
+        scales.append(np.broadcast_to(scale, values.shape))
+    return np.concatenate(codes, 1), np.concatenate(scales, 1)
+
+
+def _atom_values(x: Floats, known: Mapping[str, NDArray[Any]]) -> Floats:
+    codes, scales = atom(x, known)
+    found = np.empty_like(x)
+    with np.errstate(invalid="ignore"):
+        found[:, known.get("order", slice(None))] = codes * scales
+    found[~np.isfinite(x).all(1)] = np.nan
+    return found
+
+
 # The values that a product sees of rows [rows, K], in the order of its input's columns. Other kinds round nothing.
 FAKE: dict[str, Callable[[Floats, Mapping[str, NDArray[Any]]], Floats]] = {
-    "int8-token": _int8_values, "fp8-token": _fp8_values, "int16": _int16_values,
+    "int8-token": _int8_values, "fp8-token": _fp8_values, "int16": _int16_values, "atom": _atom_values,
 }  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dovetail.core.errors import ConfigError, ModelError
-from dovetail.ops.grids import SHARED
+from dovetail.ops.activations import rule
+from dovetail.ops.grids import SHARED, num_outliers
 from dovetail.ops.stored import PARTED, StoredTensor
 
 TORCH = "torch"  # the name of the reference kernels
@@ -86,6 +87,10 @@ def _unpackable(weight: StoredTensor) -> str:
         return "native layouts end"
     zero, k = weight.parts.get("zero"), weight.shape[1]
     groups = weight.parts["scale"].reshape(weight.shape[0], -1).shape[1]
+    if weight.format == "ATOM":
+        outliers = num_outliers(weight)
+        fits = outliers % 32 == 0 and groups and (k - outliers) % (32 * groups) == 0
+        return "" if fits else f"{k - outliers} columns have {groups} groups, beside {outliers} outliers"
     if zero is None:
         return f"{groups} groups have {k} columns" if groups > 1 and k % (32 * groups) else ""
     if k % 32 or k % (32 * groups):
@@ -103,15 +108,21 @@ def _pack_grid(weight: StoredTensor, threads: int) -> Any:
         zero = np.ascontiguousarray(np.repeat(zero.reshape(n, -1), times, 1), np.int16)
         scale = np.repeat(scale, times, 1)
     codes = weight.data if weight.data.strides[-1] == 1 else np.ascontiguousarray(weight.data)
+    known, outliers, pairs = rule(weight), 0, False
+    if weight.format == "ATOM":
+        outliers = num_outliers(weight)
+        if pairs := n % 2 == 0 and np.array_equal(scale[::2], scale[1::2]):
+            scale = np.ascontiguousarray(scale[::2])
     shared = [
-        np.ascontiguousarray(weight.shared[name], kind) if name in weight.shared else np.empty(0, kind)
+        np.ascontiguousarray(known[name], kind) if name in known else np.empty(0, kind)
         for name, kind in SHARED.items()
     ]
+    wide = np.ascontiguousarray(weight.parts["outlier_scale"], np.float32) if outliers else None
     try:
         return native().Packed.grid(
-            weight.format, (n, k, scale.shape[1]), (codes.ctypes.data, codes.strides[0]),
-            (scale.ctypes.data, 0 if zero is None else zero.ctypes.data), weight.activation,
-            [(array.ctypes.data, array.size) for array in shared], threads,
+            weight.format, (n, k, scale.shape[1], outliers, pairs), (codes.ctypes.data, codes.strides[0]),
+            (scale.ctypes.data, *(0 if part is None else part.ctypes.data for part in (zero, wide))),
+            weight.activation, [(array.ctypes.data, array.size) for array in shared], threads,
         )  # fmt: skip
     except ValueError as error:
         raise ModelError(f"{weight.name}: {error}") from error

@@ -56,8 +56,8 @@ class Parts(Protocol):
     def shared(self) -> Mapping[str, NDArray[Any]]: ...
 
 
-# What may be `shared`, in the order of the native kernels, and their types there.
-SHARED: dict[str, type[np.generic]] = {"order": np.int32, "clip": np.float32}
+# What native kernels know of rows (`activations.rule`), in their order, and the types there.
+SHARED: dict[str, type[np.generic]] = {"order": np.int32, "clip": np.float32, "sizes": np.int32}
 
 
 def to_nibbles(codes: NDArray[Any]) -> NDArray[np.uint8]:

@@ -13,8 +13,8 @@ from dovetail.core.errors import ModelError
 from dovetail.core.sampling import SamplingParams
 from dovetail.layers.linear import Dense, Packed
 from dovetail.ops import cpu
-from dovetail.ops.activations import FAKE, fp8_token, int8_token
-from dovetail.ops.grids import codes, e4m3, to_nibbles
+from dovetail.ops.activations import FAKE, atom, fp8_token, int8_token, rule
+from dovetail.ops.grids import codes, e4m3, from_nibbles, num_outliers, to_nibbles
 from dovetail.ops.schemes import SCHEMES
 from dovetail.ops.stored import StoredTensor
 from tests.tiny import TinyCheckpoint, run_all, tiny_config, tiny_engine
@@ -70,7 +70,7 @@ def test_products_are_those_of_the_reference(fmt: str, activation: str, zeros: b
         stored = weight(fmt, shape, activation, zeros and fmt != "F8")
         for count in (1, 3, 8, 9, 37):
             x = rows_of(count, shape[1])
-            seen = FAKE[activation](x, {}) if activation in FAKE else x
+            seen = FAKE[activation](x, rule(stored)) if activation in FAKE else x
             assert close(layer(stored, isa)(x), seen.astype(np.float64), stored), (shape, count)
 
 
@@ -106,10 +106,11 @@ def test_the_widest_row_does_not_overflow(fmt: str, isa: str) -> None:
         layer(wider, isa)
 
 
-@pytest.mark.parametrize(("fmt", "activation"), KINDS)
+@pytest.mark.parametrize(("fmt", "activation"), [*KINDS, ("ATOM", "atom")])
 def test_a_row_depends_on_nothing_else(fmt: str, activation: str) -> None:
     """Neither on the other rows nor on threads; integer products not on the instruction set either."""
-    stored, x = weight(fmt, (200, 512, 64), activation), rows_of(40, 512)
+    stored = atom_weight((200, 512, 64, 128)) if fmt == "ATOM" else weight(fmt, (200, 512, 64), activation)
+    x = rows_of(40, 512)
     found = []
     for isa in ISAS:
         whole = layer(stored, isa, "int8")
@@ -137,7 +138,7 @@ def test_columns_in_another_order_and_widths_that_fill_no_block(isa: str) -> Non
         order = np.random.default_rng(0).permutation(shape[1])
         stored = replace(stored, shared={"order": order})
         x = rows_of(9, shape[1])
-        seen = FAKE[activation](x, stored.shared) if activation in FAKE else x
+        seen = FAKE[activation](x, rule(stored)) if activation in FAKE else x
         assert close(layer(stored, isa)(x), seen.astype(np.float64), stored)
         with pytest.raises(ModelError, match="an order must have a number for each column"):
             layer(replace(stored, shared={"order": order + 1}), isa)
@@ -176,9 +177,10 @@ def test_rows_become_the_codes_of_the_reference(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("fmt", "activation"), [*KINDS[:3], *KINDS[-2:]])
+@pytest.mark.parametrize(("fmt", "activation"), [*KINDS[:3], *KINDS[-2:], ("ATOM", "atom")])
 def test_nan_and_infinity_in_a_row_stay_in_that_row(fmt: str, activation: str, isa: str) -> None:
-    whole = layer(weight(fmt, (32, 256, 64), activation), isa)
+    stored = atom_weight((32, 256, 64, 64)) if fmt == "ATOM" else weight(fmt, (32, 256, 64), activation)
+    whole = layer(stored, isa)
     for bad in (np.nan, np.inf):
         x = rows_of(3, 256)
         x[1, 40] = bad
@@ -209,6 +211,94 @@ def test_values_that_are_no_numbers_are_refused() -> None:
         cpu.pack(replace(stored, data=np.full_like(stored.data, 127)), "float32", 1)
     with pytest.raises(ModelError, match="w: a scale is not finite"):
         cpu.pack(replace(stored, parts={"scale": np.full((16, 1), np.inf, np.float32)}), "float32", 1)
+
+
+# -- Atom
+
+ATOMS = [(16, 96, 32, 32), (80, 576, 64, 64), (33, 576, 32, 32), (48, 1152, 128, 128), (17, 256, 64, 0)]
+
+
+def atom_weight(shape: tuple[int, int, int, int], pairs: bool = True, plain: bool = False) -> StoredTensor:
+    """[n, k] in groups of `shape[2]`, with `shape[3]` outliers. plain: scales and clip are one, order is kept."""
+    n, k, group, outliers = shape
+    rng = np.random.default_rng(n + k)
+    q = rng.integers(-8, 8, (n, k - outliers)).astype(np.int8)
+    wide = rng.integers(-128, 128, (n, outliers)).astype(np.int8)
+    scale = (rng.integers(1, 255, (n, (k - outliers) // group)) / 4096).astype(np.float32)
+    if pairs and n % 2 == 0:
+        scale[1::2] = scale[::2]
+    kept = {"scale": scale, "outlier_scale": (rng.integers(1, 255, n) / 65536).astype(np.float32)}
+    shared = {"order": rng.permutation(k), "clip": np.array([0.9], np.float32)}
+    if plain:
+        kept = {name: np.ones_like(part) for name, part in kept.items()}
+        shared = {"clip": np.ones(1, np.float32)}
+    data = np.concatenate([to_nibbles(q), wide.view(np.uint8)], 1)
+    return StoredTensor("w", "ATOM", (n, k), data, kept, shared, "atom")
+
+
+def atom_codes(stored: StoredTensor) -> NDArray[np.int64]:
+    split = stored.shape[1] - num_outliers(stored)
+    narrow, wide = stored.data[:, : split // 2], stored.data[:, split // 2 :].view(np.int8)
+    return np.concatenate([from_nibbles(narrow), wide], 1).astype(np.int64)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pairs", [True, False])
+def test_atom_is_its_reference(pairs: bool, isa: str) -> None:
+    for shape in ATOMS:
+        stored = atom_weight(shape, pairs)
+        for count in (1, 5, 8, 21):
+            x = rows_of(count, shape[1])
+            x[0, stored.shared["order"][:32]] = 0  # a group of zeros, or a part of one
+            seen = FAKE["atom"](x, rule(stored)).astype(np.float64)
+            assert close(layer(stored, isa)(x), seen, stored), (shape, count)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_atoms_integer_sums_are_exact_in_any_order(isa: str) -> None:
+    """With scales of one, products are those of plain integers. Reordering columns changes none of them."""
+    stored = atom_weight((40, 576, 64, 64), plain=True)
+    rng = np.random.default_rng(0)
+    x = rng.integers(-7, 8, (21, 576)).astype(np.float32)
+    x[:, 512:] = rng.integers(-127, 128, (21, 64))
+    x[:, :512:64], x[:, 512] = 7, 127  # so that scales of rows are one
+    want = x.astype(np.int64) @ atom_codes(stored).T
+    np.testing.assert_array_equal(layer(stored, isa)(x), want)
+    order = rng.permutation(576)
+    moved = np.empty_like(x)
+    moved[:, order] = x
+    sorted_ = replace(stored, shared={**stored.shared, "order": order})
+    np.testing.assert_array_equal(layer(sorted_, isa)(moved), want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_atoms_rows_become_the_codes_of_the_reference(isa: str) -> None:
+    """A product with the unit matrix are the values of a row's codes."""
+    k, outliers = 192, 64
+    narrow = np.concatenate([np.eye(k - outliers), np.zeros((outliers, k - outliers))]).astype(np.int8)
+    wide = np.concatenate([np.zeros((k - outliers, outliers)), np.eye(outliers)]).astype(np.int8)
+    unit = replace(
+        atom_weight((k, k, 64, outliers), plain=True),
+        data=np.concatenate([to_nibbles(narrow), wide.view(np.uint8)], 1),
+        shared={"clip": np.array([0.85], np.float32)},
+    )
+    x = rows_of(30, k)
+    x[3] = x[4, :64] = x[5, 128:] = 0
+    codes_, scales = atom(x, rule(unit))
+    np.testing.assert_array_equal(layer(unit, isa)(x), codes_ * scales)
+
+
+@pytest.mark.parametrize(("n", "k", "group", "outliers", "most"), [
+    (4096, 4096, 128, 128, 4.3), (1536, 576, 64, 64, 4.6), (1536, 576, 32, 32, 4.6)
+])  # fmt: skip
+def test_atoms_bits_a_weight(n: int, k: int, group: int, outliers: int, most: float) -> None:
+    stored = replace(atom_weight((n, k, group, outliers)), shared={})
+    assert cpu.pack(stored, "float32", 2).bytes * 8 / (n * k) <= most
+
+
+def test_atoms_weights_whose_groups_are_no_blocks_are_refused() -> None:
+    with pytest.raises(ModelError, match="w: no native kernel .* 80 columns have 1 groups, beside 16 outliers"):
+        layer(atom_weight((16, 96, 80, 16)), ISAS[0])
 
 
 WIDE = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
