@@ -31,8 +31,11 @@ Floats = NDArray[np.float32]
 
 
 def rule(weight: Parts) -> dict[str, NDArray[Any]]:
-    """What quantizing rows for a weight takes: what all its rows share, and for Atom `clip` float32 [1] and `sizes`
-    int64 [2], the columns of a group and of the outliers, in blocks of 32."""
+    """What quantizing rows for a weight takes: what all its rows share.
+
+    For Atom these are also `clip` float32 [1], and `sizes` int64 [2]: of a group and of the outliers, in blocks
+    of 32 columns.
+    """
     found = dict(weight.shared)
     if weight.format == "ATOM":
         outliers, groups = num_outliers(weight), weight.parts["scale"].shape[1]
@@ -41,10 +44,10 @@ def rule(weight: Parts) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _scaled(x: Floats, most: float, clip: np.float32 = np.float32(1)) -> tuple[Floats, Floats]:
+def _scaled(x: Floats, most: float, clip: float = 1.0) -> tuple[Floats, Floats]:
     """x [rows, K], scaled so that `clip` times the largest magnitude of a row becomes `most`; and the scales
     [rows, 1] that undo it."""
-    top = np.abs(x).max(-1, keepdims=True).astype(np.float32) * clip
+    top = np.abs(x).max(-1, keepdims=True).astype(np.float32) * np.float32(clip)
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(top == 0, np.float32(0), np.float32(most) / top)
         return x * factor, top / np.float32(most)
@@ -93,9 +96,9 @@ def atom(x: Floats, known: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int8]
         x = x[:, known["order"]]
     group, outliers = (32 * int(size) for size in known["sizes"])
     narrow = x.shape[1] - outliers
-    parts = [(x[:, i : i + group], 7, known["clip"][0]) for i in range(0, narrow, group)]
+    parts = [(x[:, i : i + group], 7, float(known["clip"][0])) for i in range(0, narrow, group)]
     if outliers:
-        parts.append((x[:, narrow:], 127, np.float32(1)))
+        parts.append((x[:, narrow:], 127, 1.0))
     codes, scales = [], []
     for values, most, clip in parts:
         scaled, scale = _scaled(values, most, clip)

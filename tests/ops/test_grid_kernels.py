@@ -297,7 +297,7 @@ def test_atoms_bits_a_weight(n: int, k: int, group: int, outliers: int, most: fl
 
 
 def test_atoms_weights_whose_groups_are_no_blocks_are_refused() -> None:
-    with pytest.raises(ModelError, match="w: no native kernel .* 80 columns have 1 groups, beside 16 outliers"):
+    with pytest.raises(ModelError, match=r"w: no native kernel .* 80 columns have 1 groups, beside 16 outliers"):
         layer(atom_weight((16, 96, 80, 16)), ISAS[0])
 
 

@@ -19,8 +19,10 @@ ACTIVATION = {
 
 
 def random_grid(fmt: str, n: int, k: int) -> StoredTensor:
-    """A weight [n, k] of `GRIDS`: I8 and F8 per channel, I4 in groups of 64, ATOM in groups of 128 with 128 outliers
-    (64 and 64 where 128 does not divide k) and an order of columns."""
+    """A weight [n, k] of `GRIDS`: I8 and F8 per channel, I4 in groups of 64, ATOM in groups of 128.
+
+    ATOM has 128 outliers and an order of columns. Where 128 does not divide k, its groups and outliers are 64.
+    """
     rng = np.random.default_rng(0)
     size = 128 if k % 128 == 0 else 64
     columns = {"I4": k // 2, "ATOM": (k + size) // 2}.get(fmt, k)
