@@ -64,7 +64,7 @@ def test_host(script) -> None:
 
 @native
 @pytest.mark.parametrize(
-    "only", ["gemv.Q4_1.int8 1536", "gemm.BF16.bf16 1536", "gemv.ATOM 1536", "decode.bf16 9/3 d64 1024"]
+    "only", ["gemv.Q4_1.int8 1536", "gemm.BF16.bf16 1536", "gemv.ATOM.atom 1536", "decode.bf16 9/3 d64 1024"]
 )
 def test_ops(script, only: str) -> None:
     found = script("ops.py", "--only", only, "--rounds", 1, "--threads", 1, "--megabytes", 1, "--json")[1]
