@@ -294,14 +294,18 @@ size_t stride_of(Format f, int k_blocks, const GridShape& grid) {
     return on_grid(f) ? grid_blocks(k_blocks, grid) + (size_t)k_blocks * FORMATS[f].block : tile_bytes(f, k_blocks);
 }
 
+bool fits(Format f, int k, const GridShape& s) {
+    const bool grouped = s.zeros || f == ATOM;
+    return s.group >= (grouped ? 1 : 0) && s.outliers >= 0 && s.outliers <= k / BLOCK;
+}
+
 // The header of a weight on a grid at `offset` in a file, or null.
-const GridHeader* header_in(Format f, const Mapping& file, size_t offset) {
+const GridHeader* header_in(Format f, int k, const Mapping& file, size_t offset) {
     if (!on_grid(f)) return nullptr;
     const auto* h = (const GridHeader*)(file.data + offset);
     bool sound = offset % LINE == 0 && offset <= file.bytes && file.bytes - offset >= sizeof *h;
     for (int i = 0; sound && i < NUM_SHARED; i++) sound = h->counts[i] >= 0;
-    sound = sound && !h->activation[15] && h->shape.group >= (f == ATOM);
-    if (!sound) throw std::invalid_argument("the weights lie outside of the file");
+    if (!sound || h->activation[15] || !fits(f, k, h->shape)) throw std::invalid_argument("the weights lie outside of the file");
     return h;
 }
 
@@ -359,7 +363,7 @@ void Packed::find_shared() {
 }
 
 Packed::Packed(Format format, std::shared_ptr<const Mapping> file, size_t offset, int n, int k)
-    : Packed(format, n, k, header_in(format, *file, offset)) {
+    : Packed(format, n, k, header_in(format, k, *file, offset)) {
     if (n < 1 || k < 1 || offset % LINE || offset > file->bytes || bytes > file->bytes - offset)
         throw std::invalid_argument("the weights lie outside of the file");
     data = file->data + offset, memory = std::move(file);

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dovetail.checkpoint.packed_file import load, store
 from dovetail.core.errors import ModelError
 from dovetail.core.sampling import SamplingParams
+from dovetail.hub.packed import Origin
 from dovetail.layers.linear import Dense, Packed
 from dovetail.ops import cpu
 from dovetail.ops.activations import FAKE, atom, fp8_token, int8_token, rule
 from dovetail.ops.grids import codes, e4m3, from_nibbles, num_outliers, to_nibbles
-from dovetail.ops.schemes import SCHEMES
+from dovetail.ops.schemes import SCHEMES, bfloat16
 from dovetail.ops.stored import StoredTensor
 from tests.tiny import TinyCheckpoint, run_all, tiny_config, tiny_engine
 
@@ -305,13 +309,30 @@ WIDE = tiny_config(hidden_size=64, intermediate_size=96, head_dim=16)
 PROMPTS = [(1, 2, 3, 4, 5), tuple(i * 7 % 61 for i in range(40)), (9,)]
 
 
+def nearest_atom(weight_: StoredTensor) -> StoredTensor:
+    """A weight [n, k] rounded to the nearest codes in groups of 32, with 32 outliers and an order."""
+    (n, k), w = weight_.shape, weight_.values()
+    order = np.random.default_rng(k).permutation(k)
+    groups, wide = w[:, order[:-32]].reshape(n, -1, 32), w[:, order[-32:]]
+    scale = bfloat16(np.abs(groups).max(-1) / 7)
+    q = np.clip(np.rint(groups / scale[..., None]), -8, 7).reshape(n, -1)
+    outlier_scale = bfloat16(np.abs(wide).max(1) / 127)
+    eights = np.clip(np.rint(wide / outlier_scale[:, None]), -128, 127).astype(np.int8)
+    return StoredTensor(
+        weight_.name, "ATOM", (n, k), np.concatenate([to_nibbles(q), eights.view(np.uint8)], 1),
+        {"scale": scale, "outlier_scale": outlier_scale}, {"order": order, "clip": np.array([0.9], np.float32)}, "atom",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("isa", ISAS[:1])
-@pytest.mark.parametrize("scheme", ["w8a8-int8", "w8a8-fp8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8-int8", "w8a8-fp8", "w4a8", "w4a16", "atom"])
 def test_a_model_says_the_same_with_native_kernels_as_with_the_reference(scheme: str, isa: str) -> None:
-    checkpoint, made = TinyCheckpoint(WIDE), SCHEMES[scheme]
+    checkpoint = TinyCheckpoint(WIDE)
+    made = SCHEMES.get(scheme)
     for name in checkpoint.names():
         if name.startswith("model.layers.") and len(checkpoint.shape(name)) == 2:
-            checkpoint.put(replace(made, group=made.group and 32).nearest(checkpoint.tensor(name)))
+            nearest = replace(made, group=made.group and 32).nearest if made else nearest_atom
+            checkpoint.put(nearest(checkpoint.tensor(name)))
     options: dict[str, Any] = {"checkpoint": checkpoint, "dtype": "float32", "kv_cache_dtype": "float32"}
     greedy = SamplingParams(temperature=0, max_tokens=12)
     short = [
@@ -322,3 +343,31 @@ def test_a_model_says_the_same_with_native_kernels_as_with_the_reference(scheme:
     )
     ours = run_all(tiny_engine(kernels=isa, max_num_batched_tokens=7, **options), PROMPTS, greedy)
     assert ours == [run_all(tiny_engine(kernels=isa, **options), [p], greedy)[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize(("fmt", "activation"), [*KINDS[:3], ("ATOM", "atom")])
+def test_a_file_of_packed_weights_has_all_of_them(fmt: str, activation: str, tmp_path: Path) -> None:
+    stored = atom_weight((33, 256, 64, 64)) if fmt == "ATOM" else weight(fmt, (33, 256, 64), activation)
+    stored = replace(stored, shared={**stored.shared, "order": np.arange(256)[::-1]})
+    one, x, origin = cpu.pack(stored, "float32", 1), rows_of(5, 256), Origin("m", "s", "stored", native.layout())
+    store(tmp_path / "x.packed", origin, {"w": one})
+    found = load(tmp_path / "x.packed", origin, 1)
+    again = found.packed["w"]
+    assert not found.damaged
+    assert (again.row_rule, again.activation, again.bytes) == (one.row_rule, activation, one.bytes)
+    multiply = Packed("float32", "exact", ISAS[0], 1)
+    np.testing.assert_array_equal(multiply.layer([again], [])(x), multiply.layer([one], [])(x))
+
+
+LAYOUTS = {2: "4312dabac52df2a06abd2b7850ea0d79"}
+
+
+def test_a_changed_layout_has_a_new_number() -> None:
+    """Packed weights are kept in files. If this fails, raise LAYOUT in csrc/formats.h and add its digest here."""
+    found = hashlib.sha256()
+    for stored in (
+        weight("I8", (24, 96, 0), "int8-token"), weight("I8", (24, 96, 32)), weight("I4", (24, 128, 64), zeros=True),
+        weight("F8", (24, 96, 0), "fp8-token"), atom_weight((24, 128, 32, 32)), atom_weight((24, 128, 32, 32), pairs=False),
+    ):  # fmt: skip
+        found.update(cpu.pack(stored, "float32", 1).data.tobytes())
+    assert LAYOUTS.get(native.layout()) == found.hexdigest()[:32]
