@@ -320,7 +320,8 @@ def nearest_atom(weight_: StoredTensor) -> StoredTensor:
     eights = np.clip(np.rint(wide / outlier_scale[:, None]), -128, 127).astype(np.int8)
     return StoredTensor(
         weight_.name, "ATOM", (n, k), np.concatenate([to_nibbles(q), eights.view(np.uint8)], 1),
-        {"scale": scale, "outlier_scale": outlier_scale}, {"order": order, "clip": np.array([0.9], np.float32)}, "atom",
+        {"scale": scale, "outlier_scale": outlier_scale}, {"order": order, "clip": np.array([0.9], np.float32)},
+        "atom",
     )  # fmt: skip
 
 
@@ -366,8 +367,10 @@ def test_a_changed_layout_has_a_new_number() -> None:
     """Packed weights are kept in files. If this fails, raise LAYOUT in csrc/formats.h and add its digest here."""
     found = hashlib.sha256()
     for stored in (
-        weight("I8", (24, 96, 0), "int8-token"), weight("I8", (24, 96, 32)), weight("I4", (24, 128, 64), zeros=True),
-        weight("F8", (24, 96, 0), "fp8-token"), atom_weight((24, 128, 32, 32)), atom_weight((24, 128, 32, 32), pairs=False),
+        weight("I8", (24, 96, 0), "int8-token"), weight("I8", (24, 96, 32)),
+        weight("I4", (24, 128, 64), zeros=True),
+        weight("F8", (24, 96, 0), "fp8-token"), atom_weight((24, 128, 32, 32)),
+        atom_weight((24, 128, 32, 32), pairs=False),
     ):  # fmt: skip
         found.update(cpu.pack(stored, "float32", 1).data.tobytes())
     assert LAYOUTS.get(native.layout()) == found.hexdigest()[:32]
