@@ -12,19 +12,30 @@ namespace {
 struct GridBytes : Bytes { static constexpr int ID = dovetail::I8, ZERO = 128, EIGHTS = 16; static constexpr bool HALVES = false; };
 struct GridNibbles : Nibbles { static constexpr int ID = dovetail::I4, ZERO = 8, EIGHTS = 1; static constexpr bool HALVES = false; };
 
-// A tile of weights: where its parts are.
+// A tile of weights: where its parts are. All scales are fetched before the first block, so that memory is read as one
+// stream. Processors do not follow two streams so well, one of which has a line where the other has many.
 struct GridTile {
     const uint8_t *scales, *zeros, *blocks;
     INLINE void open(const GemmArgs& g, int t) {
         const uint8_t* tile = g.weights + t * g.tile_stride;
         scales = tile + 64, zeros = tile + dovetail::grid_zeros(g.k_blocks, g.grid);
         blocks = tile + dovetail::grid_blocks(g.k_blocks, g.grid);
+        for (const uint8_t* p = scales; p < blocks; p += 64) prefetch(p);
     }
     INLINE F scale(int group) const { return half(scales + 32 * group); }
     INLINE F zero(int group) const { return signed_bytes(zeros + 16 * group); }
 };
 
 INLINE int group_blocks(const GemmArgs& g) { return g.grid.group ? g.grid.group : g.k_blocks; }
+
+// The number of the group of one block after the other.
+struct GroupOf {
+    int size, left, number = 0;
+    explicit INLINE GroupOf(const GemmArgs& g) : size(group_blocks(g)), left(size) {}
+    INLINE void next() {
+        if (--left == 0) number++, left = size;
+    }
+};
 
 // The sums times the columns' factors, and the rows' scales if they have one at `scale`.
 template <int R, int T> INLINE void put_scaled(const GemmArgs& g, F (&f)[R][T], const uint8_t* scale) {
@@ -171,7 +182,7 @@ template <int R, int T> void gemm_atom(const GemmArgs& g) {
 // ---- rows of int8 codes with a scale for each 32 values
 
 template <class W, int R, int T> void gemm_grid_int8(const GemmArgs& g) {
-    const int group = group_blocks(g);
+    GroupOf group(g);
     F f[R][T];
     GridTile tiles[T];
     UNROLL for (int t = 0; t < T; t++) tiles[t].open(g, t);
@@ -179,13 +190,13 @@ template <class W, int R, int T> void gemm_grid_int8(const GemmArgs& g) {
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
     Int8Rows<R> rows;
     rows.open(g);
-    for (int b = 0; b < g.k_blocks; b++, rows.next()) {
+    for (int b = 0; b < g.k_blocks; b++, group.next(), rows.next()) {
         const uint8_t* at[T];
         I low[R][T], high[R][T];
         fetch(g, b);
         UNROLL for (int t = 0; t < T; t++) at[t] = tiles[t].blocks + (size_t)b * W::CODES;
         sums_int8<W, R, T>(at, rows, low, high);
-        const int i = b / group;
+        const int i = group.number;
         UNROLL for (int t = 0; t < T; t++) {
             const F d = g.grid.group ? tiles[t].scale(i) : all(1.0f);
             UNROLL for (int r = 0; r < R; r++) {
@@ -200,14 +211,14 @@ template <class W, int R, int T> void gemm_grid_int8(const GemmArgs& g) {
 // ---- rows of 16-bit integers under a scale for each 32 values
 
 template <class W, int R> void gemm_grid_int16(const GemmArgs& g) {
-    const int group = group_blocks(g);
+    GroupOf group(g);
     F f[R][1];
     GridTile tile;
     Int16Rows<R> rows;
     tile.open(g, 0), rows.open(g);
     UNROLL for (int r = 0; r < R; r++) f[r][0] = zero();
-    for (int b = 0; b < g.k_blocks; b++, rows.next()) {
-        const int i = b / group;
+    for (int b = 0; b < g.k_blocks; b++, group.next(), rows.next()) {
+        const int i = group.number;
         const F d = g.grid.group ? tile.scale(i) : all(1.0f);
         W w;
         fetch(g, b);
@@ -244,7 +255,7 @@ INLINE void quads_of_floats(const W (&w)[T], const F (&zeros)[T], const float* c
 }
 
 template <class W, int R, int T> void gemm_grid_exact(const GemmArgs& g) {
-    const int group = group_blocks(g);
+    GroupOf group(g);
     F f[R][T];
     GridTile tiles[T];
     const float* x[R];
@@ -253,8 +264,8 @@ template <class W, int R, int T> void gemm_grid_exact(const GemmArgs& g) {
         x[r] = (const float*)(g.rows + r * g.row_stride);
         UNROLL for (int t = 0; t < T; t++) f[r][t] = zero();
     }
-    for (int b = 0; b < g.k_blocks; b++) {
-        const int i = b / group;
+    for (int b = 0; b < g.k_blocks; b++, group.next()) {
+        const int i = group.number;
         F zeros[T], sums[R][T];
         W w[T];
         fetch(g, b);
