@@ -180,7 +180,6 @@ void AttentionPlan::prepare(const KVMemory& kv) {
         if (s.states.size() < (size_t)packed_rows_ * record()) s.states.resize((size_t)packed_rows_ * record());
         if (s.q.size() < (size_t)packed_rows_ * padded_ * 4) s.q.resize((size_t)packed_rows_ * padded_ * 4);
         if (s.k.size() < gathered) s.k.resize(gathered), s.v.resize(gathered);
-        if (s.scales.size() < 4 * KEYS && kv.coded()) s.scales.resize(4 * KEYS, 0.0f);
     }
 }
 
@@ -249,7 +248,8 @@ void AttentionPlan::run_item(int index, const Kernels& kernels, const AttendArgs
         if (read) {
             const int first = c * CHUNK;
             load_chunk(index, kernels, args,
-                       {c, std::max(0, begin - first), std::min({CHUNK, end - first, length - first}), follows}, mine);
+                       {c, std::max(0, begin - first), std::min({CHUNK, end - first, length - first}), follows,
+                        packed > kernels.queries}, mine);
             for (int p = 0; p < packed; p += MAX_QUERIES)
                 run_rows({item, p, std::min(MAX_QUERIES, packed - p)}, kernels, args, c, mine);
         }
@@ -280,7 +280,7 @@ void AttentionPlan::load_chunk(int index, const Kernels& kernels, const AttendAr
     const Item& item = items_[index];
     const Reader reader{sequences_[nodes_[item.node].sequence], *args.kv, args.first_page, item.head};
     KeyBlock& keys = mine.keys;
-    keys.k_scale = keys.k_low = keys.v_scale = keys.v_low = nullptr, keys.next_shift = 0;
+    keys.stored = STORE_BF16, keys.coded = keys.lows = false, keys.next_shift = 0;
     if (args.kv->layout != TILED) return gather(reader, chunk, mine);
     if (what.follows) {
         memcpy(keys.k, keys.next_k, sizeof keys.k), memcpy(keys.v, keys.next_v, sizeof keys.v);
@@ -294,33 +294,26 @@ void AttentionPlan::load_chunk(int index, const Kernels& kernels, const AttendAr
         Reader{sequences_[nodes_[next.node].sequence], *args.kv, args.first_page, next.head}.tiles(
             next.first, keys.next_k, keys.next_v);
     }
-    if (args.kv->coded()) decode(kernels, *args.kv, what, mine);
+    if (args.kv->coded()) use_codes(kernels, *args.kv, what, mine);
 }
 
-// Replaces tiles of codes by tiles of bfloat16 of this thread's own, once for all rows. Scales are applied to scores and
-// weights, so decoding rounds nothing.
-void AttentionPlan::decode(const Kernels& kernels, const KVMemory& kv, const Wanted& what, Scratch& mine) const {
+// A few rows decode codes in registers. For more rows they become tiles of bfloat16 of this thread's own, once for all. Scales
+// are applied to scores and weights, so decoding rounds nothing, and both ways give the same bits.
+void AttentionPlan::use_codes(const Kernels& kernels, const KVMemory& kv, const Wanted& what, Scratch& mine) const {
     KeyBlock& keys = mine.keys;
-    const bool four = kv.stored == STORE_INT4;
     const size_t codes = code_bytes(kv.stored, padded_), tile = kv.tile_bytes();
-    float* const scales = mine.scales.data();
-    auto take = [&](const void* from, int i, float* to) {
-        const float* of_tile = (const float*)((const uint8_t*)from + codes);
-        memcpy(to + 16 * i, of_tile, 64);
-        for (int t = 0; four && t < 16; t++) to[KEYS + 16 * i + t] = of_tile[16 + t] + 8 * of_tile[t];
-    };
+    keys.coded = true, keys.lows = kv.stored == STORE_INT4, keys.next_shift = keys.lows ? 2 : 1;
+    if (!what.many) keys.stored = kv.stored;
     for (int i = what.first / 32 * 2; i < std::min(KEY_TILES, (what.last + 31) / 32 * 2); i++) {
         const uint8_t *k = (const uint8_t*)keys.k[i], *v = (const uint8_t*)keys.v[i];
-        __builtin_prefetch((const uint8_t*)keys.next_k[i] + codes), __builtin_prefetch((const uint8_t*)keys.next_v[i] + codes);
+        keys.k_scales[i] = (const float*)(k + codes), keys.v_scales[i] = (const float*)(v + codes);
+        for (const void* next : {keys.next_k[i], keys.next_v[i]})
+            for (size_t at = codes; at < kv.stored_tile(); at += 64) __builtin_prefetch((const uint8_t*)next + at);
+        if (!what.many) continue;
         kernels.decode[kv.stored](k, 1, padded_ / 2, mine.k.data() + i * tile);
-        take(k, i, scales);
         kernels.decode[kv.stored](v, 8, padded_ / 16, mine.v.data() + i * tile);
-        take(v, i, scales + 2 * KEYS);
         keys.k[i] = mine.k.data() + i * tile, keys.v[i] = mine.v.data() + i * tile;
     }
-    keys.next_shift = four ? 2 : 1;
-    keys.k_scale = scales, keys.v_scale = scales + 2 * KEYS;
-    keys.k_low = four ? scales + KEYS : nullptr, keys.v_low = four ? scales + 3 * KEYS : nullptr;
 }
 
 // Other layouts: the chunk's keys as tiles of this thread's own.

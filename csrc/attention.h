@@ -94,7 +94,6 @@ class AttentionPlan {
     struct Scratch {
         Aligned<float> states;
         Aligned<uint8_t> q, k, v;
-        Aligned<float> scales;  // of K, lows of K, of V, lows of V: [4][KEYS]
         KeyBlock keys;
     };
     void run_item(int index, const Kernels& kernels, const AttendArgs& args, Scratch& mine);
@@ -102,9 +101,10 @@ class AttentionPlan {
     struct Wanted {
         int chunk, first, last;
         bool follows;  // the chunk before was loaded, and this one was fetched then
+        bool many;     // more rows than a register block
     };
     void load_chunk(int index, const Kernels& kernels, const AttendArgs& args, const Wanted& what, Scratch& mine) const;
-    void decode(const Kernels& kernels, const KVMemory& kv, const Wanted& what, Scratch& mine) const;
+    void use_codes(const Kernels& kernels, const KVMemory& kv, const Wanted& what, Scratch& mine) const;
     void gather(const struct Reader& reader, int chunk, Scratch& mine) const;
     void keep_piece(const Item& item, int piece, Scratch& mine);
     void run_rows(const Rows& rows, const Kernels& kernels, const AttendArgs& args, int chunk, Scratch& mine);

@@ -82,8 +82,11 @@ struct KeyBlock {
     const void* next_k[KEY_TILES];  // to fetch meanwhile
     const void* next_v[KEY_TILES];
     int next_shift = 0;             // what comes next has 2^-next_shift of the bytes of these tiles
-    // Of codes: keys are k_scale[t] * k + k_low[t], values v_scale[t] * v + v_low[t]. Null if there is nothing to apply.
-    const float *k_scale = nullptr, *k_low = nullptr, *v_scale = nullptr, *v_low = nullptr;
+    // How tiles lie there. Codes are decoded row block by row block, so they suit a few rows.
+    KVStored stored = STORE_BF16;
+    // If they are codes, or were before they were decoded: the sixteen scales of each tile, and with `lows` sixteen lows.
+    bool coded = false, lows = false;
+    const float *k_scales[KEY_TILES], *v_scales[KEY_TILES];
     int first, last;                // tiles [first, last) are read, both even
 };
 
@@ -178,6 +181,7 @@ struct Odds {
 
 struct Kernels {
     const char* name;
+    int queries;     // rows of a register block of attention
     int rows_alone;  // up to so many rows, one block of all rows by one tile at a time is best
     BlockShape many[NUM_FORMATS][NUM_ACTIVATIONS];  // the best register block for more rows
     Gemm gemm[NUM_FORMATS][NUM_ACTIVATIONS][MAX_ROWS + 1][MAX_TILES + 1];

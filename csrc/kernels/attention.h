@@ -10,7 +10,13 @@ namespace {
 using dovetail::KEY_TILES;
 using dovetail::KeyBlock;
 using dovetail::KEYS;
+using dovetail::KVStored;
 using dovetail::State;
+using dovetail::STORE_BF16;
+using dovetail::STORE_F32;
+using dovetail::STORE_FP8;
+using dovetail::STORE_INT4;
+using dovetail::STORE_INT8;
 
 // Of short tiles (two to a page of memory) every second line is fetched, because the processor fetches its neighbour too.
 // A core can wait for about 24 lines that a program asked for, which are 15 GB/s. Of longer tiles every line is fetched; the
@@ -20,8 +26,18 @@ constexpr int SHORT_DIM = 64;
 // Register blocks of R rows are functions of their own: inlined into their loops they would lose registers to them.
 #define BLOCK_OF_ROWS __attribute__((noinline)) void
 
+// Thirty-two values as bfloat16. Codes with four bits: from the low or from the high halves.
+template <KVStored S> INLINE I vector_of(const void* from, bool high) {
+    if constexpr (S == STORE_INT8) return bytes_as_bf16(from);
+    else if constexpr (S == STORE_FP8) return e4m3_as_bf16(from);
+    else if constexpr (S == STORE_INT4) return high ? fours_as_bf16<1>(from) : fours_as_bf16<0>(from);
+    else return iload(from);
+}
+// By how much codes are smaller than bfloat16, as a shift.
+template <KVStored S> constexpr int NARROW = S == STORE_INT4 ? 2 : S == STORE_BF16 ? 0 : 1;
+
 // AHEAD: fetch what comes next.
-template <int R, int U, bool AHEAD>
+template <KVStored S, int R, int U, bool AHEAD>
 BLOCK_OF_ROWS scores_bf16(const uint16_t* q, size_t stride, int pairs, const KeyBlock& keys, int first, float* out) {
     F acc[R][U];
     const char *tile[U], *x = (const char*)q;
@@ -32,19 +48,21 @@ BLOCK_OF_ROWS scores_bf16(const uint16_t* q, size_t stride, int pairs, const Key
         if (r) hold(row[r]);
         UNROLL for (int u = 0; u < U; u++) acc[r][u] = zero();
     }
-    for (size_t d = 0; d < (size_t)pairs * 64; d += 64, x += 4) {
-        I k[U];
-        UNROLL for (int u = 0; u < U; u++) {
-            k[u] = iload(tile[u] + d);
-            pin(k[u]);
-            if (AHEAD && (d % 128 == 0 || pairs > SHORT_DIM / 2))
-                prefetch_far((const char*)keys.next_k[first + u] + (d >> keys.next_shift));
+    constexpr int VECTORS = S == STORE_INT4 ? 2 : 1;  // that share their codes
+    for (size_t d = 0; d < (size_t)pairs * 64; d += 64 * VECTORS)
+        UNROLL for (int j = 0; j < VECTORS; j++, x += 4) {
+            I k[U];
+            UNROLL for (int u = 0; u < U; u++) {
+                k[u] = vector_of<S>(tile[u] + (d >> NARROW<S>), j);
+                pin(k[u]);
+                if (AHEAD && j == 0 && (d % 128 == 0 || pairs > SHORT_DIM / 2))
+                    prefetch_far((const char*)keys.next_k[first + u] + (d >> keys.next_shift));
+            }
+            UNROLL for (int r = 0; r < R; r++) {
+                const I y = iall(*(const int32_t*)(x + row[r]));
+                UNROLL for (int u = 0; u < U; u++) acc[r][u] = dot_bf16(acc[r][u], k[u], y);
+            }
         }
-        UNROLL for (int r = 0; r < R; r++) {
-            const I y = iall(*(const int32_t*)(x + row[r]));
-            UNROLL for (int u = 0; u < U; u++) acc[r][u] = dot_bf16(acc[r][u], k[u], y);
-        }
-    }
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) store(out + r * KEYS + (first + u) * 16, acc[r][u]);
 }
@@ -70,43 +88,51 @@ BLOCK_OF_ROWS scores_f32(const float* q, size_t stride, int n, const KeyBlock& k
         UNROLL for (int u = 0; u < U; u++) store(out + r * KEYS + (first + u) * 16, acc[r][u]);
 }
 
-template <bool WIDE, int R, int U, bool AHEAD>
+template <KVStored S, int R, int U, bool AHEAD>
 INLINE void scores_of(const void* q, size_t stride, int n, const KeyBlock& keys, int u, float* out) {
-    if (WIDE) scores_f32<R, U, AHEAD>((const float*)q, stride, n, keys, u, out);
-    else scores_bf16<R, U, AHEAD>((const uint16_t*)q, stride, n / 2, keys, u, out);
+    if constexpr (S == STORE_F32) scores_f32<R, U, AHEAD>((const float*)q, stride, n, keys, u, out);
+    else scores_bf16<S, R, U, AHEAD>((const uint16_t*)q, stride, n / 2, keys, u, out);
 }
-template <bool WIDE, int R, int U>
+template <KVStored S, int R, int U>
 void scores_by(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, int u, bool ahead, float* out) {
-    if (rows == R && ahead) return scores_of<WIDE, R, U, true>(q, stride, n, keys, u, out);
-    if (rows == R) return scores_of<WIDE, R, U, false>(q, stride, n, keys, u, out);
-    if constexpr (R > 1) scores_by<WIDE, R - 1, U>(q, stride, rows, n, keys, u, ahead, out);
+    constexpr bool ONCE = S == STORE_F32 || S == STORE_BF16;  // codes always fetch: they are for a few rows
+    if (rows == R && (ahead || !ONCE)) return scores_of<S, R, U, true>(q, stride, n, keys, u, out);
+    if constexpr (ONCE)
+        if (rows == R) return scores_of<S, R, U, false>(q, stride, n, keys, u, out);
+    if constexpr (R > 1) scores_by<S, R - 1, U>(q, stride, rows, n, keys, u, ahead, out);
 }
 
 // Tiles [u, keys.last) in steps of U, then of half of it. All rows meet the tiles of a step, and the first ones fetch.
-template <bool WIDE, int U>
+template <KVStored S, int U>
 void scores_from(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, int u, float* out) {
     for (; u + U <= keys.last; u += U)
         for (int r = 0; r < rows; r += QUERIES) {
             const int some = rows - r < QUERIES ? rows - r : QUERIES;
-            const char* from = (const char*)q + r * stride * (WIDE ? 4 : 2);
-            scores_by<WIDE, QUERIES, U>(from, stride, some, n, keys, u, r == 0, out + r * KEYS);
+            const char* from = (const char*)q + r * stride * (S == STORE_F32 ? 4 : 2);
+            scores_by<S, QUERIES, U>(from, stride, some, n, keys, u, r == 0, out + r * KEYS);
         }
-    if constexpr (U > 2) scores_from<WIDE, U / 2>(q, stride, rows, n, keys, u, out);
+    if constexpr (U > 2) scores_from<S, U / 2>(q, stride, rows, n, keys, u, out);
 }
+// What codes of 0 mean that count from the middle: low + 8 scale.
+INLINE F middle_of(const float* scales) { return fma(load(scales), all(8.0f), load(scales + 16)); }
+
 // A row's scores with codes, as those with the keys.
 INLINE void rescale(const uint16_t* q, int n, const KeyBlock& keys, float* out) {
     F total = zero();
-    for (int i = 0; keys.k_low && i < n; i += 16) total = add(total, bf16(q + i));
+    for (int i = 0; keys.lows && i < n; i += 16) total = add(total, bf16(q + i));
     const F shared = all(sum(total));
-    for (int t = 16 * keys.first; t < 16 * keys.last; t += 16) {
-        const F s = mul(load(out + t), load(keys.k_scale + t));
-        store(out + t, keys.k_low ? fma(load(keys.k_low + t), shared, s) : s);
+    for (int u = keys.first; u < keys.last; u++) {
+        const F scale = load(keys.k_scales[u]), s = mul(load(out + 16 * u), scale);
+        store(out + 16 * u, keys.lows ? fma(middle_of(keys.k_scales[u]), shared, s) : s);
     }
 }
 
 template <bool WIDE> void scores(const void* q, size_t stride, int rows, int n, const KeyBlock& keys, float* out) {
-    scores_from<WIDE, KEY_STEP>(q, stride, rows, n, keys, keys.first, out);
-    for (int r = 0; !WIDE && keys.k_scale && r < rows; r++) rescale((const uint16_t*)q + r * stride, n, keys, out + r * KEYS);
+    const auto from = WIDE ? scores_from<STORE_F32, KEY_STEP> : keys.stored == STORE_INT8 ? scores_from<STORE_INT8, KEY_STEP>
+                      : keys.stored == STORE_INT4 ? scores_from<STORE_INT4, KEY_STEP>
+                      : keys.stored == STORE_FP8  ? scores_from<STORE_FP8, KEY_STEP> : scores_from<STORE_BF16, KEY_STEP>;
+    from(q, stride, rows, n, keys, keys.first, out);
+    for (int r = 0; !WIDE && keys.coded && r < rows; r++) rescale((const uint16_t*)q + r * stride, n, keys, out + r * KEYS);
 }
 
 // ---- softmax and V
@@ -156,15 +182,15 @@ template <bool WIDE, bool WHOLE> INLINE float weigh(float* scores, const KeyBloc
         }
         parts[j] = add(a, b);
         if (WIDE) continue;
-        if (keys.v_low) lows = fma(a, load(keys.v_low + 32 * j), fma(b, load(keys.v_low + 32 * j + 16), lows));
-        if (keys.v_scale) a = mul(a, load(keys.v_scale + 32 * j)), b = mul(b, load(keys.v_scale + 32 * j + 16));
+        if (keys.lows) lows = fma(a, middle_of(keys.v_scales[2 * j]), fma(b, middle_of(keys.v_scales[2 * j + 1]), lows));
+        if (keys.coded) a = mul(a, load(keys.v_scales[2 * j])), b = mul(b, load(keys.v_scales[2 * j + 1]));
         store_bf16_pair(scores + 16 * j, a, b);  // weights replace scores, in half the room
     }
-    *low = keys.v_low ? sum(lows) : 0;
+    *low = keys.lows ? sum(lows) : 0;
     return sum(add(add(parts[0], parts[1]), add(parts[2], parts[3])));
 }
 
-template <int R, int V, bool AHEAD>
+template <KVStored S, int R, int V, bool AHEAD>
 BLOCK_OF_ROWS mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, float* out, int stride) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++)
@@ -172,9 +198,11 @@ BLOCK_OF_ROWS mix_bf16(const uint16_t* p, int n, const KeyBlock& keys, int d, fl
     for (int u = keys.first; u < keys.last; u++)
         for (int t = 0; t < 8; t++) {
             const size_t at = ((size_t)t * n + d) * 4;
+            const size_t row = S == STORE_INT4 ? (size_t)t * ((n + 31) / 32 * 32) + d / 32 * 32 : at >> NARROW<S>;
             I x[V];
             UNROLL for (int v = 0; v < V; v++) {
-                x[v] = iload((const char*)keys.v[u] + at + 64 * v);
+                const size_t vector = S == STORE_INT4 ? v / 2 * 32 : v * (64 >> NARROW<S>);
+                x[v] = vector_of<S>((const char*)keys.v[u] + row + vector, V == 1 ? d / 16 % 2 : v % 2);
                 pin(x[v]);
                 if (AHEAD && ((d / 16 + v) % 2 == 0 || n > SHORT_DIM))
                     prefetch_far((const char*)keys.next_v[u] + ((at + 64 * v) >> keys.next_shift));
@@ -211,27 +239,29 @@ BLOCK_OF_ROWS mix_f32(const float* p, int n, const KeyBlock& keys, int d, float*
         UNROLL for (int v = 0; v < V; v++) store(out + r * stride + d + 16 * v, acc[r][v]);
 }
 
-template <bool WIDE, int R, int V, bool AHEAD>
+template <KVStored S, int R, int V, bool AHEAD>
 INLINE void mix_of(const float* scores, int n, const KeyBlock& keys, int d, float* out, int stride) {
-    if (WIDE) mix_f32<R, V, AHEAD>(scores, n, keys, d, out, stride);
-    else mix_bf16<R, V, AHEAD>((const uint16_t*)scores, n, keys, d, out, stride);
+    if constexpr (S == STORE_F32) mix_f32<R, V, AHEAD>(scores, n, keys, d, out, stride);
+    else mix_bf16<S, R, V, AHEAD>((const uint16_t*)scores, n, keys, d, out, stride);
 }
-template <bool WIDE, int R, int V>
+template <KVStored S, int R, int V>
 void mix_by(const float* scores, int rows, int n, const KeyBlock& keys, int d, bool ahead, float* out, int stride) {
-    if (rows == R && ahead) return mix_of<WIDE, R, V, true>(scores, n, keys, d, out, stride);
-    if (rows == R) return mix_of<WIDE, R, V, false>(scores, n, keys, d, out, stride);
-    if constexpr (R > 1) mix_by<WIDE, R - 1, V>(scores, rows, n, keys, d, ahead, out, stride);
+    constexpr bool ONCE = S == STORE_F32 || S == STORE_BF16;
+    if (rows == R && (ahead || !ONCE)) return mix_of<S, R, V, true>(scores, n, keys, d, out, stride);
+    if constexpr (ONCE)
+        if (rows == R) return mix_of<S, R, V, false>(scores, n, keys, d, out, stride);
+    if constexpr (R > 1) mix_by<S, R - 1, V>(scores, rows, n, keys, d, ahead, out, stride);
 }
 
 // Dimensions [d, n) in steps of V vectors, then of one.
-template <bool WIDE, int V>
+template <KVStored S, int V>
 void mix_from(const float* scores, int rows, int n, const KeyBlock& keys, int d, const State& state) {
     for (; d + 16 * V <= n; d += 16 * V)
         for (int r = 0; r < rows; r += QUERIES) {
             const int some = rows - r < QUERIES ? rows - r : QUERIES;
-            mix_by<WIDE, QUERIES, V>(scores + r * KEYS, some, n, keys, d, r == 0, state.out + r * state.stride, state.stride);
+            mix_by<S, QUERIES, V>(scores + r * KEYS, some, n, keys, d, r == 0, state.out + r * state.stride, state.stride);
         }
-    if constexpr (V > 1) mix_from<WIDE, 1>(scores, rows, n, keys, d, state);
+    if constexpr (V > 1) mix_from<S, 1>(scores, rows, n, keys, d, state);
 }
 template <bool WIDE> void mix(float* scores, int rows, int n, const KeyBlock& keys, State& state) {
     // In two loops: a row's exponentials need not wait for its own maximum.
@@ -241,8 +271,11 @@ template <bool WIDE> void mix(float* scores, int rows, int n, const KeyBlock& ke
         float *row = scores + r * KEYS, most = state.max[r];
         state.sum[r] = whole(keys) ? weigh<WIDE, true>(row, keys, most, low + r) : weigh<WIDE, false>(row, keys, most, low + r);
     }
-    mix_from<WIDE, VALUE_STEP>(scores, rows, n, keys, 0, state);
-    for (int r = 0; keys.v_low && r < rows; r++)
+    const auto from = WIDE ? mix_from<STORE_F32, VALUE_STEP> : keys.stored == STORE_INT8 ? mix_from<STORE_INT8, VALUE_STEP>
+                      : keys.stored == STORE_INT4 ? mix_from<STORE_INT4, VALUE_STEP>
+                      : keys.stored == STORE_FP8  ? mix_from<STORE_FP8, VALUE_STEP> : mix_from<STORE_BF16, VALUE_STEP>;
+    from(scores, rows, n, keys, 0, state);
+    for (int r = 0; keys.lows && r < rows; r++)
         for (float *out = state.out + r * state.stride, *end = out + n; out < end; out += 16)
             store(out, add(load(out), all(low[r])));
 }
@@ -293,7 +326,7 @@ bool write_bf16(const float* k, const float* v, int n, int t, uint8_t* k_tile, u
 inline void add_attention(dovetail::Kernels& k) {
     k.scores[dovetail::KV_F32] = scores<true>, k.scores[dovetail::KV_BF16] = scores<false>;
     k.mix[dovetail::KV_F32] = mix<true>, k.mix[dovetail::KV_BF16] = mix<false>;
-    k.merge = merge, k.write_bf16 = write_bf16;
+    k.merge = merge, k.write_bf16 = write_bf16, k.queries = QUERIES;
 }
 
 }  // namespace

@@ -5,11 +5,6 @@
 
 namespace {
 
-using dovetail::KVStored;
-using dovetail::STORE_FP8;
-using dovetail::STORE_INT4;
-using dovetail::STORE_INT8;
-
 constexpr float TINY = 1.17549435e-38f;
 
 // e4m3 of |x| at most 448, rounded to nearest even. Below 2^-6 values are multiples of 2^-9.
@@ -74,15 +69,10 @@ template <KVStored S> bool write_codes(const float* x, int n, int t, bool keys, 
 template <KVStored S> void decode_kv(const uint8_t* codes, int rows, int vectors, uint8_t* out) {
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; codes += 32) {
-            if (S == STORE_INT4) {
-                alignas(64) uint8_t none[64];
-                store_fours(out, v + 1 < vectors ? out + 64 : none, codes);
-                const int some = v + 1 < vectors ? 2 : 1;
-                v += some, out += 64 * some;
-                continue;
-            }
-            if (S == STORE_FP8) store_e4m3(out, codes);
-            else store_bf16_pair(out, signed_bytes(codes), signed_bytes(codes + 16));
+            istore(out, vector_of<S>(codes, false));
+            v++, out += 64;
+            if (S != STORE_INT4 || v == vectors) continue;
+            istore(out, vector_of<S>(codes, true));
             v++, out += 64;
         }
 }

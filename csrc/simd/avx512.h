@@ -139,23 +139,31 @@ INLINE void store_bf16_pair(void* p, F a, F b) {
 #endif
 }
 
-// Thirty-two codes as bfloat16: e4m3; or low halves minus 8, and then high halves minus 8.
-INLINE void store_e4m3(void* p, const void* codes) {
+// Thirty-two codes as bfloat16: signed bytes; e4m3; or low (H = 0) or high halves of bytes minus 8.
+INLINE I bytes_as_bf16(const void* codes) {
+    const F a = signed_bytes(codes), b = signed_bytes((const char*)codes + 16);
+#ifdef __AVX512BF16__
+    return (I)_mm512_cvtne2ps_pbh(b, a);
+#else
+    const __m256i low = _mm512_cvtepi32_epi16(right32<16>(as_int(a))), high = _mm512_cvtepi32_epi16(right32<16>(as_int(b)));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#endif
+}
+INLINE I e4m3_as_bf16(const void* codes) {
     const I w = bytes_as_16(codes), x = iand(w, _mm512_set1_epi16(0x7f));
     const I small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
     const I normal = _mm512_add_epi16(left16<4>(x), _mm512_set1_epi16(0x3c00));
     const __mmask32 below = _mm512_cmplt_epu16_mask(x, _mm512_set1_epi16(8));
     const I found = _mm512_mask_permutexvar_epi16(normal, below, x, small);
-    istore(p, ior(found, iand(left16<8>(w), _mm512_set1_epi16((short)0x8000))));
+    return ior(found, iand(left16<8>(w), _mm512_set1_epi16((short)0x8000)));
 }
-INLINE void store_fours(void* low, void* high, const void* codes) {
+template <int H> INLINE I fours_as_bf16(const void* codes) {
     const I w = bytes_as_16(codes);
     const __m256i half = _mm256_setr_epi16((short)0xc100, (short)0xc0e0, (short)0xc0c0, (short)0xc0a0, (short)0xc080,
                                            (short)0xc040, (short)0xc000, (short)0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080,
                                            0x40a0, 0x40c0, 0x40e0);
     const I table = _mm512_broadcast_i64x4(half);  // twice, because five bits are looked up
-    istore(low, _mm512_permutexvar_epi16(w, table));
-    istore(high, _mm512_permutexvar_epi16(right16<4>(w), table));
+    return _mm512_permutexvar_epi16(H ? right16<4>(w) : w, table);
 }
 
 INLINE void pin(I& x) { __asm__("" : "+v"(x)); }  // stays in its register instead of being loaded again
