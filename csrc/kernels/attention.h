@@ -29,7 +29,7 @@ constexpr int SHORT_DIM = 64;
 // Thirty-two values as bfloat16. Codes with four bits: from the low or from the high halves.
 template <KVStored S> INLINE I vector_of(const void* from, bool high) {
     if constexpr (S == STORE_INT8) return bytes_as_bf16(from);
-    else if constexpr (S == STORE_FP8) return e4m3_as_bf16(from);
+    else if constexpr (S == STORE_FP8) return eights_as_bf16(from);
     else if constexpr (S == STORE_INT4) return high ? fours_as_bf16<1>(from) : fours_as_bf16<0>(from);
     else return iload(from);
 }

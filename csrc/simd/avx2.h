@@ -187,24 +187,11 @@ INLINE void store_bf16(void* p, F a) {
 
 INLINE void store_bf16_pair(void* p, F a, F b) { store_bf16(p, a), store_bf16((uint16_t*)p + 16, b); }
 
-// Thirty-two codes as bfloat16: signed bytes; e4m3; or low (H = 0) or high halves of bytes minus 8.
+// Thirty-two codes as bfloat16: signed bytes; or low (H = 0) or high halves of bytes minus 8.
 INLINE I bytes_as_bf16(const void* codes) {
     const I a = right32<16>(as_int(signed_bytes(codes))), b = right32<16>(as_int(signed_bytes((const char*)codes + 16)));
     return {_mm256_permute4x64_epi64(_mm256_packus_epi32(a.a, a.b), 0xd8),
             _mm256_permute4x64_epi64(_mm256_packus_epi32(b.a, b.b), 0xd8)};
-}
-INLINE __m256i e4m3(__m256i w) {
-    const __m256i x = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
-    const __m256i small = _mm256_broadcastsi128_si256(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(x, 4), _mm256_set1_epi16(0x3c00));
-    const __m256i at = _mm256_add_epi16(_mm256_mullo_epi16(x, _mm256_set1_epi16(0x0202)), _mm256_set1_epi16(0x0100));
-    const __m256i below = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), x);
-    const __m256i found = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(small, at), below);
-    return _mm256_or_si256(found, _mm256_and_si256(_mm256_slli_epi16(w, 8), _mm256_set1_epi16((short)0x8000)));
-}
-INLINE I e4m3_as_bf16(const void* codes) {
-    const I w = bytes_as_16(codes);
-    return {e4m3(w.a), e4m3(w.b)};
 }
 template <int H> INLINE I fours_as_bf16(const void* codes) {
     const __m256i bytes = _mm256_loadu_si256((const __m256i*)codes), x = H ? _mm256_srli_epi16(bytes, 4) : bytes;

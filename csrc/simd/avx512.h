@@ -139,7 +139,7 @@ INLINE void store_bf16_pair(void* p, F a, F b) {
 #endif
 }
 
-// Thirty-two codes as bfloat16: signed bytes; e4m3; or low (H = 0) or high halves of bytes minus 8.
+// Thirty-two codes as bfloat16: signed bytes; or low (H = 0) or high halves of bytes minus 8.
 INLINE I bytes_as_bf16(const void* codes) {
     const F a = signed_bytes(codes), b = signed_bytes((const char*)codes + 16);
 #ifdef __AVX512BF16__
@@ -148,14 +148,6 @@ INLINE I bytes_as_bf16(const void* codes) {
     const __m256i low = _mm512_cvtepi32_epi16(right32<16>(as_int(a))), high = _mm512_cvtepi32_epi16(right32<16>(as_int(b)));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #endif
-}
-INLINE I e4m3_as_bf16(const void* codes) {
-    const I w = bytes_as_16(codes), x = iand(w, _mm512_set1_epi16(0x7f));
-    const I small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    const I normal = _mm512_add_epi16(left16<4>(x), _mm512_set1_epi16(0x3c00));
-    const __mmask32 below = _mm512_cmplt_epu16_mask(x, _mm512_set1_epi16(8));
-    const I found = _mm512_mask_permutexvar_epi16(normal, below, x, small);
-    return ior(found, iand(left16<8>(w), _mm512_set1_epi16((short)0x8000)));
 }
 template <int H> INLINE I fours_as_bf16(const void* codes) {
     const I w = bytes_as_16(codes);

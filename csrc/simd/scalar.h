@@ -177,7 +177,7 @@ INLINE void store_bf16(void* p, F a) {
 
 INLINE void store_bf16_pair(void* p, F a, F b) { store_bf16(p, a), store_bf16((uint16_t*)p + 16, b); }
 
-// Thirty-two codes as bfloat16: signed bytes; e4m3; or low (H = 0) or high halves of bytes minus 8.
+// Thirty-two codes as bfloat16: signed bytes; or low (H = 0) or high halves of bytes minus 8.
 template <class Value> INLINE I as_bf16(const void* codes, const Value& value) {
     uint16_t found[32];
     for (int i = 0; i < 32; i++) {
@@ -190,12 +190,6 @@ template <class Value> INLINE I as_bf16(const void* codes, const Value& value) {
 }
 INLINE I bytes_as_bf16(const void* codes) {
     return as_bf16(codes, [](uint8_t c) { return (float)(int8_t)c; });
-}
-INLINE I e4m3_as_bf16(const void* codes) {
-    return as_bf16(codes, [](uint8_t c) {
-        const int x = c & 127;
-        return copysignf(x < 8 ? (float)x * 0x1p-9f : (float)(8 + x % 8) * ldexpf(1.0f, x / 8 - 10), c & 128 ? -1.0f : 1.0f);
-    });
 }
 template <int H> INLINE I fours_as_bf16(const void* codes) {
     return as_bf16(codes, [](uint8_t c) { return (float)((c >> 4 * H & 15) - 8); });
