@@ -420,7 +420,8 @@ async def settled(url: str, process: int, wanted: State | None = None) -> tuple[
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         await asyncio.sleep(0.5)
-        held, state = await gauges(url), state_of(process)
+        state = state_of(process)  # first: the server may not have closed the connection of `gauges` yet
+        held = await gauges(url)
         small = wanted is None or (state.descriptors <= wanted.descriptors and state.threads <= wanted.threads)
         if (small and not any(held.values())) or time.monotonic() > end:
             return state, held
