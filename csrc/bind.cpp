@@ -269,12 +269,12 @@ NB_MODULE(_native, m) {
             new (self) Packed(f, (const uint8_t*)rows, row_bytes, n, k, threads);
         })
         .def_static("grid", [](const std::string& format, std::tuple<int, int, int, int, bool> sizes, std::pair<uintptr_t, size_t> codes,
-                               std::tuple<uintptr_t, uintptr_t, uintptr_t> parts, const std::string& activation,
+                               std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t> parts, const std::string& activation,
                                const std::vector<std::pair<uintptr_t, size_t>>& shared, int threads) {
             const auto [n, k, groups, outliers, pairs] = sizes;
-            const auto [scale, zero, outlier_scale] = parts;
+            const auto [scale, zero, outlier_scale, bias] = parts;
             GridWeight w{format_of(format), n, k, groups, (const uint8_t*)codes.first, codes.second, (const float*)scale,
-                         (const int16_t*)zero, outliers, pairs, (const float*)outlier_scale, activation, {}};
+                         (const int16_t*)zero, outliers, pairs, (const float*)outlier_scale, (const float*)bias, activation, {}};
             for (const auto& [address, count] : shared) w.shared.emplace_back((const void*)address, count);
             nb::gil_scoped_release free;
             return std::make_shared<Packed>(w, threads);
@@ -365,7 +365,9 @@ NB_MODULE(_native, m) {
         .def("linear", [](Program& p, int in, int out, nb::list weights, const std::string& activation,
                           std::vector<float> norm, float eps, std::vector<float> bias, bool add,
                           const std::string& gate, bool sampled) {
-            const auto rows = choice<Activation>(activation, {"exact", "int8", "bf16", "int16", "int8-token", "fp8-token", "atom"});
+            const auto rows = choice<Activation>(
+                activation, {"exact", "int8", "bf16", "int16", "int8-token", "fp8-token", "atom",
+                             "tender", "tender-explicit"});
             p.linear({in, out, weights_of(weights), rows,
                       std::move(norm), eps, std::move(bias), add,
                       choice<Gate>(gate, {"", "silu", "gelu", "gelu_pytorch_tanh", "relu"}), sampled});

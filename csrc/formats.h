@@ -15,6 +15,8 @@
 // of two, so that scales that were stored in float16 or bfloat16 keep their value. Without groups it is the scale.
 // A tile of ATOM has blocks of 4 bits and then blocks of bytes, for the outliers. Behind them are the float16 scales of
 // each group, 8 if neighbouring columns share them, else 16, and 16 of the outliers. One factor, in the header, suits all.
+// Tender's weights (TENDER8, TENDER4) have no groups; behind the factors are a float bias of each column for each chunk
+// of rows, if there are any.
 // Packed weights are kept in files: whoever changes the layout raises its number, and these files are made again.
 #pragma once
 #include <cstddef>
@@ -23,11 +25,11 @@
 namespace dovetail {
 
 enum Format : int { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4,
-                    I8, I4, F8, ATOM,
+                    I8, I4, F8, ATOM, TENDER8, TENDER4,
                     NUM_FORMATS };
-enum Activation : int { EXACT, INT8, BFLOAT, INT16, INT8_TOKEN, FP8_TOKEN, MIXED, NUM_ACTIVATIONS };
+enum Activation : int { EXACT, INT8, BFLOAT, INT16, INT8_TOKEN, FP8_TOKEN, MIXED, TENDER, TENDER_EXPLICIT, NUM_ACTIVATIONS };
 
-constexpr int LAYOUT = 2;  // the number of the packed layout
+constexpr int LAYOUT = 3;  // the number of the packed layout
 constexpr int TILE = 16;   // columns of a tile
 constexpr int BLOCK = 32;  // K of a block
 // K of weights on grids. Sums of int8 products over all of K then stay within 32 bits, also halfway: with the zero point
@@ -51,35 +53,45 @@ constexpr FormatInfo FORMATS[NUM_FORMATS] = {
     {"IQ4_NL", 32, 18, 1, 0, 256 + 32},  {"IQ4_XS", 256, 136, 8, 32, 256 + 16},
     {"MXFP4", 32, 17, 1, 0, 256 + 16},
     {"I8", 0, 0, 1, 0, 512}, {"I4", 0, 0, 1, 0, 256}, {"F8", 0, 0, 1, 0, 512},
-    {"ATOM", 0, 0, 1, 0, 256},
+    {"ATOM", 0, 0, 1, 0, 256}, {"TENDER8", 0, 0, 1, 0, 512}, {"TENDER4", 0, 0, 1, 0, 256},
 };
 constexpr bool on_grid(Format f) { return FORMATS[f].values == 0; }
 
 // group: blocks of a group; 0 for one scale a column. outliers: blocks of them. pairs: whether neighbouring columns share
-// scales. factor: of ATOM's scales.
+// scales. factor: of ATOM's scales. Of Tender's weights: biases, the number of chunks of rows that have one; wide, whether
+// sums of 32 bits might overflow.
 struct GridShape {
     int group, zeros, outliers, pairs;
     float factor;
+    int biases, wide;
+};
+
+constexpr int TENDER_GROUPS = 20;
+
+// How rows of activations are cut into groups and codes (ops/tender.py). It goes on with zeros to TENDER_GROUPS.
+struct TenderPlan {
+    int32_t bits, chunk, chunks, groups, sizes[TENDER_GROUPS];
 };
 
 // Arrays that all rows of a weight have in common, of 4 bytes an element. ORDER: int32 [k], the input column of each code.
-// CLIP: float [1]; SIZES: int32 [2], ATOM's blocks of a group and of outliers.
-enum Shared : int { ORDER, CLIP, SIZES, NUM_SHARED };
+// CLIP: float [1]; SIZES: int32 [2], ATOM's blocks of a group and of outliers, or a TenderPlan. Tender's SCALES: float
+// [chunks]; MEANS: float [chunks][k_blocks * 32], by code.
+enum Shared : int { ORDER, CLIP, SIZES, SCALES, MEANS, NUM_SHARED };
 
 // Behind it the arrays, each from a multiple of 64 on. activation: how the checkpoint wants rows of activations.
 struct GridHeader {
     char activation[16];
-    int32_t counts[7];  // elements of each array
+    int32_t counts[5];  // elements of each array
     GridShape shape;
 };
-static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 7, "one line");
+static_assert(sizeof(GridHeader) == 64 && NUM_SHARED <= 5, "one line");
 
 constexpr size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Where in a tile of a weight on a grid its zero points and its blocks begin.
 inline size_t grid_zeros(int k_blocks, const GridShape& s) { return 64 + (s.group ? (size_t)(k_blocks / s.group) * 32 : 0); }
 inline size_t grid_blocks(int k_blocks, const GridShape& s) {
-    return lines(grid_zeros(k_blocks, s) + (s.zeros ? (size_t)(k_blocks / s.group) * 16 : 0));
+    return lines(grid_zeros(k_blocks, s) + (s.zeros ? (size_t)(k_blocks / s.group) * 16 : 0) + (size_t)s.biases * 64);
 }
 
 // What the codes of formats with levels mean: IQ4_NL and IQ4_XS plus 128; MXFP4, in halves, plus 16.
@@ -112,6 +124,7 @@ inline size_t tile_bytes(Format f, int k_blocks) {
 //   INT8_TOKEN: int8 codes [K], float scale, int32 -8 * sum of the codes before each block and of all [blocks + 1]
 //   FP8_TOKEN: e4m3 codes as bfloat16 [K], float scale
 //   MIXED: int8 codes [K], float scale of each block's group [blocks], int32 -8 * sums as INT8_TOKEN's [blocks + 1]
+//   TENDER: int8 codes [K], then a TenderRow (kernels/tender.h)
 constexpr int INT16_MOST = 127 * 256 + 127;  // the largest code
 inline size_t activation_bytes(Activation a, int k_blocks) {
     const size_t raw = a == INT8 ? (size_t)k_blocks * (32 + 4 + 4 + 4 + 8 + 2) + (size_t)(k_blocks + 7) / 8 * 4
@@ -120,6 +133,7 @@ inline size_t activation_bytes(Activation a, int k_blocks) {
                        : a == INT8_TOKEN ? (size_t)k_blocks * (32 + 4) + 8
                        : a == FP8_TOKEN ? (size_t)k_blocks * 64 + 4
                        : a == MIXED ? (size_t)k_blocks * (32 + 8) + 4
+                       : a == TENDER || a == TENDER_EXPLICIT ? (size_t)k_blocks * 32 + 16 + 4 * TENDER_GROUPS
                                     : (size_t)k_blocks * 64;
     return (raw + 63) / 64 * 64;
 }

@@ -9,6 +9,7 @@
 #include "kernels/pages.h"
 #include "kernels/rows.h"
 #include "kernels/sample.h"
+#include "kernels/tender.h"
 
 #define DOVETAIL_TABLE(NAME)                                  \
     namespace dovetail {                                      \
@@ -18,7 +19,7 @@
             add_linear(table), add_rows_of(table);            \
             add_attention(table), add_sample(table);          \
             add_codes(table);                                 \
-            add_grid(table);                                  \
+            add_grid(table), add_tender(table);               \
             add_pages(table), add_low_rank(table);            \
             table.name = #NAME;                               \
         }                                                     \

@@ -27,6 +27,7 @@ struct GemmArgs {
     int lines;
     int row_count, tile_count;  // of the block
     GridShape grid;             // of weights on a grid
+    const void* const* shared;  // of these, as of RowArgs
 };
 
 // A row of floats, zero-padded to k_blocks * 32, that becomes an activation row. shared: of the weights, by kind, or null.

@@ -146,7 +146,7 @@ void LinearOp::multiply(const Kernels& kernels, const Packed& w, const Block& bl
     const Gemm gemm = block.n > MAX_ROWS ? kernels.tall[w.format][args_.activation]
                                          : kernels.gemm[w.format][args_.activation][block.n][block.count];
     gemm({tile, w.tile_stride, k_blocks_, block.rows, row_bytes_, to.out, to.stride, to.add, ahead, lines, block.n,
-          block.count, w.grid});
+          block.count, w.grid, w.shared});
 }
 
 void LinearOp::tiles(const Work& work, const uint8_t* rows, int row, int n, int first, int last) const {

@@ -296,7 +296,7 @@ size_t stride_of(Format f, int k_blocks, const GridShape& grid) {
 
 bool fits(Format f, int k, const GridShape& s) {
     const bool grouped = s.zeros || f == ATOM;
-    return s.group >= (grouped ? 1 : 0) && s.outliers >= 0 && s.outliers <= k / BLOCK;
+    return s.group >= (grouped ? 1 : 0) && s.outliers >= 0 && s.outliers <= k / BLOCK && s.biases >= 0;
 }
 
 // The header of a weight on a grid at `offset` in a file, or null.

@@ -23,6 +23,7 @@ struct GridWeight {
     int outliers;  // columns of ATOM that have 8 bits
     bool pairs;    // ATOM's scale is [n / 2][groups]
     const float* outlier_scale;  // [n]
+    const float* bias;    // [n][chunks] of Tender
     std::string activation;
     std::vector<std::pair<const void*, size_t>> shared;  // by kind: an array, and its elements
 };

@@ -35,9 +35,42 @@ void place_pairs(const uint8_t* codes, int lane, uint8_t* block) {
 }
 
 void place(Format f, const uint8_t* codes, int lane, uint8_t* block) {
-    if (f == I8) place_bytes(codes, lane, block);
-    else if (f == I4) place_nibbles(codes, lane, block);
+    if (f == I8 || f == TENDER8) place_bytes(codes, lane, block);
+    else if (f == I4 || f == TENDER4) place_nibbles(codes, lane, block);
     else place_pairs(codes, lane, block);
+}
+
+bool is_tender(Format f) { return f == TENDER8 || f == TENDER4; }
+
+const TenderPlan* plan_of(const GridWeight& w) {
+    const bool there = is_tender(w.format) && w.shared.size() == NUM_SHARED && w.shared[SIZES].second == sizeof(TenderPlan) / 4;
+    return there ? (const TenderPlan*)w.shared[SIZES].first : nullptr;
+}
+
+int biases_of(const GridWeight& w) { return w.bias && plan_of(w) ? plan_of(w)->chunks : 0; }
+
+// A bound on the magnitude of a row's integer sums, with all codes of activations at their extreme.
+uint64_t highest_sum(const GridWeight& w, const TenderPlan& p, int row) {
+    const uint8_t* codes = w.codes + (size_t)row * w.row_bytes;
+    uint64_t sum = 0;
+    int i = 0;
+    for (int g = 0; g < p.groups; g++) {
+        sum *= 2;
+        for (const int end = i + p.sizes[g]; i < end; i++)
+            sum += (uint64_t)std::abs(p.bits == 8 ? (int8_t)codes[i] : (codes[i / 2] >> i % 2 * 4 & 15) - 8);
+    }
+    return sum << (p.bits - 1);
+}
+
+// Whether sums may exceed 32 bits.
+bool is_wide(const GridWeight& w) {
+    const TenderPlan* p = plan_of(w);
+    uint64_t most = 0;
+    for (int g = 0; p && g < p->groups; g++) most = 2 * most + (uint64_t)p->sizes[g];
+    if (!p || most << 2 * (p->bits - 1) < (uint64_t)1 << 31) return false;  // whatever the codes are
+    for (int r = 0; r < w.n; r++)
+        if (highest_sum(w, *p, r) >= (uint64_t)1 << 31) return true;
+    return false;
 }
 
 // A factor and the scales of a row's groups. The largest scale is at least half the factor, and below it.
@@ -56,6 +89,8 @@ void place_scales(const GridWeight& w, int row, int lane, uint8_t* tile) {
         }
     }
     memcpy(tile + 4 * lane, &factor, 4);
+    const int chunks = biases_of(w);
+    for (int c = 0; c < chunks; c++) memcpy(tile + 64 + 64 * c + 4 * lane, w.bias + (size_t)row * chunks + c, 4);
     for (int g = 0; w.zero && g < w.groups; g++)
         tile[64 + 32 * w.groups + 16 * g + lane] = (uint8_t)w.zero[(size_t)row * w.groups + g];
 }
@@ -74,7 +109,7 @@ GridShape shape_of(const GridWeight& w) {
     if (w.format == ATOM)
         return {(w.k - w.outliers) / w.groups / BLOCK, 0, w.outliers / BLOCK, w.pairs, factor_of(w)};
     const bool grouped = w.groups > 1 || w.zero;
-    return {grouped ? w.k / w.groups / BLOCK : 0, w.zero != nullptr, 0, 0, 1};
+    return {grouped ? w.k / w.groups / BLOCK : 0, w.zero != nullptr, 0, 0, 1, biases_of(w), is_wide(w)};
 }
 
 void check_shape(const GridWeight& w) {
@@ -104,6 +139,30 @@ void place_mixed(const GridWeight& w, const GridShape& shape, int row, int lane,
     memcpy(scales + each * w.groups + 2 * lane, &half, 2);
 }
 
+void check_plan(const GridWeight& w) {
+    if (!is_tender(w.format)) {
+        if (w.bias) throw std::invalid_argument("only a tender weight has biases by chunk");
+        return;
+    }
+    if (w.activation != "tender" || w.groups != 1 || w.zero || !plan_of(w))
+        throw std::invalid_argument("a tender weight takes tender activations, one scale a row and no zero points");
+    const TenderPlan& p = *plan_of(w);
+    const size_t means = w.shared[MEANS].second, width = (size_t)(w.k + BLOCK - 1) / BLOCK * BLOCK;
+    bool sound = p.bits == (w.format == TENDER4 ? 4 : 8) && p.chunk > 0 && p.chunks > 0 && p.groups > 0 &&
+                 p.groups <= TENDER_GROUPS && w.shared[SCALES].second == (size_t)p.chunks &&
+                 means == (w.bias ? p.chunks * width : 0);
+    int64_t codes = 0;
+    for (int g = 0; sound && g < p.groups; g++) {
+        codes += p.sizes[g];
+        sound = p.sizes[g] >= 0 && codes <= w.k && (codes % 4 == 0 || codes == w.k);
+    }
+    if (!sound || codes != w.k) throw std::invalid_argument("tender's groups, scales and means do not fit the weight");
+    for (int c = 0; c < p.chunks; c++) {
+        const float scale = ((const float*)w.shared[SCALES].first)[c];
+        if (!(scale > 0) || !std::isfinite(1 / scale)) throw std::invalid_argument("a scale of tender is not positive");
+    }
+}
+
 void check_order(const GridWeight& w) {
     if (w.shared.empty() || !w.shared[ORDER].second) return;
     const auto [order, count] = w.shared[ORDER];
@@ -121,9 +180,9 @@ std::unique_ptr<GridHeader> header_of(const GridWeight& w) {
     if (w.activation.size() >= sizeof h->activation || w.shared.size() > NUM_SHARED)
         throw std::invalid_argument("unknown activations or shared arrays");
     memcpy(h->activation, w.activation.data(), w.activation.size());
+    check_order(w), check_plan(w);
     h->shape = shape_of(w);
     for (size_t i = 0; i < w.shared.size(); i++) h->counts[i] = (int32_t)w.shared[i].second;
-    check_order(w);
     return h;
 }
 
@@ -146,7 +205,7 @@ void pack_grid_tile(const GridWeight& w, const GridShape& shape, int first, uint
     if (w.format == ATOM) return;
     const int k_blocks = (w.k + BLOCK - 1) / BLOCK, whole = w.k / BLOCK;
     uint8_t* blocks = tile + grid_blocks(k_blocks, shape);
-    const int block = FORMATS[w.format].block, stored = w.format == I4 ? BLOCK / 2 : BLOCK;
+    const int block = FORMATS[w.format].block, stored = block * BLOCK / (2 * 256);
     for (int lane = 0; lane < rows; lane++) {
         const uint8_t* codes = w.codes + (size_t)(first + lane) * w.row_bytes;
         for (int b = 0; b < whole; b++) place(w.format, codes + (size_t)b * stored, lane, blocks + (size_t)b * block);

@@ -28,7 +28,8 @@ class Packed:
         format: str,
         sizes: tuple[int, int, int, int, bool],  # n, k, groups, outliers, whether pairs of rows share scales
         codes: tuple[int, int],  # an address, and the bytes of a row
-        parts: tuple[int, int, int],  # addresses or 0: scales, zero points (int16), scales of outliers
+        # addresses or 0: scales, zero points (int16), scales of outliers, Tender's biases [n, chunks]
+        parts: tuple[int, int, int, int],
         activation: str,
         shared: list[tuple[int, int]],  # by kind (`ops.grids.SHARED`): an address, and how many elements
         threads: int,

@@ -27,7 +27,7 @@ struct Trial {
 
     void multiply(dovetail::Gemm gemm, int row, int n, int tile, int tiles, float* out) const {
         gemm({weights + tile * TILE, TILE, BLOCKS, rows + row * ROW, ROW, out + row * COLUMNS + 16 * tile, COLUMNS,
-              false, weights, 0, n, tiles, {}});
+              false, weights, 0, n, tiles, {}, nullptr});
     }
 
     bool passes(const dovetail::Kernels& tiled) {

@@ -146,7 +146,8 @@ INLINE void store_high(void* p, I x, I y) {
 INLINE I dot(I acc, I u, I s) {
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 4; j++)
-            acc.v[i] += (int)((uint32_t)u.v[i] >> 8 * j & 255) * (int)(int8_t)((uint32_t)s.v[i] >> 8 * j & 255);
+            acc.v[i] = (int32_t)((uint32_t)acc.v[i] +  // modulo 2^32, as the instruction
+                                 (uint32_t)((int)((uint32_t)u.v[i] >> 8 * j & 255) * (int)(int8_t)((uint32_t)s.v[i] >> 8 * j & 255)));
     return acc;
 }
 INLINE I dot_small(I acc, I u, I s) { return dot(acc, u, s); }

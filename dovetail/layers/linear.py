@@ -59,6 +59,11 @@ class Dense:
 
     def linear(self, weights: Sequence[StoredTensor], bias: Sequence[StoredTensor]) -> DenseLinear:
         agree([w.name for w in weights], [_rows_of(w) for w in weights])
+        if weights[0].activation == "tender":
+            raise ModelError(
+                f"{weights[0].name}: Tender rounds rows by their position, which only the native kernels do here; "
+                "leave out --kernels torch"
+            )
         return DenseLinear(self._joined(weights), self._joined(bias) if bias else None, weights[0])
 
     def _joined(self, parts: Sequence[StoredTensor]) -> Tensor:

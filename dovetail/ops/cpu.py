@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dovetail.core.errors import ConfigError, ModelError
+from dovetail.ops import tender
 from dovetail.ops.activations import rule
 from dovetail.ops.grids import SHARED, num_outliers
 from dovetail.ops.stored import PARTED, StoredTensor
@@ -108,7 +109,8 @@ def _pack_grid(weight: StoredTensor, threads: int) -> Any:
         zero = np.ascontiguousarray(np.repeat(zero.reshape(n, -1), times, 1), np.int16)
         scale = np.repeat(scale, times, 1)
     codes = weight.data if weight.data.strides[-1] == 1 else np.ascontiguousarray(weight.data)
-    known, outliers, pairs = rule(weight), 0, False
+    known = tender.for_kernels(weight) if weight.activation == "tender" else rule(weight)
+    outliers, pairs = 0, False
     if weight.format == "ATOM":
         outliers = num_outliers(weight)
         if pairs := n % 2 == 0 and np.array_equal(scale[::2], scale[1::2]):
@@ -118,10 +120,11 @@ def _pack_grid(weight: StoredTensor, threads: int) -> Any:
         for name, kind in SHARED.items()
     ]
     wide = np.ascontiguousarray(weight.parts["outlier_scale"], np.float32) if outliers else None
+    bias = np.ascontiguousarray(weight.parts["bias"], np.float32) if "bias" in weight.parts else None
     try:
         return native().Packed.grid(
             weight.format, (n, k, scale.shape[1], outliers, pairs), (codes.ctypes.data, codes.strides[0]),
-            (scale.ctypes.data, *(0 if part is None else part.ctypes.data for part in (zero, wide))),
+            (scale.ctypes.data, *(0 if part is None else part.ctypes.data for part in (zero, wide, bias))),
             weight.activation, [(array.ctypes.data, array.size) for array in shared], threads,
         )  # fmt: skip
     except ValueError as error:

@@ -57,7 +57,9 @@ class Parts(Protocol):
 
 
 # What native kernels know of rows (`activations.rule`), in their order, and the types there.
-SHARED: dict[str, type[np.generic]] = {"order": np.int32, "clip": np.float32, "sizes": np.int32}
+SHARED: dict[str, type[np.generic]] = {
+    "order": np.int32, "clip": np.float32, "sizes": np.int32, "scales": np.float32, "means": np.float32,
+}  # fmt: skip
 
 
 def to_nibbles(codes: NDArray[Any]) -> NDArray[np.uint8]:

@@ -27,6 +27,7 @@ from dovetail.core.errors import ConfigError, ModelError
 from dovetail.ops.grids import Parts, codes, to_nibbles
 from dovetail.ops.stored import StoredTensor
 
+MOST_GROUPS = 20
 QUAD = 4  # codes that the kernels multiply at a time; all groups but the last are whole quads
 
 Floats = NDArray[np.float32]
@@ -48,8 +49,8 @@ class Grouping:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"tender has codes of 4 or 8 bits, not {self.bits}")
-        if not 1 <= self.groups <= 20:
-            raise ConfigError(f"tender takes 1 to 20 groups, not {self.groups}")
+        if not 1 <= self.groups <= MOST_GROUPS:
+            raise ConfigError(f"tender takes 1 to {MOST_GROUPS} groups, not {self.groups}")
 
     @property
     def largest(self) -> int:
@@ -188,6 +189,24 @@ def quantize(weight: Floats, shared: Shared, bits: int) -> StoredTensor:
         parts["bias"] = (weight.astype(np.float64) @ shared["means"].T.astype(np.float64)).astype(np.float32)
     data = to_nibbles(q) if bits == 4 else q.view(np.uint8)
     return StoredTensor("", f"TENDER{bits}", weight.shape, data, parts, dict(shared), "tender")
+
+
+def for_kernels(weight: Parts) -> dict[str, NDArray[Any]]:
+    """What all rows of a weight have in common, by the names of `grids.SHARED`. ModelError if order or groups
+    cannot be. Means are in the order of the codes, and padded to whole blocks of 32."""
+    shared, bits = weight.shared, 4 if weight.format == "TENDER4" else 8
+    if len(shared["sizes"]) > MOST_GROUPS:
+        raise ModelError(f"a tender weight has {len(shared['sizes'])} groups, and {MOST_GROUPS} are the most")
+    if not np.array_equal(np.sort(shared["order"]), np.arange(weight.shape[1])):
+        raise ModelError(f"the order of a tender weight is no permutation of its {weight.shape[1]} columns")
+    sizes = np.zeros(MOST_GROUPS, np.int64)
+    sizes[: len(shared["sizes"])] = shared["sizes"]
+    head = [bits, int(shared["chunk"][0]), len(shared["scales"]), len(shared["sizes"])]
+    found = {"order": shared["order"], "scales": shared["scales"], "sizes": np.concatenate([head, sizes])}
+    if "means" in shared:
+        means = shared["means"][:, shared["order"]]
+        found["means"] = np.pad(means, ((0, 0), (0, -means.shape[1] % 32)))
+    return found
 
 
 # ---- the reference

@@ -52,7 +52,12 @@ _SYSTEMS = (
         "dovetail.reproduce.infinigen",
     ),
     System("atom", "Atom: 4-bit weights and activations", "arXiv 2310.19102, MLSys 2024"),
-    System("tender", "Tender: decomposed activations, integer rescaling", "arXiv 2406.12930, ISCA 2024"),
+    System(
+        "tender",
+        "Tender: decomposed activations, integer rescaling",
+        "arXiv 2406.12930, ISCA 2024",
+        "dovetail.reproduce.tender",
+    ),
     System("bf16-or-death", "Give Me BF16 or Give Me Death: formats compared", "arXiv 2411.02355, ACL 2025"),
     System("fiddler", "Fiddler: experts on CPU and GPU", "arXiv 2402.07033, ICLR 2025"),
     System("monde", "MoNDE: experts near memory", "arXiv 2405.18832, DAC 2024"),

@@ -24,7 +24,7 @@ TECHNIQUE_FILES = sorted(p for p in TECHNIQUES.rglob("*.py") if p != TECHNIQUES 
 FLOORS = (
     "core", "host", "show", "text", "tools", "structured", "hub", "ops", "checkpoint", "runtime", "layers",
     "models", "techniques", "options", "config", "build", "outputs", "session", "llm", "setting", "provenance",
-    "server", "batch", "bench", "evals", "advise", "reproduce", "quantize", "cli",
+    "server", "batch", "bench", "evals", "advise", "quantize", "reproduce", "cli",
 )  # fmt: skip
 
 

@@ -360,7 +360,7 @@ def test_a_file_of_packed_weights_has_all_of_them(fmt: str, activation: str, tmp
     np.testing.assert_array_equal(multiply.layer([again], [])(x), multiply.layer([one], [])(x))
 
 
-LAYOUTS = {2: "4312dabac52df2a06abd2b7850ea0d79"}
+LAYOUTS = {2: "4312dabac52df2a06abd2b7850ea0d79", 3: "321b6147ea7aed45abb0de9004b96e9b"}
 
 
 def test_a_changed_layout_has_a_new_number() -> None:

@@ -1,0 +1,32 @@
+"""How much of the reproduction is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dovetail.reproduce import MODEL
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Calibration on `samples` texts of `length` tokens; perplexity of `windows` windows of `window` tokens. down:
+    whether scales that are rounded down are tried too.
+
+    rounds: of timed products of `shapes` (K = N, rows). cold: bytes of weights that a timed run reads."""
+
+    samples: int
+    length: int
+    windows: int
+    window: int
+    down: bool
+    rounds: int
+    shapes: tuple[tuple[int, int], ...] = ((576, 32), (4096, 32), (4096, 512))
+    cold: int = 64 << 20
+    model: str = MODEL
+
+
+EFFORTS = {
+    "quick": Effort(4, 1024, 1, 1024, False, 9, ((576, 32), (4096, 32))),
+    "default": Effort(32, 2048, 4, 2048, True, 15),
+    "full": Effort(128, 2048, 12, 2048, True, 31),
+}
