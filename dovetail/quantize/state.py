@@ -31,7 +31,7 @@ class State:
     def opened(self, recipe: Mapping[str, Any]) -> Iterator[None]:
         """Hold the folder. ConfigError if it follows another recipe, or if another process holds it."""
         found = self._recipe()
-        if found is not None and found != recipe:
+        if found is not None and found != recipe and self._parts():
             differ = ", ".join(sorted(k for k in {*found, *recipe} if found.get(k) != recipe.get(k)))
             raise ConfigError(
                 f"{self.path} has what an interrupted run with another recipe made (it differs in: {differ}); "
@@ -41,13 +41,21 @@ class State:
         with exclusive_or_not(self.path / ".lock") as mine:
             if not mine:
                 raise ConfigError(f"another process is writing {self.out}")
-            if found is None:
+            if found != recipe:
                 write_json(self.path / RECIPE, recipe)
-            yield
+            try:
+                yield
+            finally:
+                if not self._parts():
+                    shutil.rmtree(self.path, ignore_errors=True)
 
     def _recipe(self) -> dict[str, Any] | None:
         file = self.path / RECIPE
         return read_json_object(file) if file.exists() else None
+
+    def _parts(self) -> bool:
+        """Whether anything is finished."""
+        return any(self.path.glob("*/model.safetensors"))
 
     def has(self, part: str) -> bool:
         return (self.path / part).is_dir()

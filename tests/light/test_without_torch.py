@@ -183,6 +183,13 @@ def test_what_needs_torch_says_so_in_one_sentence(light: Light, tiny_model: Path
         assert "Traceback" not in done.stderr
 
 
+def test_quantizing_needs_torch(light: Light, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = light.run("-m", "dovetail", "quantize", tiny_model, out, "--format", "w8a8-fp8")
+    assert done.returncode == 2, done.stderr
+    assert "dovetail-llm[torch]" in done.stderr and "Traceback" not in done.stderr and not out.exists()
+
+
 @pytest.mark.timeout(300)
 def test_the_default_model_answers(light: Light) -> None:
     """Real weights: fetched by `pull` in the light environment, or found in the repository's cache."""

@@ -333,7 +333,7 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path, all_made: Callable[[s
 def test_a_text_that_is_too_short(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="samples of 64, and 4000 were asked for; give a longer text, fewer"):
         made(plain, tmp_path / "out", "w4a16", samples=4000)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []  # so another recipe may be next
 
 
 @pytest.mark.parametrize("name", ["w4a16", "atom", "tender"])
