@@ -66,6 +66,15 @@ def command(
         smoothquant=smoothquant, damping=damping, outliers=outliers, activation_clip=activation_clip,
         weight_clip=weight_clip, bits=bits, groups=groups, chunk=chunk, rounding=rounding,
     )  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
+    _run(model, out, (format, options, calibration, data, seed), json_file)
+
+
+def _run(
+    model: str, out: Path, asked: tuple[str, dict[str, Any], str, Path | None, int], json_file: str | None
+) -> None:
+    """asked: the format, its options, the text and where it is, and the seed."""
+    format, given, calibration, data, seed = asked
     started = time.perf_counter()
 
     from dovetail import hub
@@ -77,7 +86,7 @@ def command(
     from dovetail.text.corpus import corpus
 
     checkpoint = open_checkpoint(hub.resolve(model))
-    options = resolved(format, {k: v for k, v in given.items() if v is not None}, checkpoint.config)
+    options = resolved(format, given, checkpoint.config)
     text = corpus(calibration, data) if needs_text(format, options) else None
     stored = {checkpoint.format(name) for name in checkpoint.names()}
     if stored - PLAIN_FORMATS.keys() and checkpoint.path.is_file():
