@@ -77,10 +77,14 @@ def _q8_0(draws: Draws, blocks: int) -> Bytes:
 
 
 def _q4_0(draws: Draws, blocks: int) -> Bytes:
-    """Codes have the mean -1/2, so the sign of a scale is random as well."""
+    return _nibbles(draws, blocks, _NIBBLE)
+
+
+def _nibbles(draws: Draws, blocks: int, spread: float) -> Bytes:
+    """Codes or levels with this spread. Their mean is not 0 (-1/2 and -6), so the sign of a scale is random."""
     out = draws.bytes(blocks, 18)
     sign = (out[:, 1] & 1).astype(np.float32) * 2 - 1
-    out[:, :2] = _half(sign * np.float32(SPREAD / _NIBBLE), blocks)
+    out[:, :2] = _half(sign * np.float32(SPREAD / spread), blocks)
     return out
 
 
@@ -124,11 +128,7 @@ def _q3_k(draws: Draws, blocks: int) -> Bytes:
 
 
 def _iq4_nl(draws: Draws, blocks: int) -> Bytes:
-    """Levels have the mean -6, so the sign of a scale is random as well."""
-    out = draws.bytes(blocks, 18)
-    sign = (out[:, 1] & 1).astype(np.float32) * 2 - 1
-    out[:, :2] = _half(sign * np.float32(SPREAD / _LEVELS), blocks)
-    return out
+    return _nibbles(draws, blocks, _LEVELS)
 
 
 def _iq4_xs(draws: Draws, blocks: int) -> Bytes:

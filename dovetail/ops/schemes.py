@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dovetail.core.errors import ConfigError
 from dovetail.ops.grids import to_e4m3, to_nibbles
+from dovetail.ops.memory import from_bfloat16, to_bfloat16
 from dovetail.ops.stored import StoredTensor
 
 LARGEST = {"I4": 7.5, "I8": 127.5, "F8": 448.0}  # codes' magnitude to which a row's or group's largest value goes
@@ -68,8 +69,7 @@ class Scheme:
 
 def bfloat16(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 values rounded to bfloat16 (ties to even), in float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+    return from_bfloat16(to_bfloat16(x))
 
 
 SCHEMES = {
