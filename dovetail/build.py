@@ -134,9 +134,13 @@ def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cach
     kv.seams = seams
     for act in site.ready:
         act()
+    executor: NativeExecutor | ModelExecutor
     if native and recordable(model, kv):
-        return NativeExecutor(model, kv, config.kernels, config.threads)
-    torch.set_num_threads(config.threads)
-    return ModelExecutor(
-        model, kv, BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, site.device)
-    )
+        executor = NativeExecutor(model, kv, config.kernels, config.threads)
+    else:
+        torch.set_num_threads(config.threads)
+        builder = BatchBuilder(config.block_size, seams.selector.window, kv.stage_pages, site.device)
+        executor = ModelExecutor(model, kv, builder)
+    if recoding is not None:
+        recoding.steps = lambda: executor.calls
+    return executor

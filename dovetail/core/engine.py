@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits, Scheduler
-from dovetail.core.seams import Executor, Seams
+from dovetail.core.seams import Drafter, Executor, Outcome, Seams
 from dovetail.core.types import Request, Span, SpanResult, StepPlan, TokenLogprobs
 
 
@@ -33,6 +33,7 @@ class Engine:
         self.scheduler = Scheduler(pool, seams, limits, executor.num_stages)
         self.steps = 0
         self.last_plan = StepPlan(())
+        self._outcomes: list[Outcome] | None = None if type(seams.drafter) is Drafter else []
 
     @property
     def busy(self) -> bool:
@@ -61,7 +62,11 @@ class Engine:
             self.scheduler.undo(plan)
             raise
         self.steps += 1
+        seconds = self.clock.now() - now
         progress = [self._commit(s, r) for s, r in zip(plan.spans, result.spans, strict=True)]
+        if self._outcomes is not None:
+            self.scheduler.observe(self._outcomes, plan, seconds)
+            self._outcomes = []
         return [p for p in progress if p is not None]
 
     def check(self) -> None:
@@ -108,12 +113,18 @@ class Engine:
         drafts, n = request.drafts, 0
         while n < len(drafts) and n < len(sampled) and drafts[n] == sampled[n]:
             n += 1
-        self.seams.drafter.observe(request, drafts, n)
+        stats = self.scheduler.stats
+        if self._outcomes is not None:
+            self._outcomes.append(Outcome(request, () if request.forced else tuple(drafts), n))
+        if request.forced:
+            stats.forced += n
+        elif drafts:
+            stats.drafts += 1
+            stats.drafted += len(drafts)
+            stats.accepted += n
+            stats.count(n)
         if drafts:
-            self.scheduler.stats.drafts += 1
-            self.scheduler.stats.drafted += len(drafts)
-            self.scheduler.stats.accepted += n
-            request.drafts = []
+            request.drafts, request.forced = [], False
         tokens = sampled[: n + 1]
         for i, token in enumerate(tokens):
             request.tokens.append(token)

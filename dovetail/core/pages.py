@@ -133,6 +133,11 @@ class PageTable:
         self.pool.retain(pages)
         self.append(pages)
 
+    def trim(self, pages: int) -> None:
+        """Keep only the first so many pages."""
+        self.pool.release(self.ids[pages:])
+        del self.ids[pages:]
+
     def clear(self) -> None:
         self.pool.release(self.ids)
         self.ids = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, pages_for
 from dovetail.core.prefix import RadixPrefix
-from dovetail.core.seams import Backlog, Reuse, Seams
+from dovetail.core.seams import NO_GUESS, Backlog, Guess, Outcome, Reuse, Room, Seams
 from dovetail.core.types import UNLIMITED, Request, Sealed, Span, StepPlan, Stored
 
 MAX_DRAFTS = 32  # per request and step; longer guesses are hardly ever right
@@ -33,8 +34,16 @@ class SchedulerStats:
     drafts: int = 0  # guesses, of one token or more
     drafted: int = 0  # their tokens
     accepted: int = 0
+    accepted_at: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)  # by position in the guess
+    forced: int = 0  # tokens that the form of an answer left no choice about
+    failures: int = 0  # of the drafter
     cached_tokens: int = 0
     queried_tokens: int = 0
+
+    def count(self, accepted: int) -> None:
+        """A guess of which so many tokens were right."""
+        for position in range(min(accepted, MAX_DRAFTS)):
+            self.accepted_at[position] += 1
 
 
 @dataclass(slots=True)
@@ -123,7 +132,7 @@ class Scheduler:
 
     def _plan(self, step: _Step) -> None:
         """Fill the step: spans between two stages, running requests, those that are admitted."""
-        caught_up = self._draft()
+        caught_up = self._draft(step)
         for request in self.running:
             if request.stage:  # in the middle of the program: its rows and pages are fixed
                 self._span(request, request.computed + request.flying, step)
@@ -214,7 +223,7 @@ class Scheduler:
                 stop = min(stop, request.dense_until if start < request.dense_until else start + window)
         return stop
 
-    def _draft(self) -> bool:
+    def _draft(self, step: _Step) -> bool:
         """Ask the drafter for guesses, for every request whose accepted tokens are computed except the last.
         Returns whether no other has tokens to compute."""
         ready = [r for r in self.running if r.stage == 0 and r.computed == len(r.tokens) - 1 and not r.drafts]
@@ -228,15 +237,59 @@ class Scheduler:
         spare = max(0, spare - len(self.running))
         cap = min(MAX_DRAFTS, self.seams.selector.window - 1)
         limits = [cap if (n := r.max_total - len(r.tokens) - 1) > cap else max(0, n) for r in ready]
-        proposed = self.seams.drafter.propose(ready, limits, spare)
-        for r, limit, drafts in zip(ready, limits, proposed, strict=True):
-            known = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, drafts[:limit]))
+        if self.seams.drafter.writes:
+            limits = [self._prepare(r, n, step) for r, n in zip(ready, limits, strict=True)]
+        room = Room(spare, self._others(caught_up))
+        for r, limit, guess in zip(ready, limits, self._guesses(ready, limits, room), strict=True):
+            known = list(itertools.takewhile(lambda t: 0 <= t < self.limits.vocab_size, guess.tokens[:limit]))
             if r.constraint is not None and limit:
-                known = r.constraint.drafts(known)
+                guessed = known
+                known = r.constraint.drafts(guessed)
+                r.forced = known != guessed[: len(known)]
             if known:
                 r.drafts = known[: min(limit, spare)]
                 spare -= len(r.drafts)
         return caught_up
+
+    def _guesses(self, ready: Sequence[Request], limits: Sequence[int], room: Room) -> Sequence[Guess]:
+        """What the drafter proposes. One that fails costs speed only."""
+        try:
+            found = self.seams.drafter.propose(ready, limits, room)
+            if len(found) == len(ready):
+                return found
+            why = f"it gave {len(found)} guesses for {len(ready)} requests"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        self._failed(why)
+        return [NO_GUESS] * len(ready)
+
+    def _failed(self, why: str) -> None:
+        """The drafter failed. Said once: it may fail in every step."""
+        if not self.stats.failures:
+            warnings.warn(f"the drafter failed, so nothing was guessed: {why}", stacklevel=2)
+        self.stats.failures += 1
+
+    def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, seconds: float) -> None:
+        """Tell the drafter what became of its guesses."""
+        try:
+            self.seams.drafter.observe(outcomes, plan, seconds)
+        except Exception as error:
+            self._failed(f"{type(error).__name__}: {error}")
+
+    def _prepare(self, request: Request, limit: int, step: _Step) -> int:
+        """Give a request pages for a guess of `limit` tokens, to which the drafter may write at once. Returns how
+        many tokens it may guess: none if there are too few pages, or while a page of it is still to be copied."""
+        copies = request.table.grow(request.computed, len(request.tokens) + limit) if limit else []
+        step.copies += copies or []
+        return 0 if copies is None or copies else limit
+
+    def _others(self, caught_up: bool) -> int:
+        """How many tokens of prompts the next step computes beside those that have caught up, at most."""
+        if caught_up and not self.waiting:
+            return 0
+        backlogs = [len(r.tokens) - r.computed for r in self.running if r.stage == 0]
+        backlogs += [len(r.tokens) for r in itertools.islice(self.waiting, LOOKAHEAD)]
+        return sum(min(n, self.seams.policy.crowded) for n in backlogs if n > 1)
 
     # -- admission and preemption --------------------------------------------------------------------
 
@@ -348,7 +401,7 @@ class Scheduler:
 
     def _reset(self, request: Request) -> None:
         self.running.remove(request)
-        request.drafts = []
+        request.drafts, request.forced = [], False
         request.computed = request.stage = request.flying = 0
         request.expected = -1
         self._let_go(request)
@@ -367,6 +420,8 @@ class Scheduler:
         size = self.pool.page_size
         first, last = request.computed // size, computed // size
         request.computed = computed
+        if len(request.table) * size >= len(request.tokens) + size:  # pages that only rejected drafts needed
+            request.table.trim(pages_for(len(request.tokens), size))
         if last > first:
             self._sealed.append(Sealed(request.id, first, tuple(request.table.ids[first:last])))
             if computed <= len(request.prompt):

@@ -73,20 +73,61 @@ class Policy:
         return amounts
 
 
+class Guess(NamedTuple):
+    """What may follow a request's tokens.
+
+    odds: for each token the probability that it is right if those before it are, or () where nothing is known of
+    it. source: who guessed, where a drafter has several ways to; guesses of one source are right equally often.
+    """
+
+    tokens: Sequence[int] = ()
+    odds: Sequence[float] = ()
+    source: str = ""
+
+
+NO_GUESS = Guess()
+
+
+class Room(NamedTuple):
+    """What the next step has room for. tokens: of all guesses together. others: tokens that it computes besides
+    the guesses and the next token of each request that has caught up, as far as is known: parts of prompts."""
+
+    tokens: int
+    others: int = 0
+
+
+class Outcome(NamedTuple):
+    """What became of a guess: the first `accepted` of `drafts` were right. drafts: those that were computed; ()
+    where there were none, or where they were not the drafter's."""
+
+    request: Request
+    drafts: Sequence[int]
+    accepted: int
+
+
 class Drafter:
     """What the next tokens might be. Default: no guess. Guesses never change the text, only the number of
-    steps."""
+    steps.
 
-    def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> Sequence[list[int]]:
-        """For each request, guessed tokens that follow `request.tokens`: at most its limit, and `total` in all.
+    writes: whether `propose` writes KV of its own under the numbers of a request's pages. Such a drafter may write
+    at the positions from `request.computed` to before `len(request.tokens) + limit`, because the request has pages
+    of its own for them.
+    """
+
+    writes: bool = False
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int], room: Room) -> Sequence[Guess]:
+        """For each request a guess of at most as many tokens as its limit, and as `room` has in all.
 
         A guess is cut off at either limit, and at the first token that is outside the vocabulary or that the form
-        of the answer forbids. Where the form leaves no choice, its tokens are drafted and not the guess.
+        of the answer forbids. Where the form leaves no choice, its tokens are drafted and not the guess. If this
+        raises, nothing is guessed in this step.
         """
-        return [[] for _ in requests]
+        return [NO_GUESS] * len(requests)
 
-    def observe(self, request: Request, drafts: Sequence[int], accepted: int) -> None:
-        """The first `accepted` of `drafts` were right."""
+    def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, seconds: float) -> None:
+        """A step has run, and it took so long by the engine's clock. There is an outcome for each span that
+        sampled."""
 
     def forget(self, request: Request) -> None:
         """The request has ended or was preempted. Forget everything about it."""

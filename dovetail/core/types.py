@@ -48,6 +48,7 @@ class Request:
     fork_of: Request | None = None  # whose prompt pages it shares, until it has started
     tokens: list[int] = field(default_factory=list)  # prompt + accepted output
     drafts: list[int] = field(default_factory=list)  # unverified tail
+    forced: bool = False  # whether the form of the answer left no other choice than `drafts`
     computed: int = 0  # tokens whose KV is committed
     dense_until: int = -1  # rows before this position read everything; -1: the end of the prompt
     stage: int = 0  # the next stage of the program

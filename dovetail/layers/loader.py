@@ -20,12 +20,18 @@ class Recoding:
     """What fills the Format seam to keep weights in other codes; the engine's own Format then multiplies them.
 
     layers: makes new codes of a linear layer's weight in the blocks. head: the same for the output head, or None
-    to leave it as it is. count: how many weights were recoded.
+    to leave it as it is. count: how many weights were recoded. steps: how many steps have run with them.
     """
 
     def __init__(self, layers: Recode, head: Recode | None = None) -> None:
         self.layers, self.head = layers, head
         self.count = 0
+        self.steps: Callable[[], int] = lambda: 0
+
+    @property
+    def products(self) -> int:
+        """How often a recoded weight was multiplied."""
+        return self.count * self.steps()
 
     def __call__(self, stored: StoredTensor) -> StoredTensor:
         recode = self.layers if stored.name.startswith("model.layers.") else self.head

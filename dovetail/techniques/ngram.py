@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dovetail.core.errors import ConfigError
-from dovetail.core.seams import Drafter, Seams, Site
+from dovetail.core.seams import Drafter, Guess, Outcome, Room, Seams, Site
 from dovetail.core.technique import Technique
-from dovetail.core.types import Request
+from dovetail.core.types import Request, StepPlan
 
 
 class History:
@@ -48,18 +48,18 @@ class NgramDrafter(Drafter):
         self.proposed = self.accepted = 0
         self._histories: dict[str, History] = {}
 
-    def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> list[list[int]]:
-        out = []
+    def propose(self, requests: Sequence[Request], limits: Sequence[int], room: Room) -> list[Guess]:
+        out, left = [], room.tokens
         for request, limit in zip(requests, limits, strict=True):
             history = self._histories.setdefault(request.id, History(self.sizes))
             history.update(request.tokens)
-            out.append(history.follow(request.tokens, min(limit, self.tokens, total)))
-            total -= len(out[-1])
+            out.append(Guess(history.follow(request.tokens, min(limit, self.tokens, left))))
+            left -= len(out[-1].tokens)
         return out
 
-    def observe(self, request: Request, drafts: Sequence[int], accepted: int) -> None:
-        self.proposed += len(drafts)
-        self.accepted += accepted
+    def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, seconds: float) -> None:
+        self.proposed += sum(len(o.drafts) for o in outcomes)
+        self.accepted += sum(o.accepted for o in outcomes if o.drafts)
 
     def forget(self, request: Request) -> None:
         self._histories.pop(request.id, None)

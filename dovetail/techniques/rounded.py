@@ -61,4 +61,4 @@ def _technique(scheme: Scheme, options: dict[str, object]) -> Technique:
 
 
 def _activity(seams: Seams) -> int:
-    return seams.format.count if isinstance(seams.format, Recoding) else 0
+    return seams.format.products if isinstance(seams.format, Recoding) else 0

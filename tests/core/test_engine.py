@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.core.engine import Engine
-from dovetail.core.seams import Drafter, Seams
+from dovetail.core.seams import Drafter, Guess, Seams
 from dovetail.core.types import Request, Span, SpanResult, StepPlan, TokenLogprobs
 from tests.core.test_scheduler import FakeExecutor, Guesser, build, expected, make
 from tests.helpers.examples import examples
@@ -24,12 +24,12 @@ class Fixed(Drafter):
         self.told: list[tuple[list[int], int]] = []
         self.asked: list[tuple[list[int], int]] = []
 
-    def propose(self, requests, limits, total):
-        self.asked.append((list(limits), total))
-        return [list(self.drafts(r) if callable(self.drafts) else self.drafts) for r in requests]
+    def propose(self, requests, limits, room):
+        self.asked.append((list(limits), room.tokens))
+        return [Guess(self.drafts(r) if callable(self.drafts) else self.drafts) for r in requests]
 
-    def observe(self, request, drafts, accepted):
-        self.told.append((list(drafts), accepted))
+    def observe(self, outcomes, plan, seconds):
+        self.told += [(list(o.drafts), o.accepted) for o in outcomes]
 
 
 def right(r: Request, n: int = 3) -> list[int]:

@@ -16,6 +16,7 @@ from tests.helpers.examples import examples
 from tests.helpers.faults import Fault
 
 # What planning and running a step call: (whose method, its name, whether it fails after its work is done).
+pytestmark = pytest.mark.filterwarnings("ignore:the drafter failed")
 SITES = [
     ("pool", "allocate", False), ("policy", "order", False), ("policy", "shares", False),
     ("policy", "shares", True), ("drafter", "propose", False), ("reuse", "match", False),

@@ -15,7 +15,7 @@ from dovetail.core.errors import CapacityError, RequestError
 from dovetail.core.pages import PagePool, PageTable, pages_for
 from dovetail.core.sampling import SamplingParams
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Drafter, Policy, Seams, Selector
+from dovetail.core.seams import WALL_CLOCK, Clock, Codec, Drafter, Guess, Policy, Seams, Selector
 from dovetail.core.types import Request, SpanResult, StepPlan, StepResult
 from tests.helpers.examples import examples
 
@@ -76,14 +76,14 @@ class Guesser(Drafter):
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
-    def propose(self, requests, limits, total):
+    def propose(self, requests, limits, room):
         out = []
         for r in requests:
             text = list(r.tokens)
             for _ in range(self.random.randint(0, 6)):
                 wrong = self.random.choice([16, -3, 10**6])
                 text.append(next_token(text) if self.random.random() < 0.7 else wrong)
-            out.append(text[len(r.tokens) :])  # limits, total and vocabulary are for the core to keep
+            out.append(Guess(text[len(r.tokens) :]))  # limits, total and vocabulary are for the core to keep
         return out
 
 

@@ -9,10 +9,12 @@ import pytest
 from dovetail.core.errors import ConfigError
 from dovetail.core.seams import (
     EVERY_ROW,
+    NO_GUESS,
     WALL_CLOCK,
     Drafter,
     Geometry,
     Policy,
+    Room,
     Seams,
     Selector,
     Site,
@@ -26,7 +28,7 @@ def test_defaults_let_everything_through() -> None:
     seams = Seams()
     waiting = [object(), object()]
     assert Policy().order(waiting) is waiting  # type: ignore[arg-type]
-    assert Drafter().propose(waiting, [3, 3], 6) == [[], []]  # type: ignore[arg-type]
+    assert Drafter().propose(waiting, [3, 3], Room(6)) == [NO_GUESS, NO_GUESS]  # type: ignore[arg-type]
     assert Selector().window == seams.codec.capacity == UNLIMITED
     assert Selector().select(0, None, None) is ALL is Selector().ahead(0, None, None)
     assert ALL.pages is None

@@ -12,7 +12,7 @@ import torch
 
 from dovetail.core.errors import ConfigError
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Policy, Residency, RowFilter, Selector, Variant
+from dovetail.core.seams import EVERY_ROW, Codec, Drafter, Guess, Policy, Residency, RowFilter, Selector, Variant
 from dovetail.core.technique import Technique, compose
 from dovetail.core.types import PageSet
 from dovetail.layers.linear import Dense
@@ -171,8 +171,8 @@ def test_a_variant_cannot_look_ahead_and_counts_in_sliding_layers() -> None:
 
 def test_a_failure_behind_a_wrong_draft_does_not_count() -> None:
     class Garbage(Drafter):
-        def propose(self, requests, limits, total):
-            return [[50, 50][:limit] for limit in limits]
+        def propose(self, requests, limits, room):
+            return [Guess([50, 50][:limit]) for limit in limits]
 
     engine = tiny_engine(fill(drafter=Garbage()))
     break_token(engine, 50)

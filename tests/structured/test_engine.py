@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from dovetail.core.engine import Engine, Progress
 from dovetail.core.sampling import SamplingParams
-from dovetail.core.seams import Drafter
+from dovetail.core.seams import Drafter, Guess, Room
 from dovetail.core.types import Request
 from dovetail.ops.cpu import isas
 from dovetail.structured.grammar import Grammar, GrammarError
@@ -127,8 +127,8 @@ def test_drafts_are_accepted_in_an_answer_with_a_form() -> None:
 @pytest.mark.parametrize("guess", [-1, 61, 2**40])
 def test_guesses_outside_the_vocabulary_are_cut_before_the_form_sees_them(guess: int) -> None:
     class Guesser(Drafter):
-        def propose(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> list[list[int]]:
-            return [[TOKENS.index(b"a"), guess] for _ in requests]
+        def propose(self, requests: Sequence[Request], limits: Sequence[int], room: Room) -> list[Guess]:
+            return [Guess([TOKENS.index(b"a"), guess]) for _ in requests]
 
     engine = tiny_engine(**KINDS[0])
     engine.seams.drafter = Guesser()
