@@ -419,7 +419,7 @@ def main() -> int:
 
     try:
         model = os.path.abspath(resolve(args.model))  # not resolved: parts are found by their names
-        if PEERS[args.peer].reads == "gguf" and not model.endswith(".gguf"):
+        if not args.converted and PEERS[args.peer].reads == "gguf" and not model.endswith(".gguf"):
             raise WorkerError(f"{args.peer} is compared on a GGUF file, and {args.model} is none")
         with workers(args, PEERS[args.peer]) as pair:
             result = report(args, model, compare(args, pair, model))
