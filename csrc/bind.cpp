@@ -13,6 +13,7 @@
 
 #include "bandwidth.h"
 #include "program.h"
+#include "suffix.h"
 
 namespace nb = nanobind;
 using namespace dovetail;
@@ -205,6 +206,29 @@ std::unique_ptr<SlowTier> slow_tier(const TierShape& s, const std::string& folde
 std::vector<std::shared_ptr<Packed>> weights_of(nb::list list) {
     std::vector<std::shared_ptr<Packed>> out;
     for (nb::handle h : list) out.push_back(nb::cast<std::shared_ptr<Packed>>(h));
+    return out;
+}
+
+using Guessed = std::tuple<std::vector<int32_t>, std::vector<double>, int, bool>;  // tokens, odds, matched, shared
+
+// Guesses for texts (lists of tokens), of at most `room` tokens in all.
+std::vector<Guessed> guess(SuffixDrafter& d, const std::vector<std::string>& ids, const std::vector<std::string>& salts,
+                           nb::list texts, const std::vector<int>& limits, int room) {
+    if (salts.size() != ids.size() || nb::len(texts) != ids.size() || limits.size() != ids.size())
+        throw std::invalid_argument("there must be a salt, a text and a limit for each id");
+    std::vector<Guessed> out;
+    std::vector<int32_t> fresh;
+    for (size_t i = 0; i < ids.size(); i++) {
+        const nb::list text = nb::cast<nb::list>(texts[i]);
+        const int64_t total = (int64_t)nb::len(text);
+        fresh.clear();
+        for (int64_t at = d.wanted(ids[i], total); at < total; at++)
+            fresh.push_back((int32_t)PyLong_AsLong(PyList_GetItem(text.ptr(), at)));
+        d.update(ids[i], fresh);
+        SuffixDrafter::Guess g = d.propose(ids[i], salts[i], std::min(limits[i], room));
+        room -= (int)g.tokens.size();
+        out.emplace_back(std::move(g.tokens), std::move(g.odds), g.matched, g.shared);
+    }
     return out;
 }
 
@@ -441,6 +465,17 @@ NB_MODULE(_native, m) {
             return nb::ndarray<nb::numpy, float>(p.rows(slot), 2, shape, nb::find(p));
         })
         .def("attention_stats", [](const Program& p) { return stats_of(p.attention().stats()); });
+
+    nb::class_<SuffixDrafter>(m, "SuffixDrafter")
+        .def("__init__", [](SuffixDrafter* self, std::tuple<int, int, double, double> rule, int64_t history, int64_t shared) {
+            const auto [tokens, min_match, factor, min_odds] = rule;
+            new (self) SuffixDrafter({tokens, min_match, factor, min_odds}, history, shared);
+        }, nb::arg("rule"), nb::arg("history"), nb::arg("shared"))
+        .def("propose", guess, nb::arg("ids"), nb::arg("salts"), nb::arg("texts"), nb::arg("limits"), nb::arg("room"))
+        .def("forget", &SuffixDrafter::forget)
+        .def("keep", &SuffixDrafter::keep, nb::arg("salt"), nb::arg("tokens"))
+        .def("tokens", &SuffixDrafter::tokens)
+        .def("bytes", &SuffixDrafter::bytes);
 
     nb::class_<PagedAttention>(m, "PagedAttention")
         .def(nb::init<const std::string&, int, nb::tuple, bool, bool>(), nb::arg("isa"), nb::arg("threads"),

@@ -214,6 +214,28 @@ class Program:
     def view(self, slot: int, rows: int, /) -> NDArray[np.float32]: ...  # until the program grows
     def attention_stats(self) -> dict[str, int]: ...
 
+class SuffixDrafter:
+    def __init__(
+        self,
+        rule: tuple[int, int, float, float],  # most tokens, fewest matched, tokens for each matched, least odds
+        history: int,  # tokens of each text, at most
+        shared: int,  # tokens of all ended texts, at most; 0: none is looked up
+    ) -> None: ...
+    def propose(
+        self,
+        ids: list[str],
+        salts: list[str],
+        texts: list[list[int]],  # tokens; each text only grows until it is forgotten
+        limits: list[int],
+        room: int,  # tokens of all guesses
+    ) -> list[
+        tuple[list[int], list[float], int, bool]
+    ]: ...  # tokens, odds, how many tokens matched, whether in an ended text
+    def forget(self, id: str, /) -> None: ...
+    def keep(self, salt: str, tokens: list[int]) -> None: ...  # a text that has ended
+    def tokens(self) -> int: ...  # that are remembered
+    def bytes(self) -> int: ...
+
 class PagedAttention:
     def __init__(
         self, isa: str, threads: int, heads: tuple[int, int, int], cascade: bool, split: bool

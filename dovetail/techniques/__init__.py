@@ -19,6 +19,7 @@ MODULES = {
     "quest": "quest",
     "shadowkv": "shadowkv",
     "sink-window": "sink_window",
+    "suffix": "suffix",
     "w4a16": "rounded.w4a16",
     "w4a8": "rounded.w4a8",
     "w8a8-fp8": "rounded.w8a8_fp8",

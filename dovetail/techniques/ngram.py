@@ -4,6 +4,10 @@ If the last n tokens of a request occurred before, the tokens that followed them
 n between `min_n` and `max_n` that has an occurrence is taken, and of several occurrences the latest. Lossless: a
 draft is kept only where it equals the token that the model chooses. Prompt lookup decoding is by A. Saxena (2023);
 comparing drafts with the model's own choice is speculative decoding (arXiv 2211.17192).
+
+Prefer `suffix` where text is copied at length: it matches more tokens, counts what followed them, and guesses
+further the longer the match. `ngram` needs no native kernels, guesses the same few tokens after every match, and
+says nothing of how likely they are.
 """
 
 from __future__ import annotations

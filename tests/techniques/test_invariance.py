@@ -55,7 +55,7 @@ prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tupl
 @given(
     prompts,
     st.sampled_from(["", *LOSSY]),
-    st.booleans(),
+    st.sampled_from(["", "ngram:tokens=3,min_n=1,max_n=2", "suffix:min_match=1,others=true,min_odds=0"]),
     st.sampled_from([1, 2, 3, 5, 8, 17, 64]),
     st.integers(1, 5),
     st.integers(14, 40),
@@ -65,9 +65,9 @@ prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tupl
 )
 @examples(60)
 def test_same_text_under_any_schedule(
-    batch, spec, drafts, budget, seqs, pages, caching, arrivals, crowded
+    batch, spec, drafter, budget, seqs, pages, caching, arrivals, crowded
 ) -> None:
-    use = [s for s in (spec, "ngram:tokens=3,min_n=1,max_n=2" if drafts else "") if s]
+    use = [s for s in (spec, drafter) if s]
     engine = tiny_engine(
         *use, pages=pages, max_num_batched_tokens=budget, max_num_seqs=seqs, enable_prefix_caching=caching
     )
