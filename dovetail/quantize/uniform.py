@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.host.lazy_torch import torch
-from dovetail.ops.memory import rounded, widened
 from dovetail.ops.schemes import SCHEMES, Scheme, bfloat16
 from dovetail.ops.stored import StoredTensor
 from dovetail.quantize.calibration import SITES, See
 from dovetail.quantize.gptq import Hessian, compensate, factor, relative_error
 from dovetail.quantize.layer import Layer, Made
+from dovetail.quantize.smooth import Smoothed, smoothed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 SHRINK = tuple(1 - 0.01 * i for i in range(20))  # of the largest magnitude, by which scales are tried
 NORM = 2.4  # exponent of the error that scales minimize
 PATIENCE = 5  # steps without any gain after which none is tried any more
-# Norms whose rows enter a site, where there are norms behind attention and MLP and where there are not.
-NORMS = {
-    "qkv": ("input_layernorm", "input_layernorm"),
-    "gate_up": ("post_attention_layernorm", "pre_feedforward_layernorm"),
-}
 
 Floats = NDArray[np.float32]
 
@@ -77,18 +72,21 @@ class UniformWork:
         return self.seen
 
     def finish(self) -> Made:
-        made = Made({}, {}, bool(self.seen))
+        smooth = Smoothed()
+        if self.method.smooth:
+            smooth = smoothed(self.layer, {s: i.most for s, i in self.seen.items()}, self.method.options)
+        made = Made(dict(smooth.tensors), {}, bool(self.seen))
         for site in SITES:
-            self._site(site, made)
+            self._site(site, smooth, made)
         return made
 
-    def _site(self, site: str, made: Made) -> None:
+    def _site(self, site: str, smooth: Smoothed, made: Made) -> None:
         """Layers that share their rows are rounded together, because they share the Hessian."""
-        weight, hessian = self.layer.joined(site), None
+        weight, hessian = smooth.weight(self.layer, site), None
         if self.seen:
             hessian = self.seen[site].hessian.sum
-            if self.method.smooth and site in NORMS:
-                hessian = self._smoothed(site, weight, hessian, made)
+            if site in smooth.columns:
+                hessian = hessian / torch.outer(smooth.columns[site], smooth.columns[site])
         scheme, scales = self.method.scheme, self.method.scales(weight.numpy())
         if self.method.gptq and hessian is not None:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -104,25 +102,6 @@ class UniformWork:
             stored = scheme.stored(f"{name}.weight", np.ascontiguousarray(codes[rows]), scales[rows])
             made.tensors[stored.name] = stored
             made.errors[name] = relative_error(weight[rows], torch.from_numpy(stored.values()), hessian)
-
-    def _smoothed(self, site: str, weight: Tensor, hessian: Tensor, made: Made) -> Tensor:
-        """Move magnitude from rows to weights: SmoothQuant (2211.10438, eq. 4). Changes `weight`; returns H.
-
-        Column j of the weight is multiplied by s_j = max|x_j|^a / max|w_j|^(1 - a), and so the gain of the norm is
-        divided. The gain is rounded to what the checkpoint stores first, so the product is the same.
-        """
-        post = self.layer.checkpoint.config.post_norms
-        name = f"{self.layer.prefix}{NORMS[site][post]}.weight"
-        gain = torch.from_numpy(self.layer.checkpoint.tensor(name).values().astype(np.float32, copy=True))
-        strength = self.method.smooth
-        most = self.seen[site].most.clamp_min(1e-5) ** strength
-        factor = most / weight.abs().amax(0).clamp_min(1e-5) ** (1 - strength)
-        kind = self.method.options["dtype"]
-        stored = widened(rounded((gain / factor).numpy(), kind), kind)
-        factor = torch.where(gain == 0, torch.ones(()), gain / torch.from_numpy(stored))
-        made.tensors[name] = StoredTensor.of(name, np.asarray(stored, np.float32))
-        weight *= factor
-        return hessian / torch.outer(factor, factor)
 
 
 class Inputs:
