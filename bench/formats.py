@@ -83,11 +83,13 @@ def formats(group: int) -> list[Format]:
     """group: of columns that share a scale, which must divide the model's widths."""
     g = ("--group", str(group))
     smaller = ("--group", "32")
+    smooth = ("--format", "w8a8-int8", "--method", "rtn", "--smoothquant", "0.5")
     return [
         Format("bf16"),
         Format("w8a8-fp8", ("--format", "w8a8-fp8")),
         Format("w8a8-int8", ("--format", "w8a8-int8")),
         Format("w8a8-int8 RTN", ("--format", "w8a8-int8", "--method", "rtn")),
+        Format("w8a8-int8 SmoothQuant", smooth),
         Format(f"w4a16 g{group}", ("--format", "w4a16", *g)),
         Format("w4a16 g32", ("--format", "w4a16", *smaller)),
         Format(f"w4a16 g{group} RTN", ("--format", "w4a16", *g, "--method", "rtn", "--observer", "minmax")),
@@ -98,20 +100,42 @@ def formats(group: int) -> list[Format]:
         Format("tender INT4", ("--format", "tender", "--bits", "4")),
         Format("INT8 per tensor, naive", naive=int8_per_tensor),
         Format("W4A4 RTN, naive", naive=int4_both),
+        Format("W4A4 SmoothQuant, naive", smooth, naive=int4_both, also="w8a8-int8 SmoothQuant"),
         Format("W4A4 RTN in groups", ("--format", "atom", *g, "--method", "rtn", "--outliers", "0",
                "--activation-clip", "1", "--weight-clip", "1")),
+        *ablation(group),
     ]  # fmt: skip
+
+
+def ablation(group: int) -> list[Format]:
+    """Atom's steps in the order of its paper (2310.19102, section 5.4), each with those before it.
+
+    Outliers are int8 from the start, and as many as a group has columns.
+    """
+    nearest = ("--format", "atom", "--method", "rtn")
+    whole, unclipped = ("--group", "0"), ("--activation-clip", "1", "--weight-clip", "1")
+    g, outliers = ("--group", str(group)), ("--outliers", str(group))
+    gptq = ("--format", "atom", *g, *outliers)
+    return [
+        Format("atom 1, RTN", (*nearest, *whole, "--outliers", "0", *unclipped)),
+        Format("atom 2, + INT8 outliers", (*nearest, *whole, *outliers, *unclipped)),
+        Format("atom 3, + groups", (*nearest, *g, *outliers, *unclipped)),
+        Format("atom 4, + clipping", (*nearest, *g, *outliers)),
+        Format("atom 5, + GPTQ", gptq),
+        Format("atom 6, + KV4", gptq, options={"kv_cache_dtype": "int4"}, also="atom 5, + GPTQ"),
+    ]
 
 
 def made(entry: Format, model: str, work: Path, arguments: list[str]) -> str:
     """The checkpoint of a format: MODEL itself, or what `dovetail quantize` wrote."""
     if not entry.quantize:
         return model
-    out = work / entry.folder.replace(" ", "-").replace(",", "")
+    out = work / entry.folder.replace(" ", "-").replace(",", "").replace("+", "plus")
     if not (out / "config.json").exists():
         command = [sys.executable, "-m", "dovetail", "quantize", model, str(out), *entry.quantize]
-        rounds_only = "fp8" in entry.name or "rtn" in entry.quantize
-        subprocess.run([*command, *([] if rounds_only else arguments)], check=True, stdout=sys.stderr)
+        needs = {"--smoothquant", "atom", "tender"} & {*entry.quantize}
+        calibrated = bool(needs) or not {"rtn", "w8a8-fp8"} & {*entry.quantize}
+        subprocess.run([*command, *(arguments if calibrated else [])], check=True, stdout=sys.stderr)
     return str(out)
 
 

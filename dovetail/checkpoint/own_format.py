@@ -30,7 +30,8 @@ from dovetail.ops.stored import StoredTensor
 METHOD, VERSION = "dovetail", 1
 ACTIVATIONS = {"ATOM": "atom", "TENDER8": "tender", "TENDER4": "tender", "I8": "int8-token"}
 HEAD = "lm_head"
-GROUPS = (128, 64, 32)  # columns of ATOM's that share a scale
+GROUPS = (128, 64, 32)  # columns of ATOM's that share a scale, if not all of 4 bits do
+COLUMNS = 32  # the columns of 4 bits are a multiple of this
 _PARTS = {
     "ATOM": ("scale", "outlier_scale"),
     "TENDER8": ("scale", "bias"),
@@ -118,7 +119,8 @@ def _stored(module: Module, form: str, shape: tuple[int, int], name: str) -> Sto
     if form == "ATOM":
         wide = 2 * width - k  # columns of 8 bits
         groups = parts["scale"].shape[-1]
-        fits = 0 <= wide < k and wide % 2 == 0 and k - wide in [groups * size for size in GROUPS]
+        fits = 0 <= wide < k and wide % 2 == 0 and (k - wide) % COLUMNS == 0
+        fits = fits and (groups == 1 or k - wide in [groups * size for size in GROUPS])
     else:
         fits = width == (k // 2 if form == "TENDER4" else k)
         fits = fits and ("bias" in parts) == ("means" in shared)

@@ -32,7 +32,8 @@ def command(
     ] = None,
     method: Annotated[str | None, _option("gptq (default), or rtn: to nearest. Not for w8a8-fp8, tender.")] = None,
     group: Annotated[
-        int | None, _option("w4a16, w4a8, atom: inputs that share a scale: 128 (default), 64, 32.")
+        int | None,
+        _option("w4a16, w4a8, atom: inputs that share a scale: 128 (default), 64, 32; atom: 0 for all."),
     ] = None,
     observer: Annotated[
         str | None, _option("w4a16, w4a8, w8a8-int8: scales by mse or minmax (default: mse for 4 bits).")

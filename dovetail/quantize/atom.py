@@ -38,8 +38,8 @@ PAIR = 2  # neighbouring rows of a weight that share the scales of their groups
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows [n, K] are rounded: channels in `order` (int64 [K], None as they are), groups of `group`, then
-    `outliers`; `clip` multiplies the largest magnitudes of groups."""
+    """How rows [n, K] are rounded: channels in `order` (int64 [K], None as they are), groups of `group` (0: all
+    columns of 4 bits are one), then `outliers`; `clip` multiplies the largest magnitudes of groups."""
 
     order: Tensor | None
     group: int
@@ -50,7 +50,7 @@ class Rows:
         """The values [n, K] that a product sees, in the order of x."""
         sorted_ = x if self.order is None else x[:, self.order]
         split = x.shape[1] - self.outliers
-        groups = sorted_[:, :split].unflatten(1, (-1, self.group))
+        groups = sorted_[:, :split].unflatten(1, (-1, self.group or split))
         narrow = _nearest(groups, groups.abs().amax(-1, keepdim=True) * (self.clip / 7), -8, 7).flatten(1)
         wide = sorted_[:, split:]
         if self.outliers:
@@ -154,7 +154,7 @@ class AtomWork:
         options = self.method.options
         split = k - options["outliers"][str(k)]
         step = options["weight_clip"] * (1 / 7 if upper is None else 2 / 15)
-        grid = _Groups(n, split, options["group"], step)
+        grid = _Groups(n, split, options["group"] or split, step)
         moved = compensate(weight, torch.eye(k) if upper is None else upper, grid)
         wide = moved[:, split:].numpy()
         most = np.abs(wide).max(1) / np.float32(127) if wide.size else np.zeros(n, np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from dovetail import __version__
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
-from dovetail.checkpoint.own_format import GROUPS
+from dovetail.checkpoint.own_format import COLUMNS, GROUPS
 from dovetail.core.errors import ConfigError
 from dovetail.core.model import ModelConfig
 from dovetail.host.lazy_torch import torch
@@ -88,8 +88,9 @@ def resolved(form: str, given: Mapping[str, Any], config: ModelConfig) -> dict[s
         if name not in known:
             takers = [f for f in OPTIONS if name in OPTIONS[f]]
             raise ConfigError(f"{form} takes no {flag}; it is an option of {', '.join(takers)}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ConfigError(f"{flag} must be {' or '.join(map(str, CHOICES[name]))}, got {value}")
+        choices = (*GROUPS, 0) if (form, name) == ("atom", "group") else CHOICES.get(name)
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{flag} must be {' or '.join(map(str, choices))}, got {value}")
         low, high = RANGES.get(name, (value, value))
         if not low <= value <= high:
             raise ConfigError(f"{flag} must be from {low} to {high}, got {value}")
@@ -124,8 +125,8 @@ def widths(config: ModelConfig) -> dict[str, int]:
 
 def _outliers(options: Mapping[str, Any], given: Mapping[str, Any], config: ModelConfig) -> dict[str, int]:
     """Outlier channels by the inputs of a layer: as many as asked, or 128 for a width of 4096 and in proportion,
-    and more where groups must divide the others."""
-    group, asked = options["group"], given.get("outliers")
+    and more where groups must divide the others (without groups, what kernels multiply at once)."""
+    group, asked = options["group"] or COLUMNS, given.get("outliers")
     least = asked if asked is not None else max(1, 128 * config.hidden_size // 4096)
     found = {}
     for name, width in widths(config).items():

@@ -42,6 +42,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a16 head": ("w4a16", SMALL | {"group": 32, "head": "int8"}),
     "w4a8": ("w4a8", SMALL | {"group": 32, "dtype": "float32"}),
     "atom": ("atom", SMALL | {"group": 32, "outliers": 32}),
+    "atom whole": ("atom", SMALL | {"group": 0, "outliers": 32}),
     "tender": ("tender", SMALL | {"groups": 4, "chunk": 32}),
     "tender4": ("tender", SMALL | {"bits": 4, "groups": 4, "chunk": 32}),
 }
