@@ -78,6 +78,7 @@ def build_engine(
     seams = composition.build(site)
     _check_asked(composition, seams)
     executor = seams.executor or _load(checkpoint, config, site, seams, cache)
+    site.clock = executor.clock
     limits = Limits(
         config.max_model_len, config.max_num_batched_tokens, config.max_num_seqs, config.enable_prefix_caching,
         shape.vocab_size,

@@ -372,6 +372,7 @@ class Site:
     kv: Any = None
     device: str = "cpu"
     calibration: Calibration | None = None
+    clock: Clock = WALL_CLOCK  # by which techniques time what they do themselves
     ready: list[Callable[[], None]] = field(default_factory=list)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, get_origin
 
 from dovetail.core.errors import ConfigError
 
@@ -19,6 +20,7 @@ MODULES = {
     "quest": "quest",
     "shadowkv": "shadowkv",
     "sink-window": "sink_window",
+    "smartspec": "smartspec",
     "suffix": "suffix",
     "w4a16": "rounded.w4a16",
     "w4a8": "rounded.w4a8",
@@ -29,25 +31,46 @@ MOST = 2**31 - 1  # of a whole number: more tokens than any sequence has
 
 
 def technique(spec: str) -> Technique:
-    """The technique that a `--use` text names. ConfigError lists the known names, or the technique's options."""
+    """The technique that a `--use` text names. ConfigError lists the known names, or the technique's options.
+
+    A wrapper has an option that names other techniques, joined by "+": `smartspec:drafter=ngram`. Options that the
+    wrapper does not have are theirs: `tokens=4` goes to each that has it, `ngram.tokens=4` to that one.
+    """
     name, _, rest = spec.partition(":")
+    factory, known = _factory(name)
+    pairs = [part.partition("=") for part in filter(None, rest.split(","))]
+    wrappers = [key for key, p in known.items() if get_origin(p.annotation) is tuple]
+    inner = {n: _factory(n)[1] for key, _, value in pairs if key in wrappers and value for n in value.split("+")}
+    passed: dict[str, list[str]] = {n: [] for n in inner}
+    options: dict[str, Any] = {}
+    for key, equals, value in pairs:
+        takers = (
+            {} if key in known else {n: part for n in inner if (part := key.removeprefix(f"{n}.")) in inner[n]}
+        )
+        if not equals or not (takers or key in known):
+            wanted = f"write key=value with {', '.join([*known, *(k for n in inner for k in inner[n])])}"
+            part = key + equals + value
+            raise ConfigError(f"'{part}' is no option of {'+'.join([name, *inner])}; {wanted}{_several(part)}")
+        if key in options:
+            raise ConfigError(f"{name}: {key} is given twice")
+        for n, part in takers.items():
+            passed[n].append(f"{part}={value}")
+        if not takers:
+            options[key] = value if key in wrappers else _parse(name, key, value, known[key].annotation)
+    for key in options.keys() & set(wrappers):
+        options[key] = tuple(technique(f"{n}:{','.join(passed[n])}") for n in options[key].split("+"))
+    built: Technique = factory(**options)
+    return built
+
+
+def _factory(name: str) -> tuple[Callable[..., Technique], Mapping[str, inspect.Parameter]]:
+    """What makes the technique `name`, and its options."""
     if name not in MODULES:
         known_names = f"the known ones are {', '.join(sorted(MODULES))}"
         raise ConfigError(f"technique '{name}' is unknown; {known_names}{_several(name)}")
     module, _, function = MODULES[name].partition(".")
     factory = getattr(importlib.import_module(f"dovetail.techniques.{module}"), function or module)
-    known = inspect.signature(factory, eval_str=True).parameters
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key not in known or not equals:
-            wanted = f"write key=value with {', '.join(known)}"
-            raise ConfigError(f"'{part}' is no option of {name}; {wanted}{_several(part)}")
-        if key in options:
-            raise ConfigError(f"{name}: {key} is given twice")
-        options[key] = _parse(name, key, value, known[key].annotation)
-    built: Technique = factory(**options)
-    return built
+    return factory, inspect.signature(factory, eval_str=True).parameters
 
 
 def _several(text: str) -> str:
@@ -57,12 +80,6 @@ def _several(text: str) -> str:
 
 
 def _parse(name: str, key: str, value: str, kind: type) -> Any:
-    from dovetail.core.technique import (
-        Technique,  # here, because `--help` reads this module and that one needs numpy
-    )
-
-    if kind is Technique:
-        return technique(value)
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
