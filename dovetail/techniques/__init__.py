@@ -27,6 +27,7 @@ MODULES = {
     "w8a8-fp8": "rounded.w8a8_fp8",
     "w8a8-int8": "rounded.w8a8_int8",
 }
+WRAPPED = "suffix"  # by a wrapper, if nothing is said
 MOST = 2**31 - 1  # of a whole number: more tokens than any sequence has
 
 
@@ -40,6 +41,7 @@ def technique(spec: str) -> Technique:
     factory, known = _factory(name)
     pairs = [part.partition("=") for part in filter(None, rest.split(","))]
     wrappers = [key for key, p in known.items() if get_origin(p.annotation) is tuple]
+    pairs += [(key, "=", WRAPPED) for key in wrappers if all(key != k for k, _, _ in pairs)]
     inner = {n: _factory(n)[1] for key, _, value in pairs if key in wrappers and value for n in value.split("+")}
     passed: dict[str, list[str]] = {n: [] for n in inner}
     options: dict[str, Any] = {}
