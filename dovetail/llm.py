@@ -160,6 +160,11 @@ class LLM:
         """How often each technique in use acted."""
         return {t.name: t.activity(self.engine.seams) for t in self.techniques}
 
+    def counters(self) -> dict[str, float]:
+        """Totals that techniques in use count besides, by the technique's name and what is counted."""
+        found = ((t.name, t.counters(self.engine.seams)) for t in self.techniques)
+        return {f"{name}_{what}": total for name, totals in found for what, total in totals.items()}
+
     def slow_tier(self) -> Mapping[str, float]:
         """Totals of what moved between the device and the slow tier of KV. Empty without a slow tier."""
         residency = self.engine.seams.residency

@@ -100,7 +100,19 @@ def engine_report(llm: LLM) -> str:
     ]
     if stats.drafted:
         lines.append(f"drafts: {stats.accepted} of {stats.drafted} tokens accepted")
+        by_position = [str(n) for n in stats.accepted_at if n]
+        lines.append(f"drafts accepted by position: {' '.join(by_position) or 'none'}")
+    if steps := sum(stats.lengths):
+        lengths = ", ".join(f"{n} of {length}" for length, n in enumerate(stats.lengths) if n)
+        lines.append(
+            f"tokens for each step of a request: {stats.emitted / steps:.2f} (lengths of drafts: {lengths})"
+        )
+    if stats.forced:
+        lines.append(f"tokens that the form of the answer forced: {stats.forced}")
+    if stats.failures:
+        lines.append(f"failures of the drafter: {stats.failures}")
     lines += [f"{name}: acted {count} times" for name, count in llm.activity().items()]
+    lines += [f"{name.replace('_', ' ')}: {total:.4g}" for name, total in llm.counters().items()]
     return "\n".join(lines)
 
 

@@ -118,11 +118,8 @@ class Engine:
             self._outcomes.append(Outcome(request, () if request.forced else tuple(drafts), n))
         if request.forced:
             stats.forced += n
-        elif drafts:
-            stats.drafts += 1
-            stats.drafted += len(drafts)
-            stats.accepted += n
-            stats.count(n)
+        elif drafts or self._outcomes is not None:
+            stats.count(len(drafts), n)
         if drafts:
             request.drafts, request.forced = [], False
         tokens = sampled[: n + 1]

@@ -35,13 +35,22 @@ class SchedulerStats:
     drafted: int = 0  # their tokens
     accepted: int = 0
     accepted_at: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)  # by position in the guess
+    lengths: list[int] = field(default_factory=lambda: [0] * (MAX_DRAFTS + 1))  # how often so many were drafted
+    emitted: int = 0  # tokens of all those steps of requests, with and without drafts
     forced: int = 0  # tokens that the form of an answer left no choice about
     failures: int = 0  # of the drafter
     cached_tokens: int = 0
     queried_tokens: int = 0
 
-    def count(self, accepted: int) -> None:
-        """A guess of which so many tokens were right."""
+    def count(self, drafted: int, accepted: int) -> None:
+        """A step of a request: a guess of so many tokens or none, and how many of them were right."""
+        self.lengths[min(drafted, MAX_DRAFTS)] += 1
+        self.emitted += accepted + 1
+        if not drafted:
+            return
+        self.drafts += 1
+        self.drafted += drafted
+        self.accepted += accepted
         for position in range(min(accepted, MAX_DRAFTS)):
             self.accepted_at[position] += 1
 

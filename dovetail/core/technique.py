@@ -37,7 +37,8 @@ class Technique:
     times. `needs` are facts that the model or the engine offers, never names. `lossless`: greedy text is the plain
     engine's at every setting. `exact_at`: options at which a lossy technique must equal the plain engine token for
     token. `activity(seams)` counts how often it acted. `beside(geometry, tokens of a page, bytes of a value of a
-    key)` is what it keeps on the device.
+    key)` is what it keeps on the device. `counters(seams)`: totals since the start, by what they count and its
+    unit.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Technique:
     exact_at: Mapping[str, Any] = field(default_factory=dict)
     activity: Callable[[Seams], int] = lambda seams: 0
     beside: Callable[[Geometry, int, int], Beside] = _nothing
+    counters: Callable[[Seams], Mapping[str, float]] = lambda seams: {}
 
     @property
     def spec(self) -> str:

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from dovetail.outputs import Delta
 
 if TYPE_CHECKING:
+    from dovetail.core.scheduler import SchedulerStats
     from dovetail.llm import LLM
 
 LABELS = ("model_name", "engine")
@@ -197,11 +198,28 @@ class _EngineNumbers:
             ("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted),
         ):
             yield self._count(f"vllm:{name}", text, value)
+        yield from self._drafts(stats)
         for name, total in self.llm.slow_tier().items():
             yield self._count(f"dovetail:kv_offloading_{name}", f"{_SLOW_TIER[name]}.", total)
         for name, value in self.llm.activity().items():
             plain = name.replace("-", "_")
             yield self._count(f"dovetail:{plain}_activity", f"How often {name} acted.", value)
+        for name, total in self.llm.counters().items():
+            yield self._count(f"dovetail:{name.replace('-', '_')}", f"{name.replace('_', ' ')}.", total)
+
+    def _drafts(self, stats: SchedulerStats) -> Iterator[CounterMetricFamily]:
+        """What became of drafts, by position and by length. Empty where nothing drafts."""
+        steps = sum(stats.lengths)
+        if not steps:
+            return
+        accepted = {str(i): n for i, n in enumerate(stats.accepted_at) if n or not i}
+        name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that were right, by position."
+        yield self._counts(name, text, "position", accepted)
+        lengths = {str(i): n for i, n in enumerate(stats.lengths) if n}
+        yield self._counts("dovetail:drafts_chosen", "Steps of requests, by drafted tokens.", "length", lengths)
+        yield self._count("dovetail:drafts_emitted_tokens", "Tokens of those steps.", stats.emitted)
+        yield self._count("dovetail:drafts_failures", "Failures of the drafter.", stats.failures)
+        yield self._count("dovetail:drafts_forced_tokens", "Tokens that the form of answers forced.", stats.forced)
 
     def _cache_config(self) -> GaugeMetricFamily:
         config = self.llm.config
@@ -230,6 +248,12 @@ class _EngineNumbers:
     def _count(self, name: str, text: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(name, text, labels=LABELS)
         family.add_metric(self.labels, value)
+        return family
+
+    def _counts(self, name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=(*LABELS, label))
+        for key, value in values.items():
+            family.add_metric((*self.labels, key), value)
         return family
 
     def _usage(self) -> float:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 from dataclasses import fields
@@ -71,6 +72,10 @@ def test_hints_stats_and_idle_techniques(tiny_model):
     assert "dovetail chat" in result.stderr
     assert "steps:" in result.stderr
     assert "ngram was in use but never acted" in result.stderr
+    options = ("--raw", "--ignore-eos", "--stats", "--use", "smartspec:drafter=ngram,fixed=2,min_n=1")
+    result = run(tiny_model, "abcabcabcabc", "--max-tokens", 60, *options)
+    assert re.search(r"tokens for each step of a request: \d\.\d+ \(lengths of drafts: \d+ of 0, ", result.stderr)
+    assert "smartspec predicted seconds:" in result.stderr
 
 
 def test_logprobs(tiny_model):

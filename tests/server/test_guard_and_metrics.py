@@ -63,6 +63,27 @@ def test_metrics_have_vllm_s_names_and_count(start) -> None:
     assert reasons == {"stop": 0, "length": 2, "abort": 0, "error": 0}
 
 
+def test_what_became_of_drafts_is_counted_by_position_and_length(start) -> None:
+    running: Running = start(use=["smartspec:drafter=ngram,tokens=3,fixed=3,min_n=1"])
+    running.complete("one two one two one two", max_tokens=40, ignore_eos=True, logit_bias={"65": 100})
+    text = httpx.get(f"{running.url}/metrics").text
+    samples = [s for f in text_string_to_metric_families(text) for s in f.samples]
+
+    def by(name: str, label: str) -> dict[int, float]:
+        return {int(s.labels[label]): s.value for s in samples if s.name == name}
+
+    values = {s.name: s.value for s in samples}
+    accepted = by("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position")
+    assert accepted[0] > 10 and list(accepted.values()) == sorted(accepted.values(), reverse=True)
+    assert sum(accepted.values()) == values["vllm:spec_decode_num_accepted_tokens_total"]
+    chosen = by("dovetail:drafts_chosen_total", "length")
+    drafted = sum(length * n for length, n in chosen.items())
+    assert max(chosen) <= 3 and drafted == values["vllm:spec_decode_num_draft_tokens_total"]
+    assert values["dovetail:drafts_emitted_tokens_total"] == sum(chosen.values()) + sum(accepted.values())
+    assert values["dovetail:smartspec_predicted_seconds_total"] > 0
+    assert values["dovetail:smartspec_measured_seconds_total"] > 0
+
+
 MODEL = '{model_name="$model_name"}'
 RATE = f"{MODEL}[$__rate_interval]"
 QUANTILES = (

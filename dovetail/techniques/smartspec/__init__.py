@@ -52,7 +52,20 @@ def smartspec(drafter: tuple[Technique, ...], fixed: int = -1) -> Technique:
         lossless=True,
         activity=_activity,
         beside=beside,
+        counters=_counters,
     )
+
+
+def _counters(seams: Seams) -> dict[str, float]:
+    """Of steps that were predicted: what was predicted, what they took, and the sum of differences."""
+    d = seams.drafter
+    if not isinstance(d, SmartSpec):
+        return {}
+    return {
+        "predicted_seconds": d.predicted,
+        "measured_seconds": d.measured,
+        "difference_seconds": d.off,
+    }
 
 
 def _activity(seams: Seams) -> int:
