@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,23 +14,26 @@ from dovetail.checkpoint.identity import identity
 from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.config import Config
 from dovetail.core.engine import Engine
-from dovetail.core.errors import ConfigError
+from dovetail.core.errors import CapacityError, ConfigError
 from dovetail.core.pages import PagePool
 from dovetail.core.scheduler import Limits
-from dovetail.core.seams import Calibration, Executor, Format, Seams, Site
+from dovetail.core.seams import Calibration, Codec, Executor, Format, RowFilter, Seams, Site, Variant
 from dovetail.core.technique import Composition
-from dovetail.core.types import UNLIMITED
+from dovetail.core.types import UNLIMITED, StepPlan, StepResult
 from dovetail.host.lazy_torch import torch
+from dovetail.host.machine import memory
 from dovetail.layers.linear import Dense, Packed
 from dovetail.layers.loader import Loader, Recoding
 from dovetail.models import MODELS, geometry
+from dovetail.models.decoder import Blocks
 from dovetail.ops.cpu import TORCH
 from dovetail.ops.stored import PARTED
 from dovetail.runtime.batch import BatchBuilder
 from dovetail.runtime.executor import ModelExecutor
 from dovetail.runtime.kv import KV, KVConfig
+from dovetail.runtime.model import Model
 from dovetail.runtime.native import NativeExecutor, recordable
-from dovetail.runtime.residency import Offload, tiers_of
+from dovetail.runtime.residency import Offload, Tiers, tiers_of
 
 Text = Callable[[str], Sequence[int]]
 DEVICE_SIDE = frozenset({"rows", "codec", "selector", "residency", "variant", "format"})  # seams that a model asks
@@ -111,6 +115,82 @@ def _format(config: Config) -> Format:
     return Dense(config.dtype, config.device)
 
 
+class _Second:
+    """See `Companion`."""
+
+    def __init__(self, model: Model, kv: KV, config: Config) -> None:
+        self.length = model.config.max_position_embeddings
+        self.executor: NativeExecutor | ModelExecutor
+        if config.kernels != TORCH and recordable(model, kv):
+            self.executor = NativeExecutor(model, kv, config.kernels, config.threads)
+        else:
+            builder = BatchBuilder(kv.page_size, UNLIMITED, kv.stage_pages, kv.device)
+            self.executor = ModelExecutor(model, kv, builder)
+
+    def run(self, plan: StepPlan) -> tuple[StepResult, Sequence[float]]:
+        result = self.executor.run(plan)
+        tokens = [t for span in result.spans for t in span.tokens]
+        native = isinstance(self.executor, NativeExecutor)
+        return result, self.executor.odds(tokens) if native and tokens else ()  # type: ignore[union-attr]
+
+
+class BesideModel:
+    """See `Companions`: loads them as the model itself was loaded."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, model: Model, kv: KV) -> None:
+        self.checkpoint, self.config, self.own, self.kv = checkpoint, config, model, kv
+
+    def model(self, checkpoint: Checkpoint) -> _Second:
+        _check_vocabulary(checkpoint, self.checkpoint)
+        config, native = self.config, self.config.kernels != TORCH
+        if checkpoint.bytes > (free := memory().available):
+            raise CapacityError(
+                f"the draft model's weights take {checkpoint.bytes} bytes beside the model's "
+                f"{self.checkpoint.bytes}, but {free} bytes are free; take a smaller draft, or lower --kv-memory"
+            )
+        cache = packed_cache(checkpoint, config)
+        if native and cache is not None:
+            cache.open(config.threads)
+        load = Loader(checkpoint, _format(config), config.dtype, config.device, cache=cache)
+        model = MODELS[checkpoint.config.architecture].program(load, RowFilter(), Variant())
+        wide = config.kv_cache_dtype in ("float32", "float64")
+        dtype = config.kv_cache_dtype if wide else "bf16"
+        sizes = KVConfig(config.num_kv_pages, config.block_size, dtype, len(model.program), native)
+        kv = KV(geometry(checkpoint.config), sizes, config.device)
+        if cache is not None:
+            cache.save()
+        return _Second(model, kv, config)
+
+    def first(self, layers: int) -> _Second:
+        if isinstance(self.kv.seams.residency, Tiers) or type(self.kv.seams.codec) is not Codec:
+            raise ConfigError(
+                "self-draft reads the model's own KV, which a slow tier or a codec moves; use a draft model, or "
+                "leave the other one out"
+            )
+        shallow = copy.copy(self.own)
+        (stage,) = self.own.program
+        shallow.program = [Blocks(stage.blocks[:layers], RowFilter())]  # type: ignore[attr-defined,misc]
+        kv = copy.copy(self.kv)
+        kv.seams, kv._aliases = Seams(), {}
+        return _Second(shallow, kv, self.config)
+
+
+def _check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
+    """ConfigError unless the same numbers are the same tokens."""
+    few, many = draft.config.vocab_size, target.config.vocab_size
+    if few < many:
+        raise ConfigError(
+            f"the draft model {draft.path} has {few} tokens, the model has {many}; they must be the same"
+        )
+    theirs, ours = (c.tokenizer().backend.id_to_token for c in (draft, target))
+    for token in range(many):
+        if theirs(token) != ours(token):
+            raise ConfigError(
+                f"the draft model {draft.path} has another vocabulary: token {token} is {theirs(token)!r} there "
+                f"and {ours(token)!r} in the model; take a draft of the same family"
+            )
+
+
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:
     """The model as the executor: its weights, KV, and the techniques that wait for both."""
     native = config.kernels != TORCH
@@ -130,6 +210,7 @@ def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cach
         aliases=seams.codec.capacity < UNLIMITED,
     )  # fmt: skip
     site.kv = kv = KV(site.geometry, sizes, site.device)
+    site.companions = BesideModel(checkpoint, config, model, kv)
     if (tiers := tiers_of(kv.k)) is not None:
         seams.residency = tiers
     kv.seams = seams

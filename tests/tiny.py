@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,6 +79,10 @@ class TinyCheckpoint:
 
     def tensor(self, name: str) -> StoredTensor:
         return self._tensors[name]
+
+    def tokenizer(self) -> Any:
+        """Just enough to compare vocabularies."""
+        return SimpleNamespace(backend=SimpleNamespace(id_to_token=str))
 
     def release(self, name: str) -> None:
         """The tensors lie in memory of their own."""

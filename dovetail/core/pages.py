@@ -27,6 +27,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.refs = [0] * num_pages
+        self.lives: IntArray = np.zeros(num_pages, np.int64)  # how often each page was handed out
         self.evict: Callable[[int], int] = lambda n: 0
         self.reopened: list[int] = []
         self._free = list(range(num_pages - 1, -1, -1))
@@ -44,6 +45,8 @@ class PagePool:
         pages = [self._free.pop() for _ in range(n)]
         for p in pages:
             self.refs[p] = 1
+        if pages:
+            self.lives[pages] += 1
         self.reopened += pages
         return pages
 

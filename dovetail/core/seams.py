@@ -356,13 +356,34 @@ class Calibration:
     key: Callable[[], str]
 
 
+class Companion(Protocol):
+    """A second program beside the model's, for guesses. `length` is its context in tokens.
+
+    `run` runs a plan on it: the result, and for each sampled row the probability of its token, or () where that is
+    not known.
+    """
+
+    length: int
+
+    def run(self, plan: StepPlan) -> tuple[StepResult, Sequence[float]]: ...
+
+
+class Companions(Protocol):
+    """Who loads companions. `model`: another checkpoint with the same vocabulary, with KV of its own under the
+    pool's page numbers. `first`: the model's first layers and its head, on the model's own KV. ConfigError or
+    CapacityError where that cannot be."""
+
+    def model(self, checkpoint: Any) -> Companion: ...
+    def first(self, layers: int) -> Companion: ...
+
+
 @dataclass
 class Site:
     """What a technique is built from.
 
-    `model` and `kv` belong to the device side and are set after the techniques are built. A technique that needs
-    them keeps the site and reads them when it is asked; a host-only run has none. The functions in `ready` are
-    called when both are set, before the first request. They may measure the model on `calibration`.
+    `model`, `kv` and `companions` are of the device side, set after the techniques are built. A technique
+    that needs them keeps the site and reads them when it is asked; a host-only run has none. The functions in
+    `ready` are called when they are set, before the first request. They may measure the model on `calibration`.
     """
 
     geometry: Geometry
@@ -373,6 +394,7 @@ class Site:
     device: str = "cpu"
     calibration: Calibration | None = None
     clock: Clock = WALL_CLOCK  # by which techniques time what they do themselves
+    companions: Companions | None = None
     ready: list[Callable[[], None]] = field(default_factory=list)
 
 

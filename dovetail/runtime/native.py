@@ -220,6 +220,13 @@ class NativeExecutor:
             at += s.num_rows
         return results
 
+    def odds(self, tokens: Sequence[int]) -> list[float]:
+        """The probability of each token in the row of logits that it was last chosen from, at temperature 1."""
+        logits = self._view(len(tokens))
+        return [
+            float(1 / np.exp(row - row[t]).sum()) if t >= 0 else 0.0 for row, t in zip(logits, tokens, strict=True)
+        ]
+
     def _view(self, rows: int) -> NDArray[np.float32]:
         """Logits [rows, vocabulary] of the last head."""
         logits: NDArray[np.float32] = self.program.view(self.logits, rows)[:, : self.model.config.vocab_size]

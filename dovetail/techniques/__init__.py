@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 # The module of each, whose factory has its name; or module.factory.
 MODULES = {
+    "draft": "draft",
     "infinigen": "infinigen",
     "ngram": "ngram",
     "quest": "quest",
+    "self-draft": "draft.self_draft",
     "shadowkv": "shadowkv",
     "sink-window": "sink_window",
     "smartspec": "smartspec",
@@ -61,6 +63,8 @@ def technique(spec: str) -> Technique:
             options[key] = value if key in wrappers else _parse(name, key, value, known[key].annotation)
     for key in options.keys() & set(wrappers):
         options[key] = tuple(technique(f"{n}:{','.join(passed[n])}") for n in options[key].split("+"))
+    if missing := [key for key, p in known.items() if p.default is p.empty and key not in options]:
+        raise ConfigError(f"{name} needs {missing[0]}; write {name}:{missing[0]}=...")
     built: Technique = factory(**options)
     return built
 
