@@ -23,6 +23,8 @@ from dovetail.ops.stored import StoredTensor
 from dovetail.techniques import technique
 
 VOCAB = 61
+# Techniques with options that have no default, by name.
+NEEDED = {"draft": "draft:model=x", "self-draft": "self-draft:layers=1"}
 FACTS = frozenset({"a slow tier", "rotary positions"})  # what is read does not depend on where it lies
 
 

@@ -12,7 +12,7 @@ from dovetail.runtime.codes import CODES
 from dovetail.runtime.native import NativeExecutor
 from dovetail.techniques import MODULES, technique
 from tests.runtime.test_residency import LOSSY
-from tests.tiny import TinyCheckpoint, run_all, tiny_config, tiny_engine
+from tests.tiny import NEEDED, TinyCheckpoint, run_all, tiny_config, tiny_engine
 
 LAYERS = 4
 CHECKPOINT = TinyCheckpoint(tiny_config(hidden_size=64, intermediate_size=96, head_dim=24, num_layers=LAYERS))
@@ -44,7 +44,7 @@ def alone(use: str, kv: str, kernels: str) -> list[list[int]]:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kv", CODES)
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if technique(n).exact_at))
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if technique(NEEDED.get(n, n)).exact_at))
 def test_at_its_exact_setting_a_technique_gives_the_plain_text(name: str, kv: str, kernels: str) -> None:
     exact = f"{name}:" + ",".join(f"{k}={v}" for k, v in technique(name).exact_at.items())
     assert texts(exact, kv, kernels, PROMPTS, num_kv_cells=TIGHT) == alone("", kv, kernels)

@@ -14,7 +14,7 @@ from dovetail.core.technique import compose
 from dovetail.models import facts
 from dovetail.techniques import MODULES, technique
 from tests.helpers.examples import examples
-from tests.tiny import CHECKPOINT, OFFERED, finish, make_request, run_all, run_staggered, tiny_engine
+from tests.tiny import CHECKPOINT, NEEDED, OFFERED, finish, make_request, run_all, run_staggered, tiny_engine
 
 NEW = 24
 FACTS = facts(CHECKPOINT.config) | OFFERED
@@ -110,10 +110,8 @@ def test_dense_until_makes_part_of_the_prompt_sparse_under_any_chunking() -> Non
     assert texts != {tuple(alone(LOSSY[0], prompt, 8))}
 
 
-# Formats of weights round: they have no exact setting. tests/techniques/test_rounded.py has theirs. A draft model
-# must be named: tests/techniques/test_draft.py.
-NAMED = {"draft", "self-draft"}
-EXACT = [name for name in sorted(MODULES) if name not in NAMED and technique(name).fills != ("format",)]
+# Formats of weights round: tests/techniques/test_rounded.py. Drafts must be named: tests/techniques/test_draft.py.
+EXACT = [name for name in sorted(MODULES) if name not in NEEDED and technique(name).fills != ("format",)]
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -10,7 +10,7 @@ import pytest
 from dovetail import LLM, CapacityError, ConfigError, models
 from dovetail.ops.cpu import isas
 from dovetail.techniques import MODULES, technique
-from tests.tiny import TinyCheckpoint, tiny_config, tiny_engine
+from tests.tiny import NEEDED, TinyCheckpoint, tiny_config, tiny_engine
 
 SLOW: dict[str, Any] = {
     "kv_memory": "16MiB", "kv_offloading_size": "1MiB", "kv_offloading_backend": "host", "max_model_len": 512,
@@ -109,5 +109,5 @@ def test_a_model_that_leaves_nothing_to_choose_is_refused(
 
 def test_those_that_rotate_keys_or_queries_say_so() -> None:
     """A model without rotary positions could not be refused otherwise."""
-    needy = {name for name in MODULES if "rotary positions" in technique(name).needs}
+    needy = {name for name in MODULES if "rotary positions" in technique(NEEDED.get(name, name)).needs}
     assert needy == {"infinigen", "shadowkv"}
