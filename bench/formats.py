@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dovetail.ops.grids import to_nibbles
 from dovetail.ops.schemes import SCHEMES, bfloat16
 from dovetail.ops.stored import StoredTensor
 from dovetail.provenance import provenance
+from dovetail.reproduce.atom.quality import KV, steps
 from dovetail.show.table import table
 
 
@@ -108,29 +109,20 @@ def formats(group: int) -> list[Format]:
 
 
 def ablation(group: int) -> list[Format]:
-    """Atom's steps in the order of its paper (2310.19102, section 5.4), each with those before it.
-
-    Outliers are int8 from the start, and as many as a group has columns.
-    """
-    nearest = ("--format", "atom", "--method", "rtn")
-    whole, unclipped = ("--group", "0"), ("--activation-clip", "1", "--weight-clip", "1")
-    g, outliers = ("--group", str(group)), ("--outliers", str(group))
-    gptq = ("--format", "atom", *g, *outliers)
-    return [
-        Format("atom 1, RTN", (*nearest, *whole, "--outliers", "0", *unclipped)),
-        Format("atom 2, + INT8 outliers", (*nearest, *whole, *outliers, *unclipped)),
-        Format("atom 3, + groups", (*nearest, *g, *outliers, *unclipped)),
-        Format("atom 4, + clipping", (*nearest, *g, *outliers)),
-        Format("atom 5, + GPTQ", gptq),
-        Format("atom 6, + KV4", gptq, options={"kv_cache_dtype": "int4"}, also="atom 5, + GPTQ"),
-    ]
+    """Atom's steps in the order of its paper (`reproduce.atom.quality.steps`), each with those before it."""
+    found = []
+    for number, (name, given) in enumerate(steps(group).items(), 1):
+        flags = (text for key, value in given.items() for text in (f"--{key.replace('_', '-')}", str(value)))
+        found.append(Format(f"atom {number}, {name}", ("--format", "atom", *flags)))
+    last = found[-1]
+    return [*found, replace(last, name="atom 6, KV4", options={"kv_cache_dtype": KV}, also=last.name)]
 
 
 def made(entry: Format, model: str, work: Path, arguments: list[str]) -> str:
     """The checkpoint of a format: MODEL itself, or what `dovetail quantize` wrote."""
     if not entry.quantize:
         return model
-    out = work / entry.folder.replace(" ", "-").replace(",", "").replace("+", "plus")
+    out = work / entry.folder.replace(" ", "-").replace(",", "")
     if not (out / "config.json").exists():
         command = [sys.executable, "-m", "dovetail", "quantize", model, str(out), *entry.quantize]
         needs = {"--smoothquant", "atom", "tender"} & {*entry.quantize}

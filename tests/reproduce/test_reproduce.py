@@ -21,7 +21,7 @@ from dovetail.reproduce.claim import Claim, Experiment
 from dovetail.reproduce.runner import measure
 
 NAMES = [
-    "flashinfer", "quest", "shadowkv", "infinigen", "atom", "tender", "bf16-or-death", "fiddler", "monde",
+    "flashinfer", "quest", "shadowkv", "infinigen", "atom", "tender", "bf16", "fiddler", "monde",
     "duplex", "blendserve", "smartspec", "cachecraft", "kvshare", "recursive", "hasco",
 ]  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_available_systems_have_a_module_with_every_effort() -> None:
     ("arguments", "says"),
     [
         (("nothing",), "the known ones are flashinfer, quest"),
-        (("atom",), "not built yet; available: flashinfer, quest, shadowkv, infinigen, tender"),
+        (("hasco",), "not built yet; available: flashinfer, quest, shadowkv, infinigen, atom, tender"),
         (("flashinfer", "--quick", "--full"), "exclude each other"),
         (("--quick",), "need the NAME"),
         (("--plot", "x.png"), "need the NAME"),

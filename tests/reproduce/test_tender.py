@@ -10,6 +10,7 @@ import pytest
 
 from dovetail.ops import cpu
 from dovetail.reproduce.claim import Claim
+from dovetail.reproduce.quantized import Text
 from dovetail.reproduce.runner import measure
 from dovetail.reproduce.tender import EFFORTS, Effort, experiments
 from dovetail.reproduce.tender.models import DOWN, INT4, INT8, SUMS
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were 
 
 @pytest.fixture(scope="module")
 def claims(tiny_model: Path) -> dict[str, Claim]:
-    tiny = Effort(2, 32, 1, 32, True, 1, ((64, 3),), 1 << 14, str(tiny_model))
+    tiny = Effort(Text(2, 32, 1, 32), True, 1, ((64, 3),), 1 << 14, str(tiny_model))
     return {claim.name: claim for claim in measure(experiments(tiny))}
 
 
@@ -44,5 +45,5 @@ def test_perplexities_and_sums_are_measured(claims: dict[str, Claim]) -> None:
 
 
 def test_the_paper_s_setting_is_the_default() -> None:
-    assert (EFFORTS["full"].samples, EFFORTS["full"].length) == (128, 2048)
+    assert (EFFORTS["full"].text.samples, EFFORTS["full"].text.length) == (128, 2048)
     assert all(4096 in [width for width, _ in effort.shapes] for effort in EFFORTS.values())

@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dovetail.reproduce import MODEL
+from dovetail.reproduce.quantized import Text
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Calibration on `samples` texts of `length` tokens; perplexity of `windows` windows of `window` tokens. down:
-    whether scales that are rounded down are tried too.
+    """text: what is calibrated and measured on. down: whether scales that are rounded down are tried too.
 
     rounds: of timed products of `shapes` (K = N, rows). cold: bytes of weights that a timed run reads."""
 
-    samples: int
-    length: int
-    windows: int
-    window: int
+    text: Text
     down: bool
     rounds: int
     shapes: tuple[tuple[int, int], ...] = ((576, 32), (4096, 32), (4096, 512))
@@ -26,7 +23,7 @@ class Effort:
 
 
 EFFORTS = {
-    "quick": Effort(4, 1024, 1, 1024, False, 9, ((576, 32), (4096, 32))),
-    "default": Effort(32, 2048, 4, 2048, True, 15),
-    "full": Effort(128, 2048, 12, 2048, True, 31),
+    "quick": Effort(Text(4, 1024, 1, 1024), False, 9, ((576, 32), (4096, 32))),
+    "default": Effort(Text(32, 2048, 4, 2048), True, 15),
+    "full": Effort(Text(128, 2048, 12, 2048), True, 31),
 }

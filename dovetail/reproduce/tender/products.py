@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from dovetail.bench.interleave import Interleaved
 from dovetail.bench.kernels.attention import Kernels
 from dovetail.bench.rounds import Ratio
 from dovetail.bench.verdict import decide_exact
-from dovetail.ops import cpu, tender
+from dovetail.ops import tender
 from dovetail.ops.grids import codes
 from dovetail.ops.stored import StoredTensor
 from dovetail.ops.tender import Grouping, Shared
 from dovetail.reproduce.claim import Claim, Experiment
+from dovetail.reproduce.products import Products
 from dovetail.reproduce.tender.effort import Effort
 
 EXACT = "one integer sum"
@@ -44,37 +45,6 @@ def measure(effort: Effort, kernels: Kernels) -> Iterator[Claim]:
     yield _exact(kernels)
     for shape in effort.shapes:
         yield _speed(effort, kernels, shape)
-
-
-class Products:
-    """Rows times some weights, one after the other, as one program."""
-
-    def __init__(self, weights: Sequence[StoredTensor], activation: str, kernels: Kernels) -> None:
-        n, k = weights[0].shape
-        self.program = cpu.native().Program(kernels.isa, kernels.threads, False, False)
-        self.shape, self.count = (n, k), len(weights)
-        self.slots = self.program.slot(k, False), self.program.slot(n, False)
-        for weight in weights:
-            self.program.linear(
-                *self.slots, [cpu.pack(weight, "float32", kernels.threads)], activation, norm=[], eps=0.0, bias=[],
-                add=False, gate="", sampled=False,
-            )  # fmt: skip
-
-    def set(self, x: NDArray[np.float32], positions: Sequence[int]) -> None:
-        """Rows [rows, K] and their positions in one sequence, ascending."""
-        stop = positions[-1] + 1
-        self.program.clear()
-        self.program.add(positions[0], stop, [0] * stop, [], [0] * stop, 0, 0, rows=list(positions))
-        self.program.run(0, 0)
-        self.program.view(self.slots[0], len(x))[:, : self.shape[1]] = x
-
-    def run(self) -> None:
-        self.program.run(0, self.count)
-
-    def results(self, rows: int) -> NDArray[np.float32]:
-        """Of the last weight: [rows, N]."""
-        found: NDArray[np.float32] = self.program.view(self.slots[1], rows)[:, : self.shape[0]]
-        return found
 
 
 def _rows(rng: np.random.Generator, rows: int, width: int) -> NDArray[np.float32]:
