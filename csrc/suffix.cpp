@@ -8,12 +8,9 @@ namespace {
 
 using Place = SuffixAutomaton::Place;
 
-// The odds that a token is right which followed in `count` of `all` times, after a match of so many tokens. A longer match
-// counts for more: its share m / (m + 1) is taken as one more observation.
-double smoothed(int count, int all, int matched) {
-    const double prior = matched / (matched + 1.0);
-    return (count + prior) / (all + 1.0);
-}
+// The odds that a token is right which followed in `count` of `all` times, after a match of so many tokens: with absolute
+// discounting (Ney, Essen and Kneser 1994). The discount was fitted to guesses in answers of SmolLM2-135M and Qwen2.5-Coder-1.5B.
+double discounted(int count, int all, int matched) { return (count - 1 / (matched + 0.5)) / all; }
 
 }  // namespace
 
@@ -192,7 +189,7 @@ void SuffixDrafter::extend(const SuffixAutomaton& automaton, Place place, int li
     for (double all = 1; (int)guess.tokens.size() < limit && place.length >= rule_.min_match;) {
         const SuffixAutomaton::Next next = automaton.next(place);
         if (!next.count) return;
-        const double odds = smoothed(next.count, next.all, place.length);
+        const double odds = discounted(next.count, next.all, place.length);
         if ((all *= odds) < rule_.min_odds) return;
         guess.tokens.push_back(next.token), guess.odds.push_back(odds);
         place = automaton.settled(automaton.read(place, next.token));

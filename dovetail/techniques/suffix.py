@@ -70,9 +70,9 @@ class SuffixDrafter(Drafter):
 
 def suffix(
     tokens: int = 16,
-    min_match: int = 2,
+    min_match: int = 1,
     factor: float = 2.0,
-    min_odds: float = 0.1,
+    min_odds: float = 0.3,
     others: bool = False,
     history: int = 65536,
     shared: int = 131072,

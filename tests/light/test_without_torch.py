@@ -19,7 +19,7 @@ TECHNIQUES = {
     "ngram": "ngram:tokens=2,min_n=1",
     "quest": "quest:budget=64,skip_layers=1",
     "sink-window": "sink-window:window=64,sink=16",
-    "suffix": "suffix:min_match=1",
+    "suffix": "suffix:min_odds=0",
 }
 WITH_A_SLOW_TIER = {
     "infinigen": "infinigen:budget=64,skip_layers=1",  # calibrates itself first

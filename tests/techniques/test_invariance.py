@@ -55,7 +55,7 @@ prompts = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30).map(tupl
 @given(
     prompts,
     st.sampled_from(["", *LOSSY]),
-    st.sampled_from(["", "ngram:tokens=3,min_n=1,max_n=2", "suffix:min_match=1,others=true,min_odds=0"]),
+    st.sampled_from(["", "ngram:tokens=3,min_n=1,max_n=2", "suffix:others=true,min_odds=0"]),
     st.sampled_from([1, 2, 3, 5, 8, 17, 64]),
     st.integers(1, 5),
     st.integers(14, 40),

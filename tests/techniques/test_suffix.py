@@ -64,7 +64,7 @@ def reference(texts: list[list[int]], tail: list[int], limit: int, rule: Any = E
         if n < min_match or not found.counts:
             break
         token = max(found.counts, key=lambda t: (found.counts[t], found.last[t]))
-        odds.append((found.counts[token] + n / (n + 1)) / (found.all + 1))
+        odds.append((found.counts[token] - 1 / (n + 0.5)) / found.all)
         if math.prod(odds) < min_odds:
             odds.pop()
             break
@@ -198,7 +198,7 @@ def held(engine: Any) -> int:
 
 
 def test_a_request_that_ends_or_is_preempted_is_forgotten_and_found_again() -> None:
-    engine = tiny_engine("suffix:min_match=1", pages=30, max_num_batched_tokens=7)
+    engine = tiny_engine("suffix:min_odds=0", pages=30, max_num_batched_tokens=7)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     prompts = [(1, 2, 3, 1, 2, 3, 1, 2), (4, 4, 4), (1, 2, 3, 1, 2), (3, 1, 3, 1)]
     requests = [make_request(engine, f"r{i}", p, params) for i, p in enumerate(prompts)]
@@ -225,7 +225,7 @@ def accepted(engine: Any, prompt: tuple[int, ...], salt: str) -> int:
 
 @pytest.mark.parametrize(("others", "again"), [("false", False), ("true", True)])
 def test_answers_of_the_same_salt_are_looked_up_on_request_only(others: str, again: bool) -> None:
-    engine = tiny_engine(f"suffix:min_match=1,others={others}")
+    engine = tiny_engine(f"suffix:min_odds=0,others={others}")
     prompt = tuple(range(5, 25))  # nothing is repeated in it
     alone = accepted(engine, prompt, "a")
     assert held(engine) == (12 if again else 0)
@@ -240,7 +240,7 @@ def test_what_a_guess_says_of_itself() -> None:
     request = make_request(engine, "r", text, SamplingParams())
     guess = drafter.propose([request], [8], Room(8))[0]
     assert (guess.tokens, guess.source) == ([4, 9, 1], "suffix:3")
-    assert guess.odds == pytest.approx([(1 + 3 / 4) / 2, (1 + 4 / 5) / 2, (1 + 5 / 6) / 2])
+    assert guess.odds == pytest.approx([1 - 1 / 3.5, 1 - 1 / 4.5, 1 - 1 / 5.5])
     drafter.index.keep("", [*text, 6])
     guess = drafter.propose([request], [8], Room(8))[0]
     assert (guess.tokens, guess.source) == ([6], "others:8")
