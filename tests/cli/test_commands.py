@@ -138,7 +138,7 @@ def test_help_does_not_cut_summaries():
 
 def test_help_lists_techniques_and_types():
     text = " ".join(invoke("run", "--help").stdout.split())
-    assert "Switch on infinigen, ngram, quest, shadowkv, sink-window" in text
+    assert "Switch on draft, infinigen, ngram, quest, self-draft, shadowkv, sink-window" in text
     assert "auto, float32, bf16, float16, fp8, int8 or int4." in text
 
 
