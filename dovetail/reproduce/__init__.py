@@ -63,7 +63,12 @@ _SYSTEMS = (
         "arXiv 2406.12930, ISCA 2024",
         "dovetail.reproduce.tender",
     ),
-    System("bf16", "Give Me BF16 or Give Me Death: formats compared", "arXiv 2411.02355, ACL 2025"),
+    System(
+        "bf16",
+        "Give Me BF16 or Give Me Death: formats compared",
+        "arXiv 2411.02355, ACL 2025",
+        "dovetail.reproduce.bf16",
+    ),
     System("fiddler", "Fiddler: experts on CPU and GPU", "arXiv 2402.07033, ICLR 2025"),
     System("monde", "MoNDE: experts near memory", "arXiv 2405.18832, DAC 2024"),
     System("duplex", "Duplex: a device with two kinds of units", "arXiv 2409.01141, MICRO 2024"),

@@ -85,7 +85,7 @@ def test_available_systems_have_a_module_with_every_effort() -> None:
     ("arguments", "says"),
     [
         (("nothing",), "the known ones are flashinfer, quest"),
-        (("hasco",), "not built yet; available: flashinfer, quest, shadowkv, infinigen, atom, tender"),
+        (("hasco",), "not built yet; available: flashinfer, quest, shadowkv, infinigen, atom, tender, bf16"),
         (("flashinfer", "--quick", "--full"), "exclude each other"),
         (("--quick",), "need the NAME"),
         (("--plot", "x.png"), "need the NAME"),
