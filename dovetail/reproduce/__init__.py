@@ -73,7 +73,12 @@ _SYSTEMS = (
     System("monde", "MoNDE: experts near memory", "arXiv 2405.18832, DAC 2024"),
     System("duplex", "Duplex: a device with two kinds of units", "arXiv 2409.01141, MICRO 2024"),
     System("blendserve", "BlendServe: offline batches by resource", "arXiv 2411.16102, ASPLOS 2026"),
-    System("smartspec", "SmartSpec: speculation by goodput", "arXiv 2406.14066"),
+    System(
+        "smartspec",
+        "SmartSpec: speculation by goodput",
+        "arXiv 2406.14066",
+        "dovetail.reproduce.smartspec",
+    ),
     System("cachecraft", "Cache-Craft: KV of chunks reused anywhere", "arXiv 2502.15734, SIGMOD 2025"),
     System("kvshare", "KVShare: KV of similar prompts", "arXiv 2503.16525"),
     System("recursive", "Relaxed Recursive Transformers: tied layers", "arXiv 2410.20672, ICLR 2025"),

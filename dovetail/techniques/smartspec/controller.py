@@ -20,7 +20,7 @@ from dovetail.techniques.smartspec.step_time import StepTime
 
 DEPTH = 16  # tokens that a costly drafter is asked for at most
 PROBES = 0.01  # of all time, for guesses that do not seem to pay
-STEPS = 64  # steps over which catching up must pay
+STEPS = 32  # steps over which catching up must pay
 LEAST_ROW = 0.01  # of a step of one row: what another row takes on the host at least
 FADE = 0.98  # of the weight of earlier steps in the gain, for each step
 
