@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from dovetail import LLM, SamplingParams
 from dovetail.bench.rounds import Ratio, in_turns
-from dovetail.evals.humaneval import ENDS, FENCE, HumanEval, Task
+from dovetail.evals.humaneval import FENCE, HumanEval, Task
 from dovetail.evals.prompts import has_template
 from dovetail.evals.rows import read_jsonl
 from dovetail.provenance import provenance
@@ -127,7 +127,7 @@ def asks(llm: LLM, args: argparse.Namespace) -> list[Ask]:
     stop: tuple[str, ...] = ()
     if args.work == "humaneval":
         tasks = read_jsonl(HumanEval().file()).map(Task.parse).first(args.prompts).values
-        prompts, stop = [(t.task_id, t.encode(llm)) for t in tasks], (f"\n{FENCE}",) if has_template(llm) else ENDS
+        prompts, stop = [(t.task_id, t.encode(llm)) for t in tasks], (f"\n{FENCE}",)
     else:
         texts = copying(args.seed, args.prompts or 12) if args.work == "copy" else [("chat", q) for q in QUESTIONS]
         chats = [(kind, llm.chat_tokens([{"role": "user", "content": text}])) for kind, text in texts]
