@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
@@ -15,7 +16,7 @@ from dovetail.checkpoint.packed_cache import PackedCache
 from dovetail.config import Config
 from dovetail.core.engine import Engine
 from dovetail.core.errors import CapacityError, ConfigError
-from dovetail.core.pages import PagePool
+from dovetail.core.pages import IntArray, PagePool
 from dovetail.core.scheduler import Limits
 from dovetail.core.seams import Calibration, Codec, Executor, Format, RowFilter, Seams, Site, Variant
 from dovetail.core.technique import Composition
@@ -140,7 +141,7 @@ class BesideModel:
     def __init__(self, checkpoint: Checkpoint, config: Config, model: Model, kv: KV) -> None:
         self.checkpoint, self.config, self.own, self.kv = checkpoint, config, model, kv
 
-    def model(self, checkpoint: Checkpoint) -> _Second:
+    def model(self, checkpoint: Checkpoint, head: IntArray | None) -> _Second:
         _check_vocabulary(checkpoint, self.checkpoint)
         config, native = self.config, self.config.kernels != TORCH
         if checkpoint.bytes > (free := memory().available):
@@ -153,6 +154,10 @@ class BesideModel:
             cache.open(config.threads)
         load = Loader(checkpoint, _format(config), config.dtype, config.device, cache=cache)
         model = MODELS[checkpoint.config.architecture].program(load, RowFilter(), Variant())
+        if head is not None:
+            tied = checkpoint.config.tie_word_embeddings
+            stored = checkpoint.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+            model.trim_head(load.of(stored.rows(head)), len(head))
         wide = config.kv_cache_dtype in ("float32", "float64")
         dtype = config.kv_cache_dtype if wide else "bf16"
         sizes = KVConfig(config.num_kv_pages, config.block_size, dtype, len(model.program), native)
@@ -176,19 +181,20 @@ class BesideModel:
 
 
 def _check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
-    """ConfigError unless the same numbers are the same tokens."""
-    few, many = draft.config.vocab_size, target.config.vocab_size
-    if few < many:
-        raise ConfigError(
-            f"the draft model {draft.path} has {few} tokens, the model has {many}; they must be the same"
-        )
-    theirs, ours = (c.tokenizer().backend.id_to_token for c in (draft, target))
-    for token in range(many):
-        if theirs(token) != ours(token):
+    """ConfigError unless the same numbers are the same tokens. What only fills up an embedding does not count."""
+    sizes = [c.config.vocab_size for c in (draft, target)]
+    theirs, ours = ([_piece(c.tokenizer().backend, t) for t in range(max(sizes))] for c in (draft, target))
+    for token, (its, own) in enumerate(zip(theirs, ours, strict=True)):
+        if its != own or (own is not None and token >= min(sizes)):
             raise ConfigError(
-                f"the draft model {draft.path} has another vocabulary: token {token} is {theirs(token)!r} there "
-                f"and {ours(token)!r} in the model; take a draft of the same family"
+                f"the draft model {draft.path} has another vocabulary: token {token} is {its!r} there and {own!r} "
+                f"in the model, of {sizes[0]} and {sizes[1]}; take a draft of the same family"
             )
+
+
+def _piece(backend: Any, token: int) -> str | None:
+    piece: str | None = backend.id_to_token(token)
+    return None if piece is None or piece == f"[PAD{token}]" else piece  # so GGUF files name what fills up
 
 
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:

@@ -370,10 +370,10 @@ class Companion(Protocol):
 
 class Companions(Protocol):
     """Who loads companions. `model`: another checkpoint with the same vocabulary, with KV of its own under the
-    pool's page numbers. `first`: the model's first layers and its head, on the model's own KV. ConfigError or
-    CapacityError where that cannot be."""
+    pool's page numbers; with `head`, int64 [n], it has logits of these tokens only, in this order. `first`: the
+    model's first layers and its head, on the model's own KV. ConfigError or CapacityError where that cannot be."""
 
-    def model(self, checkpoint: Any) -> Companion: ...
+    def model(self, checkpoint: Any, head: IntArray | None) -> Companion: ...
     def first(self, layers: int) -> Companion: ...
 
 

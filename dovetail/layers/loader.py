@@ -84,6 +84,11 @@ class Loader:
         layer: Any = self.format.linear(weights, biases)
         return layer if hasattr(layer, "record") else Unrecorded(layer, weights)
 
+    def of(self, weight: StoredTensor) -> Linear:
+        """A layer of a weight that the checkpoint does not have as it is."""
+        layer: Any = self.format.linear([weight], [])
+        return layer
+
     def _packed(self, name: str, fmt: Packed) -> Any:
         """A packed weight: from the cache, or packed now and added to it."""
         found = self.cache.get(name, self.checkpoint.shape(name)) if self.cache is not None else None

@@ -7,6 +7,7 @@ norms behind attention and MLP, the rotation and window of each layer, scales. S
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from dovetail.core.errors import ConfigError
@@ -14,6 +15,7 @@ from dovetail.core.model import ModelConfig
 from dovetail.core.seams import Geometry, RowFilter, SlidingWindow, Variant
 from dovetail.host.lazy_torch import torch
 from dovetail.layers.attention import Attention
+from dovetail.layers.linear import Linear
 from dovetail.layers.loader import Loader
 from dovetail.layers.mlp import MLP
 from dovetail.layers.norm import normed
@@ -116,6 +118,10 @@ class Decoder:
         self.program: list[Stage] = [Blocks(blocks, rows)]
         self.norm = load.norm("model.norm")
         self.head = load.linear("model.embed_tokens" if c.tie_word_embeddings else "lm_head")
+
+    def trim_head(self, head: Linear, count: int) -> None:
+        """From now on compute logits of `count` tokens only, by a head that has their rows."""
+        self.head, self.config = head, replace(self.config, vocab_size=count)
 
     def blocks(self) -> list[Block]:
         """Every layer of every stage, in order."""

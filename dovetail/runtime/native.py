@@ -224,7 +224,8 @@ class NativeExecutor:
         """The probability of each token in the row of logits that it was last chosen from, at temperature 1."""
         logits = self._view(len(tokens))
         return [
-            float(1 / np.exp(row - row[t]).sum()) if t >= 0 else 0.0 for row, t in zip(logits, tokens, strict=True)
+            float(1 / np.exp(np.minimum(row - row[t], 80)).sum()) if t >= 0 else 0.0
+            for row, t in zip(logits, tokens, strict=True)
         ]
 
     def _view(self, rows: int) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ life of the page. So preemption, shared prefixes, copies of pages and rejected g
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,15 +22,18 @@ import numpy as np
 
 from dovetail.checkpoint import Checkpoint
 from dovetail.core.errors import ConfigError
-from dovetail.core.pages import PagePool
+from dovetail.core.pages import IntArray, PagePool
+from dovetail.core.sampling import SamplingParams
 from dovetail.core.seams import NO_GUESS, Companion, Drafter, Geometry, Guess, Outcome, Room, Seams, Site
 from dovetail.core.technique import Beside, Technique
 from dovetail.core.types import Request, Span, StepPlan
 from dovetail.hub import resolve
 from dovetail.models import geometry, open_checkpoint
+from dovetail.runtime.kv import bytes_per_token
+from dovetail.runtime.store import fits_tiles
 
 MOST = 32  # guesses a step
-CATCH_UP = 512  # rows a step for what the draft has not computed yet, so that no step waits long
+CATCH_UP = 128  # rows a step for what the draft has not computed yet, so that no step waits long
 
 
 class Filled:
@@ -65,6 +69,7 @@ class Shadow:
     original: Request
     limit: int
     start: int  # tokens that the draft has computed
+    greedy: bool = False  # guess the likeliest token, whatever the request asks for
     request: Request = field(init=False)
     guess: list[int] = field(default_factory=list)
     odds: list[float] = field(default_factory=list)
@@ -72,7 +77,9 @@ class Shadow:
     def __post_init__(self) -> None:
         self.request = r = copy.copy(self.original)
         r.tokens, r.drafts, r.constraint, r.observe = list(self.original.tokens), [], None, None
-        if r.params.logprobs is not None or r.params.prompt_logprobs is not None:
+        if self.greedy:
+            r.params = SamplingParams(temperature=0)
+        elif r.params.logprobs is not None or r.params.prompt_logprobs is not None:
             r.params = replace(r.params, logprobs=None, prompt_logprobs=None)
 
     def take(self, token: int, odds: float | None) -> None:
@@ -95,6 +102,7 @@ class ModelDrafter(Drafter):
         self.tokens = tokens
         self.proposed = self.accepted = 0
         self.companion: Companion | None = None  # from when the model is there
+        self.ids: IntArray | None = None  # the tokens of its logits, if they are not all
         self.filled = Filled(site.pool) if own else None
         self._guessed: dict[str, tuple[int, list[int]]] = {}  # by request: tokens before the guess, and the guess
         self._gone: list[str] = []
@@ -128,7 +136,7 @@ class ModelDrafter(Drafter):
             rows = self.behind(r) if limit > 0 else 0
             if not rows or not left:
                 continue
-            s = Shadow(r, limit, len(r.tokens) - rows)
+            s = Shadow(r, limit, len(r.tokens) - rows, self.ids is not None)
             stop = s.start + min(rows, left)
             left -= stop - s.start
             whole = stop == len(r.tokens)
@@ -151,8 +159,10 @@ class ModelDrafter(Drafter):
         for span, s, r in zip(spans, shadows, result.spans, strict=True):
             if span.sample:
                 token = r.tokens[0] if len(r.tokens) and r.error is None else -1
+                token = token if self.ids is None or token < 0 else int(self.ids[token])
                 s.take(token, odds[at] if odds else None)
-                s.limit = len(s.guess) if token < 0 else s.limit
+                if token < 0 or token in s.request.stop_ids:  # nothing follows
+                    s.limit = len(s.guess)
                 at += 1
 
     def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, seconds: float) -> None:
@@ -185,33 +195,48 @@ class Source:
 
     def beside(self, shape: Geometry, page_size: int, value: int) -> Beside:
         """Bytes of the draft's KV."""
-        own = geometry(self.checkpoint.config)
-        wide = 4 if value == 4 else 2
-        return Beside(page=2 * own.num_layers * own.num_kv_heads * own.head_dim * wide * page_size)
+        kind = {2: "bf16", 4: "float32", 8: "float64"}[value]
+        native = page_size if fits_tiles(kind, page_size) else 0  # whose rows are padded
+        return Beside(page=page_size * bytes_per_token(geometry(self.checkpoint.config), kind, native))
 
 
-def draft(model: str, tokens: int = 4) -> Technique:
+def frequent(site: Site, checkpoint: Checkpoint, count: int) -> IntArray:
+    """`count` tokens, int64, ascending: those that end an answer, then the most frequent ones of the calibration
+    text, then those with the lowest ids, which byte-pair merges give to frequent ones."""
+    text = site.calibration.text("") if site.calibration is not None else ()
+    common = [token for token, _ in sorted(Counter(text).items(), key=lambda pair: (-pair[1], pair[0]))]
+    ends = getattr(checkpoint.tokenizer(), "eos_ids", ())
+    order = dict.fromkeys([*ends, *common, *range(checkpoint.config.vocab_size)])
+    return np.array(sorted(list(order)[:count]), np.int64)
+
+
+def draft(model: str, tokens: int = 4, head: int = 0) -> Technique:
     """Guess with a smaller model. model: as `dovetail run` takes it; its vocabulary must be the target's. tokens:
-    of a guess, at most."""
-    return of(Source(model), model, tokens)
+    of a guess, at most. head: guess only the `head` most frequent tokens, and always the likeliest; 0: all."""
+    return of(Source(model), model, tokens, head)
 
 
-def of(source: Source, name: str, tokens: int) -> Technique:
+def of(source: Source, name: str, tokens: int, head: int = 0) -> Technique:
     _check_tokens("draft", tokens)
+    if head < 0:
+        raise ConfigError(f"draft: head must be 0 (all tokens) or a number of tokens, got {head}")
 
     def build(site: Site) -> Mapping[str, Any]:
+        if head and head > (most := source.checkpoint.config.vocab_size):
+            raise ConfigError(f"draft: head={head} is more than the draft model's {most} tokens; lower it")
         drafter = ModelDrafter(site, tokens, own=True)
 
         def load() -> None:
             if site.companions is not None:
-                drafter.companion = site.companions.model(source.checkpoint)
+                drafter.ids = frequent(site, source.checkpoint, head) if head else None
+                drafter.companion = site.companions.model(source.checkpoint, drafter.ids)
 
         site.ready.append(load)
         return {"drafter": drafter}
 
     return Technique(
-        "draft", ("drafter",), build, {"model": name, "tokens": tokens}, lossless=True, activity=_activity,
-        beside=source.beside,
+        "draft", ("drafter",), build, {"model": name, "tokens": tokens, "head": head}, lossless=True,
+        activity=_activity, beside=source.beside,
     )  # fmt: skip
 
 
