@@ -357,7 +357,7 @@ def test_useless_guesses_are_hardly_verified_and_good_ones_are(writes: bool) -> 
         drafted.append(engine.scheduler.stats.drafted)
         asked.append(drafter.asked)
     assert drafted[0] < 30 and drafted[1] > 100
-    assert asked[0] < 40 if writes else asked[0] > 190
+    assert asked[0] < 40 if writes else 50 < asked[0] < 120
 
 
 def test_of_two_drafters_the_better_is_used() -> None:

@@ -20,8 +20,9 @@ from dovetail.techniques.smartspec.step_time import StepTime
 
 DEPTH = 16  # tokens that a costly drafter is asked for at most
 PROBES = 0.01  # of all time, for guesses that do not seem to pay
+RESTS = 16, 32, 48  # steps in vain after which another step between two is left alone
 STEPS = 32  # steps over which catching up must pay
-LEAST_ROW = 0.01  # of a step of one row: what another row takes on the host at least
+LEAST_ROW = 0.01  # of what a row takes on average: what another takes at least, on the host
 FADE = 0.98  # of the weight of earlier steps in the gain, for each step
 
 
@@ -39,7 +40,7 @@ class _Step:
         self.plain = self.fixed + time.rows(rows)
         self.row = time.rows(rows + 1) - time.rows(rows)
         self.price = gain * rows / self.plain if self.plain > 0 else 0.0
-        key, least = time.speed * time.pairs, LEAST_ROW * time.rows(1)
+        key, least = time.speed * time.pairs, LEAST_ROW * time.rows(rows) / rows
         self.each = [least + key * n for n in sizes]
 
     def verify(self, tokens: int) -> Verify:
@@ -66,10 +67,15 @@ class SmartSpec(Drafter):
         self._drafting = self._budget = self._between = 0.0
         self._ended: float | None = None
         self._probe = Probe()
+        self._vain = self._left = self._requests = 0
+        self._resting = False
 
     # -- proposing -----------------------------------------------------------------------------------
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int], room: Room) -> Sequence[Guess]:
+        self._resting = self.fixed < 0 and self._rests(len(requests))
+        if self._resting:
+            return [NO_GUESS] * len(requests)
         begun = self.now()
         if self._ended is not None:
             gap = begun - self._ended
@@ -89,6 +95,17 @@ class SmartSpec(Drafter):
                 self._ask_ahead(side, cost, step, limits)
         self._drafting = self.now() - begun
         return self._pick(offers, step)
+
+    def _rests(self, requests: int) -> bool:
+        """Whether to leave this step alone: nothing paid in many steps, and as many requests run as before."""
+        if requests != self._requests:
+            self._vain, self._left, self._requests = 0, 0, requests
+        if self._left:
+            self._left -= 1
+            return True
+        self._vain += 1
+        self._left = sum(self._vain > n for n in RESTS)
+        return False
 
     def _alike(self, limits: Sequence[int], room: Room) -> list[Guess]:
         """Guesses of the fixed length, from the first drafter that has one."""
@@ -183,6 +200,7 @@ class SmartSpec(Drafter):
         verify = step.verify(many)
         chosen, _ = lengths(curves, verify, step.price)
         if any(chosen):
+            self._vain = self._left = 0
             self._probe.reset()
         else:
             price = verify.seconds[1] - verify.seconds[0]
@@ -199,6 +217,12 @@ class SmartSpec(Drafter):
     # -- learning ------------------------------------------------------------------------------------
 
     def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, seconds: float) -> None:
+        if self._resting:
+            self._budget = min(1.0, self._budget + PROBES * seconds)
+            self._ended = None
+            for side in self.sides:
+                side.drafter.observe(outcomes, plan, seconds)
+            return
         load = Load.of(plan)
         predicted = self.time.observe(load, seconds)
         if predicted:
@@ -239,6 +263,8 @@ class SmartSpec(Drafter):
             if right:
                 odds = guess.odds if len(guess.odds) == len(guess.tokens) else ()
                 side.right.observe(name, guess.source, odds, right)
+                if right[0]:
+                    self._vain = self._left = 0
             if offer.asked:
                 if len(right) == len(guess.tokens) < min(offer.asked, len(came)) and all(right):
                     right.append(False)  # asked for, and not guessed
