@@ -80,11 +80,22 @@ class Statistics:
 
         Chunks that no sample fills are left out, unless there is no other: too few rows speak for them.
         """
-        full = [c for c in self._chunks if c.rows == self.chunk] or self._chunks[:1]
+        full = self._full()
         if not full or not full[0].samples:
             raise ConfigError("tender needs calibration text, and got none that starts at position 0")
         low, high = np.stack([c.low for c in full]), np.stack([c.high for c in full])
         return low, high, np.stack([c.centers / c.samples for c in full])
+
+    def by_chunk(self) -> list[Statistics]:
+        """Those of each chunk that counts, alone: as if every row were in it."""
+        found = []
+        for chunk in self._full():
+            found.append(Statistics(self.chunk))
+            found[-1]._chunks = [chunk]
+        return found
+
+    def _full(self) -> list[_Chunk]:
+        return [c for c in self._chunks if c.rows == self.chunk] or self._chunks[:1]
 
 
 class _Chunk:

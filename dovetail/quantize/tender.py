@@ -47,11 +47,11 @@ class TenderWork:
 
     method: Tender
     layer: Layer
-    seen: dict[str, _Extremes] = field(default_factory=dict)
+    seen: dict[str, Extremes] = field(default_factory=dict)
 
     def original(self) -> See:
         chunk = self.method.how.chunk
-        self.seen = {site: _Extremes(self.layer.linears(site)[0], chunk) for site in SITES}
+        self.seen = {site: Extremes(self.layer.linears(site)[0], chunk) for site in SITES}
         return self.seen
 
     def quantized(self) -> See:
@@ -69,7 +69,7 @@ class TenderWork:
         return made
 
 
-class _Extremes:
+class Extremes:
     """Statistics of one site. A sample's rows begin at position 0."""
 
     def __init__(self, name: str, chunk: int) -> None:

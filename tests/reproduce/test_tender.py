@@ -13,6 +13,7 @@ from dovetail.reproduce.claim import Claim
 from dovetail.reproduce.quantized import Text
 from dovetail.reproduce.runner import measure
 from dovetail.reproduce.tender import EFFORTS, Effort, experiments
+from dovetail.reproduce.tender.chunks import NAME
 from dovetail.reproduce.tender.models import DOWN, INT4, INT8, SUMS
 from dovetail.reproduce.tender.products import EXACT
 
@@ -26,7 +27,7 @@ def claims(tiny_model: Path) -> dict[str, Claim]:
 
 
 def test_every_claim_says_everything(claims: dict[str, Claim]) -> None:
-    assert list(claims) == [EXACT, "implicit requantization, K = 64, 3 rows", INT8, INT4, SUMS, DOWN]
+    assert list(claims) == [EXACT, "implicit requantization, K = 64, 3 rows", INT8, INT4, SUMS, DOWN, NAME]
     for claim in claims.values():
         assert all((claim.setting, claim.paper, claim.ours, claim.why)) and claim.kind == "run"
     assert json.loads(json.dumps([claim.to_dict() for claim in claims.values()]))
@@ -47,3 +48,8 @@ def test_perplexities_and_sums_are_measured(claims: dict[str, Claim]) -> None:
 def test_the_paper_s_setting_is_the_default() -> None:
     assert (EFFORTS["full"].text.samples, EFFORTS["full"].text.length) == (128, 2048)
     assert all(4096 in [width for width, _ in effort.shapes] for effort in EFFORTS.values())
+
+
+def test_groups_of_a_chunk_and_of_a_layer_are_the_same_with_one_chunk(claims: dict[str, Claim]) -> None:
+    plain, chunk, layer = map(float, re.findall(r"[\d.]+", claims[NAME].ours))
+    assert chunk == layer and plain == pytest.approx(chunk, rel=0.05)
