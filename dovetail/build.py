@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dovetail.checkpoint import Checkpoint
 from dovetail.checkpoint.identity import identity
@@ -183,7 +182,7 @@ class BesideModel:
 def _check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
     """ConfigError unless the same numbers are the same tokens. What only fills up an embedding does not count."""
     sizes = [c.config.vocab_size for c in (draft, target)]
-    theirs, ours = ([_piece(c.tokenizer().backend, t) for t in range(max(sizes))] for c in (draft, target))
+    theirs, ours = (_pieces(c, max(sizes)) for c in (draft, target))
     for token, (its, own) in enumerate(zip(theirs, ours, strict=True)):
         if its != own or (own is not None and token >= min(sizes)):
             raise ConfigError(
@@ -192,9 +191,10 @@ def _check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
             )
 
 
-def _piece(backend: Any, token: int) -> str | None:
-    piece: str | None = backend.id_to_token(token)
-    return None if piece is None or piece == f"[PAD{token}]" else piece  # so GGUF files name what fills up
+def _pieces(checkpoint: Checkpoint, count: int) -> list[str | None]:
+    """Of each token. GGUF files name what only fills up an embedding by its number."""
+    read = checkpoint.tokenizer().backend.id_to_token
+    return [None if (piece := read(t)) is None or piece == f"[PAD{t}]" else piece for t in range(count)]
 
 
 def _load(checkpoint: Checkpoint, config: Config, site: Site, seams: Seams, cache: PackedCache | None) -> Executor:

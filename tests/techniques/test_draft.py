@@ -181,7 +181,14 @@ def test_kv_of_the_draft_is_counted() -> None:
 def named(*tokens: str) -> TinyCheckpoint:
     found = TinyCheckpoint(tiny_config(num_layers=1))
     backend = SimpleNamespace(id_to_token=lambda i: tokens[i] if i < len(tokens) else f"t{i}")
-    found.tokenizer = lambda: SimpleNamespace(backend=backend)  # type: ignore[method-assign]
+    built: list[int] = []
+
+    def tokenizer() -> Any:
+        built.append(1)
+        assert len(built) == 1, "building one takes a second"
+        return SimpleNamespace(backend=backend)
+
+    found.tokenizer = tokenizer  # type: ignore[method-assign]
     return found
 
 
@@ -247,6 +254,10 @@ def test_a_draft_that_does_not_fit_is_refused() -> None:
     large.bytes = 2**60
     with pytest.raises(CapacityError, match=f"weights take {2**60} bytes beside the model's 0, but .* are free"):
         tiny_engine(with_draft(large))
+
+
+def test_each_tokenizer_is_built_once() -> None:
+    tiny_engine(with_draft(named()), checkpoint=named())
 
 
 @pytest.mark.parametrize(
