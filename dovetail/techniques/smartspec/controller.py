@@ -21,6 +21,7 @@ from dovetail.techniques.smartspec.step_time import StepTime
 DEPTH = 16  # tokens that a costly drafter is asked for at most
 PROBES = 0.01  # of all time, for guesses that do not seem to pay
 RESTS = 16, 32, 48  # steps in vain after which another step between two is left alone
+WORTH = 0.15  # tokens that a step must gain, net, not to be in vain: what the controller's own work may cost
 STEPS = 32  # steps over which catching up must pay
 LEAST_ROW = 0.01  # of what a row takes on average: what another takes at least, on the host
 FADE = 0.98  # of the weight of earlier steps in the gain, for each step
@@ -97,7 +98,7 @@ class SmartSpec(Drafter):
         return self._pick(offers, step)
 
     def _rests(self, requests: int) -> bool:
-        """Whether to leave this step alone: nothing paid in many steps, and as many requests run as before."""
+        """Whether to leave this step alone: little was gained in many steps, and as many requests run as before."""
         if requests != self._requests:
             self._vain, self._left, self._requests = 0, 0, requests
         if self._left:
@@ -198,9 +199,10 @@ class SmartSpec(Drafter):
         if not many or not step.room:
             return [NO_GUESS] * len(offers)
         verify = step.verify(many)
-        chosen, _ = lengths(curves, verify, step.price)
-        if any(chosen):
+        chosen, value = lengths(curves, verify, step.price)
+        if value > WORTH * len(offers):
             self._vain = self._left = 0
+        if any(chosen):
             self._probe.reset()
         else:
             price = verify.seconds[1] - verify.seconds[0]
@@ -263,8 +265,6 @@ class SmartSpec(Drafter):
             if right:
                 odds = guess.odds if len(guess.odds) == len(guess.tokens) else ()
                 side.right.observe(name, guess.source, odds, right)
-                if right[0]:
-                    self._vain = self._left = 0
             if offer.asked:
                 if len(right) == len(guess.tokens) < min(offer.asked, len(came)) and all(right):
                     right.append(False)  # asked for, and not guessed
