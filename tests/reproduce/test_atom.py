@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not cpu.isas(), reason="the native kernels were 
 def claims(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Claim]:
     path = tmp_path_factory.mktemp("atom") / "model"
     save_model(path, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=64)
-    tiny = Effort(Text(4, 64, 1, 48), 16, 1, 1, 32, ((256, 3),), 1 << 14, str(path))
+    tiny = Effort(Text(4, 64, 1, 48), 16, 1, 1, 32, ((256, 3),), 1 << 14, str(path), 24)
     return {claim.name: claim for claim in measure(experiments(tiny))}
 
 

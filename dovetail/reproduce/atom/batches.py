@@ -24,8 +24,6 @@ from dovetail.runtime.kv import bytes_per_token
 NAMES = ("fixed memory, against bf16", "fixed memory, against int8")
 BLOCK = 16  # tokens of a page
 MEMORY = 24 / 13.5  # times the bytes of bf16 weights: a 7B model on the paper's RTX 4090
-BATCHED = 2048  # tokens of a step
-SPARE = 8  # tokens of an answer before the first timed one, beside those that come while other prompts are read
 PAPER = (7.73, 2.53)
 
 _WHY = (
@@ -64,17 +62,15 @@ class Running:
     def start(cls, side: Side, memory: int, effort: Effort) -> Running:
         """Compute as many prompts as fit."""
         left = memory - side.weights
-        reading = 2 * left // side.page * BLOCK // BATCHED  # steps, in which the first requests decode already
-        tokens = SPARE + effort.rounds * effort.steps + reading
-        pages = pages_for(effort.context + tokens, BLOCK)
+        pages = pages_for(effort.context + effort.answer, BLOCK)
         # The last request is admitted only if one more page is free for each of the others.
         requests = (left // side.page + 1) // (pages + 1)
         llm = LLM(
             side.model, kv_cache_dtype=side.kv, kv_memory=left, block_size=BLOCK, max_num_seqs=max(1, requests),
-            max_model_len=effort.context + tokens, max_num_batched_tokens=BATCHED, enable_prefix_caching=False,
+            max_model_len=effort.context + effort.answer, enable_prefix_caching=False,
         )  # fmt: skip
         prompts = Prompts(llm.session.vocab_size).take(effort.context, requests)
-        batch = Batch(llm, prompts, tokens)
+        batch = Batch(llm, prompts, effort.answer)
         batch.settle()
         return cls(side, batch, requests)
 

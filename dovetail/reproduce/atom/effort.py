@@ -13,7 +13,8 @@ class Effort:
     """text: what is calibrated and measured on. group: columns that share a scale; as many are outliers.
 
     shapes: (K = N, rows) of timed products; cold: bytes of weights that a timed run reads. context: tokens of each
-    request that decodes in a fixed memory. rounds of both, and `steps` of decoding in one.
+    request that decodes in a fixed memory; its `answer` must last while other prompts are read. rounds of both,
+    and `steps` of decoding in one.
     """
 
     text: Text
@@ -24,10 +25,11 @@ class Effort:
     shapes: tuple[tuple[int, int], ...] = ((4096, 1), (4096, 32), (4096, 512))
     cold: int = 64 << 20
     model: str = MODEL
+    answer: int = 400
 
 
 EFFORTS = {
-    "quick": Effort(Text(8, 512, 1, 1024), 512, 7, 4),
+    "quick": Effort(Text(8, 512, 1, 1024), 1024, 7, 4),
     "default": Effort(Text(32, 512, 4, 2048), 1024, 9, 8),
     "full": Effort(Text(128, 2048, 12, 2048), 2048, 15, 8),
 }
