@@ -19,6 +19,7 @@ from dovetail.techniques.smartspec.side import Offer, Probe, Side
 from dovetail.techniques.smartspec.step_time import StepTime
 
 DEPTH = 16  # tokens that a costly drafter is asked for at most
+LEARN = 12  # first calls of a costly drafter, for which it is asked whatever is known
 PROBES = 0.01  # of all time, for guesses that do not seem to pay
 RESTS = 16, 32, 48  # steps in vain after which another step between two is left alone
 WORTH = 0.15  # tokens that a step must gain, net, not to be in vain: what the controller's own work may cost
@@ -98,7 +99,7 @@ class SmartSpec(Drafter):
         return self._pick(offers, step)
 
     def _rests(self, requests: int) -> bool:
-        """Whether to leave this step alone: little was gained in many steps, and as many requests run as before."""
+        """Whether to leave this step alone: little was gained for long, and as many requests run as before."""
         if requests != self._requests:
             self._vain, self._left, self._requests = 0, 0, requests
         if self._left:
@@ -179,7 +180,11 @@ class SmartSpec(Drafter):
             self._ask(side, [offers[i] for i in asked], wanted, Room(step.room), ahead=True)
 
     def _try(self, side: Side, cost: DraftTime, limits: Sequence[int]) -> list[int]:
-        """A probe: two tokens of the request that costs least to catch up with, the latest of equals."""
+        """A probe: two tokens of the request that costs least to catch up with, the latest of equals.
+
+        The first calls are not counted as probes. They ask for four tokens, because neither what a call takes
+        nor how often it is right is known from one call that had a whole prompt to catch up with.
+        """
         chosen = [0] * len(limits)
         open_ = [
             (side.behind(o.request), -i) for i, o in enumerate(self._offers) if limits[i] and not o.guess.tokens
@@ -187,7 +192,9 @@ class SmartSpec(Drafter):
         if open_:
             behind, i = min(open_)
             price = cost(Ask(1, 2, 2, behind))
-            if side.probe.due(price <= self._budget):
+            if cost.calls < LEARN:
+                chosen[-i] = min(4, limits[-i])
+            elif side.probe.due(price <= self._budget):
                 self._budget -= price
                 chosen[-i] = min(2, limits[-i])
         return chosen
