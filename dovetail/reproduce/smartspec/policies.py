@@ -68,6 +68,7 @@ class Oracle(SmartSpec):
             assert isinstance(known, KnownOdds)
             known.at = {r.id: r.num_output for r in requests}
         self._budget = -1.0  # no probes
+        self.learn = 0
         return super().propose(requests, limits, room)
 
 

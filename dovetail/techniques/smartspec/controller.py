@@ -60,6 +60,7 @@ class SmartSpec(Drafter):
         self.now = now
         self.writes = any(side.drafter.writes for side in sides)
         self.time = StepTime()
+        self.learn = LEARN
         self.gain = 1.0  # goodput, times that of the same steps without guesses
         self.guessed = 0  # tokens that drafters guessed
         self.predicted = self.measured = self.off = 0.0  # seconds of steps; of the differences
@@ -192,7 +193,7 @@ class SmartSpec(Drafter):
         if open_:
             behind, i = min(open_)
             price = cost(Ask(1, 2, 2, behind))
-            if cost.calls < LEARN:
+            if cost.calls < self.learn:
                 chosen[-i] = min(4, limits[-i])
             elif side.probe.due(price <= self._budget):
                 self._budget -= price
