@@ -19,7 +19,6 @@ from dovetail.techniques import MODULES, technique
 if TYPE_CHECKING:
     from dovetail.checkpoint import Checkpoint
 
-ROUNDS_WEIGHTS = "weights that are not quantized"  # what techniques need that make a format of weights
 ACTIVATIONS = ("exact", "int16", "int8")  # of products with quantized weights, the least rounded first
 KV = tuple(kind for kind in ("fp8", "int8") if kind in KV_DTYPES)
 GROUPS = (128, 64, 32)
@@ -64,11 +63,10 @@ def _suiting(checkpoint: Checkpoint) -> Iterator[str]:
         yield from (f"activations={kinds[-1]}+kv-cache-dtype={kind}" for kind in KV)
         return
     yield "plain"
-    for name in MODULES:
-        built = technique(name)
-        if ROUNDS_WEIGHTS in built.needs:
-            group = _group(checkpoint.config) if "group" in built.options else None
-            yield name if group in (None, built.options.get("group")) else f"{name}:group={group}"
+    for name in (n for n, module in MODULES.items() if module.startswith("rounded.")):  # those that round weights
+        options = technique(name).options
+        group = _group(checkpoint.config) if "group" in options else None
+        yield name if group in (None, options.get("group")) else f"{name}:group={group}"
     yield from (f"kv-cache-dtype={kind}" for kind in KV)
 
 

@@ -190,7 +190,7 @@ class _FramedParser(_Base):
         while at is not None:
             end = yield from source.after_word(at, ".-")
             after = yield from self._expect(end, frame.middle)
-            if after is None or not (yield from source.char(after)):
+            if end == at or after is None or not (yield from source.char(after)):
                 break
             self._begin_call(source.text[at:end])
             stop = yield from self._arguments(after)

@@ -199,6 +199,12 @@ def test_any_text_is_read_without_an_error_and_stays_if_it_has_no_call(
             assert call.name and (tools.required or isinstance(json.loads(call.arguments), dict))
 
 
+def test_a_call_without_a_name_is_text() -> None:
+    text = "[TOOL_CALLS][ARGS]<tool_call>"
+    for form in FORMATS:
+        assert read(form, text, [], REQUIRED) == (text, [])
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f.name)
 @settings(max_examples=60, deadline=None)
 @given(calls=CALLS, cuts=st.lists(st.integers(0, 999)), length=st.integers(0, 10_000))
