@@ -118,8 +118,8 @@ def _format(config: Config) -> Format:
 class _Second:
     """See `Companion`."""
 
-    def __init__(self, model: Model, kv: KV, config: Config) -> None:
-        self.length = model.config.max_position_embeddings
+    def __init__(self, model: Model, kv: KV, config: Config, vocab_size: int) -> None:
+        self.length, self.vocab_size = model.config.max_position_embeddings, vocab_size
         self.executor: NativeExecutor | ModelExecutor
         if config.kernels != TORCH and recordable(model, kv):
             self.executor = NativeExecutor(model, kv, config.kernels, config.threads)
@@ -129,7 +129,8 @@ class _Second:
 
     def run(self, plan: StepPlan) -> tuple[StepResult, Sequence[float]]:
         result = self.executor.run(plan)
-        tokens = [t for span in result.spans for t in span.tokens]
+        spans = zip(plan.spans, result.spans, strict=True)
+        tokens = [r.tokens[0] if len(r.tokens) else -1 for s, r in spans if s.sample]
         native = isinstance(self.executor, NativeExecutor)
         return result, self.executor.odds(tokens) if native and tokens else ()  # type: ignore[union-attr]
 
@@ -163,7 +164,7 @@ class BesideModel:
         kv = KV(geometry(checkpoint.config), sizes, config.device)
         if cache is not None:
             cache.save()
-        return _Second(model, kv, config)
+        return _Second(model, kv, config, checkpoint.config.vocab_size)
 
     def first(self, layers: int) -> _Second:
         if isinstance(self.kv.seams.residency, Tiers) or type(self.kv.seams.codec) is not Codec:
@@ -176,7 +177,7 @@ class BesideModel:
         shallow.program = [Blocks(stage.blocks[:layers], RowFilter())]  # type: ignore[attr-defined,misc]
         kv = copy.copy(self.kv)
         kv.seams, kv._aliases = Seams(), {}
-        return _Second(shallow, kv, self.config)
+        return _Second(shallow, kv, self.config, self.own.config.vocab_size)
 
 
 def _check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:

@@ -171,6 +171,10 @@ class Scheduler:
         for span in reversed(plan.spans):
             if span.request in self.running:
                 self._reset(span.request)
+        targets = {target for _, target in plan.copies}
+        for request in reversed(self.running.copy()):  # those that were given a page to guess on, and no span
+            if targets.intersection(request.table.ids):
+                self._reset(request)
 
     def _shares(self, left: int) -> dict[Request, int]:
         """How many of `left` tokens each request takes that has more to compute than its next token.
@@ -288,6 +292,9 @@ class Scheduler:
     def _prepare(self, request: Request, limit: int, step: _Step) -> int:
         """Give a request pages for a guess of `limit` tokens, to which the drafter may write at once. Returns how
         many tokens it may guess: none if there are too few pages, or while a page of it is still to be copied."""
+        size, held = self.pool.page_size, len(request.table)
+        if pages_for(len(request.tokens) + limit, size) - held > self.pool.num_free - len(self.running):
+            limit = max(0, min(limit, held * size - len(request.tokens)))  # no guess drives out what is needed
         copies = request.table.grow(request.computed, len(request.tokens) + limit) if limit else []
         step.copies += copies or []
         return 0 if copies is None or copies else limit

@@ -357,13 +357,15 @@ class Calibration:
 
 
 class Companion(Protocol):
-    """A second program beside the model's, for guesses. `length` is its context in tokens.
+    """A second program beside the model's, for guesses. `length` is its context in tokens, and it can read the
+    tokens below `vocab_size`.
 
     `run` runs a plan on it: the result, and for each sampled row the probability of its token, or () where that is
     not known.
     """
 
     length: int
+    vocab_size: int
 
     def run(self, plan: StepPlan) -> tuple[StepResult, Sequence[float]]: ...
 

@@ -209,8 +209,11 @@ class _EngineNumbers:
 
     def _drafts(self, stats: SchedulerStats) -> Iterator[CounterMetricFamily]:
         """What became of drafts, by position and by length. Empty where nothing drafts."""
-        steps = sum(stats.lengths)
-        if not steps:
+        if stats.forced:
+            yield self._count(
+                "dovetail:drafts_forced_tokens", "Tokens that the form of answers forced.", stats.forced
+            )
+        if not sum(stats.lengths):
             return
         accepted = {str(i): n for i, n in enumerate(stats.accepted_at) if n or not i}
         name, text = "vllm:spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that were right, by position."
@@ -219,7 +222,6 @@ class _EngineNumbers:
         yield self._counts("dovetail:drafts_chosen", "Steps of requests, by drafted tokens.", "length", lengths)
         yield self._count("dovetail:drafts_emitted_tokens", "Tokens of those steps.", stats.emitted)
         yield self._count("dovetail:drafts_failures", "Failures of the drafter.", stats.failures)
-        yield self._count("dovetail:drafts_forced_tokens", "Tokens that the form of answers forced.", stats.forced)
 
     def _cache_config(self) -> GaugeMetricFamily:
         config = self.llm.config

@@ -105,6 +105,7 @@ class ModelDrafter(Drafter):
         self.ids: IntArray | None = None  # the tokens of its logits, if they are not all
         self.filled = Filled(site.pool) if own else None
         self._guessed: dict[str, tuple[int, list[int]]] = {}  # by request: tokens before the guess, and the guess
+        self._known: set[str] = set()  # requests that the companion has heard of
         self._gone: list[str] = []
 
     def behind(self, request: Request) -> int:
@@ -128,16 +129,23 @@ class ModelDrafter(Drafter):
         return out
 
     def _catch_up(self, requests: Sequence[Request], limits: Sequence[int], total: int) -> list[Shadow | None]:
-        """Compute what the draft has not seen, and the first guesses. None for requests without one."""
+        """Compute what the draft has not seen, and the first guesses. None for requests without one.
+
+        Those that are least behind come first, so that a long prompt does not hold up the others.
+        """
+        assert self.companion is not None
         found: list[Shadow | None] = [None] * len(requests)
         spans, ready, left = [], [], CATCH_UP
-        for i, (r, limit) in enumerate(zip(requests, limits, strict=True)):
-            limit = min(limit, total)
-            rows = self.behind(r) if limit > 0 else 0
-            if not rows or not left:
+        behind = sorted((self.behind(r), i) for i, (r, n) in enumerate(zip(requests, limits, strict=True)) if n)
+        for rows, i in behind:
+            r, limit = requests[i], min(limits[i], total)
+            if limit <= 0 or not left:
                 continue
-            s = Shadow(r, limit, len(r.tokens) - rows, self.ids is not None)
-            stop = s.start + min(rows, left)
+            start = len(r.tokens) - rows
+            stop = start + min(rows, left)
+            if max(r.tokens[start:stop]) >= self.companion.vocab_size:  # it has no embedding for that
+                continue
+            s = Shadow(r, limit, start, self.ids is not None)
             left -= stop - s.start
             whole = stop == len(r.tokens)
             spans.append(Span(s.request, s.start, stop, sample=int(whole)))
@@ -154,6 +162,7 @@ class ModelDrafter(Drafter):
     def _run(self, spans: Sequence[Span], shadows: Sequence[Shadow]) -> None:
         assert self.companion is not None
         gone, self._gone = self._gone, []
+        self._known.update(s.original.id for s in shadows)
         result, odds = self.companion.run(StepPlan(tuple(spans), released=tuple(gone)))
         at = 0
         for span, s, r in zip(spans, shadows, result.spans, strict=True):
@@ -180,7 +189,9 @@ class ModelDrafter(Drafter):
 
     def forget(self, request: Request) -> None:
         self._guessed.pop(request.id, None)
-        self._gone.append(request.id)
+        if request.id in self._known:
+            self._known.remove(request.id)
+            self._gone.append(request.id)
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,8 @@ def frequent(site: Site, checkpoint: Checkpoint, count: int) -> IntArray:
     text = site.calibration.text("") if site.calibration is not None else ()
     common = [token for token, _ in sorted(Counter(text).items(), key=lambda pair: (-pair[1], pair[0]))]
     ends = getattr(checkpoint.tokenizer(), "eos_ids", ())
-    order = dict.fromkeys([*ends, *common, *range(checkpoint.config.vocab_size)])
+    size = checkpoint.config.vocab_size
+    order = dict.fromkeys(t for t in (*ends, *common, *range(size)) if t < size)
     return np.array(sorted(list(order)[:count]), np.int64)
 
 

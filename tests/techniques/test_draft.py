@@ -175,6 +175,32 @@ def test_kv_of_the_draft_is_counted() -> None:
     assert beside.page == 2 * shape.num_layers * shape.num_kv_heads * padded * 2 * 16
 
 
+def test_tokens_that_the_draft_has_no_embedding_for_get_no_guess() -> None:
+    """Embeddings may be filled up to different sizes, and a prompt may name what only fills one up."""
+
+    def real(i: int) -> str | None:
+        return str(i) if i < 50 else None
+
+    small, large = TinyCheckpoint(tiny_config(vocab_size=50)), TinyCheckpoint(tiny_config())
+    for checkpoint in (small, large):
+        checkpoint.tokenizer = lambda: SimpleNamespace(backend=SimpleNamespace(id_to_token=real))  # type: ignore
+    prompts, params = [*PROMPTS, (1, 2, 55, 3)], KINDS["greedy"]
+    plain = run_all(tiny_engine(checkpoint=large), prompts, params)
+    for changes in ({}, {"kernels": isas()[0], "dtype": "float32", "kv_cache_dtype": "float32"}):
+        engine = tiny_engine(with_draft(small), checkpoint=large, **changes)
+        found = run_all(engine, prompts, params)
+        assert found == plain if not changes else len(found) == len(plain)
+        assert engine.scheduler.stats.failures == 0 < engine.scheduler.stats.drafted
+
+
+def test_no_page_is_taken_for_a_guess_that_others_need() -> None:
+    engine = tiny_engine(with_draft(tokens=16), pages=16, enable_prefix_caching=False)
+    assert run_all(engine, PROMPTS, KINDS["greedy"]) == texts(KINDS["greedy"])
+    plain = tiny_engine(pages=16, enable_prefix_caching=False)
+    run_all(plain, PROMPTS, KINDS["greedy"])
+    assert engine.scheduler.stats.preemptions <= plain.scheduler.stats.preemptions
+
+
 # -- what is refused
 
 

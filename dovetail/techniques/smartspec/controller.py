@@ -147,7 +147,8 @@ class SmartSpec(Drafter):
                         guess if n == len(guess.tokens) else Guess(guess.tokens[:n], odds[:n], guess.source)
                     )
             if ahead and (offer.side is None or offer.side is side):
-                offer.side, offer.asked = side, limit
+                caught_up = n or side.behind(offer.request) <= 1  # else it had no chance to guess
+                offer.side, offer.asked = side, limit if caught_up else 0
         self.guessed += tokens
         ask = (
             Ask(len(requests), sum(limits), max(limits), behind) if ahead else Ask(len(requests), tokens, depth, 0)
