@@ -98,9 +98,8 @@ class ModelDrafter(Drafter):
     writes = True
 
     def __init__(self, site: Site, tokens: int, own: bool) -> None:
-        self.pool = site.pool
         self.tokens = tokens
-        self.proposed = self.accepted = 0
+        self.proposed = 0
         self.companion: Companion | None = None  # from when the model is there
         self.ids: IntArray | None = None  # the tokens of its logits, if they are not all
         self.filled = Filled(site.pool) if own else None
@@ -178,7 +177,6 @@ class ModelDrafter(Drafter):
         for outcome in outcomes:
             r = outcome.request
             self.proposed += len(outcome.drafts)
-            self.accepted += outcome.accepted if outcome.drafts else 0
             n, guess = self._guessed.pop(r.id, (0, []))
             if self.filled is None or not guess or r.finish_reason is not None:
                 continue

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from dovetail.core.types import Request, StepPlan, StepResult
 from dovetail.techniques import technique
 from dovetail.techniques.smartspec import smartspec
 from dovetail.techniques.smartspec.acceptance import Acceptance
-from dovetail.techniques.smartspec.choice import Draft, Verify, ahead, expected, goodput, lengths, most_goodput
+from dovetail.techniques.smartspec.choice import Draft, Verify, ahead, lengths
 from dovetail.techniques.smartspec.draft_time import Ask, DraftTime
 from dovetail.techniques.smartspec.step_time import StepTime, monotone
 from tests.helpers.examples import examples
@@ -33,6 +34,29 @@ rises = st.lists(st.floats(0, 0.5), min_size=12, max_size=12)
 
 
 # -- choice --------------------------------------------------------------------------------------------
+
+
+def goodput(curves: Sequence[Sequence[float]], chosen: Sequence[int], cost: Verify, base: float) -> float:
+    """Expected tokens per second of these lengths; `base` tokens come without guesses."""
+    tokens = base + sum(sum(c[:n]) for c, n in zip(curves, chosen, strict=True))
+    return tokens / (cost.seconds[sum(chosen)] + sum(e * n for e, n in zip(cost.each, chosen, strict=True)))
+
+
+def most_goodput(curves: Sequence[Sequence[float]], cost: Verify, base: float) -> list[int]:
+    """The lengths with the highest goodput of this step alone."""
+    chosen = [0] * len(curves)
+    rate = goodput(curves, chosen, cost, base)
+    while True:
+        better, _ = lengths(curves, cost, rate)
+        found = goodput(curves, better, cost, base)
+        if found <= rate * (1 + 1e-12):
+            return chosen
+        chosen, rate = better, found
+
+
+def expected(odds: Sequence[float]) -> list[float]:
+    """Running products: a curve from probabilities of single tokens."""
+    return list(accumulate(odds, lambda a, b: a * b))
 
 
 def verify_cost(rises: Sequence[float], each: Sequence[float], n: int) -> Verify:

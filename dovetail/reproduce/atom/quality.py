@@ -64,6 +64,6 @@ def measure(effort: Effort) -> Iterator[Claim]:
             "LLaMA-7B, WikiText-2: RTN 2315.52, outliers in FP16 11.34, in INT8 11.39, groups of 128 6.22, "
             "clipping 6.13, GPTQ 6.04, KV4 6.16",
             ", ".join(f"{name} {value:.4g}" for name, value in found.items()),
-            "Groups bring most here. Channels of this rescaled model are a random factor apart, so one scale for "
-            "a whole row stays too coarse when its outliers are gone.",
+            "Each step is added to those before it, in the paper's order. The model is far smaller, and it was "
+            "rescaled off its own 4-bit grid, which leaves its channels a random factor apart.",
         )

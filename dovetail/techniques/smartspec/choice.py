@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +78,3 @@ def ahead(curves: Sequence[Sequence[float]], cost: Verify, draft: Draft, price: 
         if value > best:
             best, found = value, chosen
     return found, best
-
-
-def goodput(curves: Sequence[Sequence[float]], chosen: Sequence[int], cost: Verify, base: float) -> float:
-    """Expected tokens per second of these lengths; `base` tokens come without guesses."""
-    tokens = base + sum(sum(c[:n]) for c, n in zip(curves, chosen, strict=True))
-    return tokens / (cost.seconds[sum(chosen)] + sum(e * n for e, n in zip(cost.each, chosen, strict=True)))
-
-
-def most_goodput(curves: Sequence[Sequence[float]], cost: Verify, base: float) -> list[int]:
-    """The lengths with the highest goodput of this step alone."""
-    chosen = [0] * len(curves)
-    rate = goodput(curves, chosen, cost, base)
-    while True:
-        better, _ = lengths(curves, cost, rate)
-        found = goodput(curves, better, cost, base)
-        if found <= rate * (1 + 1e-12):
-            return chosen
-        chosen, rate = better, found
-
-
-def expected(odds: Sequence[float]) -> list[float]:
-    """Running products: a curve from probabilities of single tokens."""
-    return list(accumulate(odds, lambda a, b: a * b))

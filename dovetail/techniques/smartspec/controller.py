@@ -220,7 +220,6 @@ class SmartSpec(Drafter):
                 chosen[max(range(len(offers)), key=lambda i: offers[i].worth)] = 1
         found = []
         for offer, n in zip(offers, chosen, strict=True):
-            offer.length = n
             tokens, odds, source = offer.guess
             found.append(Guess(tokens[:n], odds[:n], source) if n else NO_GUESS)
         return found

@@ -73,4 +73,3 @@ class Offer:
     curve: Sequence[float] = ()
     worth: float = 0.0
     asked: int = 0
-    length: int = 0
